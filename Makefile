@@ -1,0 +1,32 @@
+# Every target is a command that users and CI call; see README.md.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: setup demo serve test check lock clean
+
+setup: .venv/.ready
+
+.venv/.ready: requirements.lock scripts/uv.lock pyproject.toml scripts/setup.sh
+	@PYTHON=$(PYTHON) bash scripts/setup.sh
+
+demo: setup
+	@$(BIN)/bespoke demo $(if $(ONESHOT),--oneshot)
+
+serve: setup
+	@$(BIN)/bespoke serve --config configs/serve/cpu.yaml
+
+test: setup check
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lock: setup
+	bash scripts/lock.sh
+
+clean:
+	rm -rf .venv .bespoke .cache build *.egg-info

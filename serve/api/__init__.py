@@ -1,0 +1,1 @@
+"""The HTTP edge: wire formats, one module per resource, one error renderer."""

@@ -1,0 +1,70 @@
+"""`bespoke …`: the one command. Sub-apps are imported when they are used, so `--help` is instant."""
+
+import importlib
+import sys
+from typing import Any
+
+import click
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+# name → ("module:typer app", one line for --help)
+SUBCOMMANDS = {
+    "serve": ("serve.commands.serve:app", "Run the gateway and the engines."),
+    "demo": ("serve.commands.demo:app", "Two customers, from their data to their invoices."),
+    "base": ("quantize.cli:base_app", "Import base models."),
+    "data": ("finetune.cli:data_app", "Check and prepare customers' data."),
+    "finetune": ("finetune.cli:finetune_app", "Train, evaluate and publish adapters."),
+    "quantize": ("quantize.cli:quantize_app", "Quantize bases and report what it costs in quality."),
+    "adapter": ("serve.commands.adapter:app", "Register and promote published adapters."),
+    "tenant": ("serve.commands.tenant:app", "Create and list tenants."),
+    "key": ("serve.commands.key:app", "Create, list and revoke API keys."),
+    "price": ("serve.commands.price:app", "Publish price plans and put tenants on them."),
+    "usage": ("serve.commands.usage:app", "Usage per tenant; reconcile it with the engines."),
+    "invoice": ("serve.commands.invoice:app", "Make invoices as table, CSV and PDF."),
+}
+
+
+class LazyGroup(TyperGroup):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(SUBCOMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> Any:
+        if name not in SUBCOMMANDS:
+            return None
+        target, _ = SUBCOMMANDS[name]
+        module, _, attribute = target.partition(":")
+        return get_command(getattr(importlib.import_module(module), attribute))
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.format_usage(ctx, formatter)
+        formatter.write_paragraph()
+        formatter.write_text(self.help or "")
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in SUBCOMMANDS.items()])
+
+
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def root() -> None:
+    """Bespoke: a tailored language model for every customer, and a bill they can trust."""
+
+
+def main() -> None:
+    """Entry point. What went wrong on purpose is one line and exit status 1."""
+    from finetune.errors import FinetuneError
+    from quantize.errors import QuantizeError
+    from serve.errors import BespokeError
+
+    try:
+        app()
+    except (BespokeError, FinetuneError, QuantizeError) as error:
+        typer.secho(f"bespoke: {error}", fg="red", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One module per `bespoke` sub-command that belongs to serving and billing."""

@@ -1,0 +1,39 @@
+"""`bespoke serve`: the gateway and its engines, until interrupted."""
+
+import signal
+import threading
+from typing import Annotated
+
+import typer
+
+from serve.commands.parts import HomeOption, ProfileOption, console, settings_of
+from serve.settings import Settings
+
+app = typer.Typer()
+
+
+@app.command()
+def serve(
+    home: HomeOption = None,
+    config: ProfileOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; loopback unless told.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535)] = None,
+    base: Annotated[list[str] | None, typer.Option(help="A base to serve; may be repeated.")] = None,
+) -> None:
+    """Serve what is in the home folder. Ready means that a chat request works. Ctrl-C stops all of it."""
+    run(settings_of(home, config, host=host, port=port, bases=base or None))
+
+
+def run(settings: Settings) -> None:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    from serve.deployment import Service
+
+    with console.status(f"starting vLLM with {', '.join(settings.bases)} (about a minute) …"):
+        service = Service(settings)
+        service.__enter__()
+    with service:
+        console.print(f"Ready: [bold]{service.url}/v1[/]  (Ctrl-C stops it)")
+        stop.wait()
+        console.print("Stopping …")

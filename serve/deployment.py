@@ -1,0 +1,224 @@
+"""Ray Serve composition root: which deployments there are and how they are wired.
+
+With `router.py` (later) the only module that imports ray. `Service` starts a private, loopback-only
+Ray in this process's children, and ends all of it again.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from quantize.card import read_card
+from serve.engine.base import Counters, Event, GenerationRequest
+from serve.engine.remote import RemoteEngine
+from serve.engine.vllm import VllmEngine
+from serve.errors import BespokeError, EngineUnavailable, OperatorError, Overloaded
+from serve.settings import Settings
+
+# Read by ray when it is imported and by every process it starts.
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# The node's address is then 127.0.0.1, so that none of Ray's unauthenticated ports leaves the machine.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+import ray
+from ray import serve as ray_serve
+from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.schema import LoggingConfig
+
+log = logging.getLogger(__name__)
+
+APP_NAME = "bespoke"
+
+
+class EngineDeployment:
+    """One vLLM replica of one base. Serve restarts it when `check_health` raises."""
+
+    async def __init__(self, settings: Settings, base: str) -> None:
+        replica = ray_serve.get_replica_context().replica_id.unique_id
+        self._engine = await VllmEngine.start(
+            base, settings.bases_dir / base, settings.adapters_dir, settings.engine, replica
+        )
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+        async for batch in self._engine.stream(request):
+            yield batch
+
+    async def abort(self, request_id: str) -> None:
+        await self._engine.abort(request_id)
+
+    async def counters(self) -> Counters:
+        return await self._engine.counters()
+
+    async def check_health(self) -> None:
+        await self._engine.check_health()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self._engine.shutdown()
+
+
+@ray_serve.ingress()
+class GatewayDeployment:
+    """One gateway replica: an ASGI app, built inside the replica, that loads neither torch nor vLLM."""
+
+    def __init__(self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> None:
+        self._settings = settings
+        self._engines = {
+            base: RemoteEngine(
+                handle,
+                context_tokens_max=contexts[base],
+                accept_timeout_s=settings.accept_timeout_s,
+                classify=classify,
+            )
+            for base, handle in handles.items()
+        }
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from serve.app import build_app
+
+        logging.getLogger("serve").setLevel(logging.INFO)
+        return build_app(self._settings, self._engines)
+
+
+def classify(error: BaseException) -> BespokeError | None:
+    """What ray's own errors mean in our tree."""
+    if isinstance(error, BackPressureError):
+        return Overloaded()
+    lost = (
+        ray.exceptions.RayActorError,
+        ray.exceptions.NodeDiedError,
+        DeploymentUnavailableError,
+        ReplicaUnavailableError,
+    )
+    return EngineUnavailable() if isinstance(error, lost) else None
+
+
+def build(settings: Settings) -> Any:
+    """The Serve application: one gateway in front of one engine deployment per base.
+
+    Raises OperatorError if a base is not there.
+    """
+    engine = ray_serve.deployment(EngineDeployment)
+    engines, contexts = {}, {}
+    for base in settings.bases:
+        contexts[base] = min(settings.engine.max_model_len, _context_tokens_max(settings.bases_dir / base))
+        engines[base] = engine.options(
+            name=f"engine-{base}",
+            num_replicas=settings.engine_replicas,
+            max_ongoing_requests=settings.limits.ongoing_requests,
+            max_queued_requests=settings.limits.queued_requests,
+            ray_actor_options={"num_cpus": 0, "num_gpus": _gpus(settings)},
+            health_check_period_s=2,
+            health_check_timeout_s=30,
+            graceful_shutdown_timeout_s=20,
+        ).bind(settings, base)
+    gateway = ray_serve.deployment(GatewayDeployment).options(
+        name="gateway",
+        num_replicas=settings.gateway_replicas,
+        # Queueing and refusing belong to the engine's bounds, where refusals have OpenAI's shape.
+        max_ongoing_requests=8192,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=20,
+    )
+    return gateway.bind(settings, contexts, engines)
+
+
+class Service:
+    """A running Bespoke on this machine: `with Service(settings) as service: service.url`."""
+
+    def __init__(self, settings: Settings) -> None:
+        # Replicas have working directories of their own.
+        self._settings = settings.model_copy(update={"home": settings.home.resolve()})
+        self._scratch: Path | None = None
+        self._children: list[psutil.Process] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://{self._settings.host}:{self._settings.port}"
+
+    def __enter__(self) -> "Service":
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        settings = self._settings
+        _check_port_free(settings.host, settings.port)
+        # Short, because Unix socket paths have at most 107 bytes; private, because they are doors.
+        self._scratch = Path(tempfile.mkdtemp(prefix="bespoke-"))
+        os.environ["VLLM_RPC_BASE_PATH"] = str(self._scratch)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(self._scratch),
+        )
+        self._children = psutil.Process().children(recursive=True)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
+        ray_serve.start(
+            proxy_location="HeadOnly",
+            http_options=HTTPOptions(host=settings.host, port=settings.port),
+            logging_config=quiet,
+        )
+        ray_serve.run(build(settings), name=APP_NAME, route_prefix="/", logging_config=quiet)
+
+    def stop(self) -> None:
+        """End every process that this service started; what does not go by itself is killed."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._children += psutil.Process().children(recursive=True)
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):
+                ray_serve.shutdown()
+            ray.shutdown()
+        _, alive = psutil.wait_procs(self._children, timeout=10)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=5)
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _gpus(settings: Settings) -> int:
+    return settings.engine.tensor_parallel_size if settings.engine.device == "gpu" else 0
+
+
+def _context_tokens_max(base_dir: Path) -> int:
+    try:
+        return read_card(base_dir).max_context_tokens
+    except OSError as error:
+        raise OperatorError(
+            f"There is no base '{base_dir.name}'; make it with: bespoke base import configs/bases/{base_dir.name}.yaml"
+        ) from error
+
+
+def _check_port_free(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OperatorError(f"Cannot listen on {host}:{port}: {error.strerror}.") from error

@@ -1,0 +1,121 @@
+"""The seam between the gateway and an engine: requests in, events out, all of them typed.
+
+An engine's stream is always: one Accepted, then Deltas, then one Finished; or an exception. Counts
+are made at the source from token ids and ride with the events, so nobody parses text to bill it.
+After `abort` the stream still ends with Finished, which carries what was generated until then.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from serve.adapters import AdapterRef
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose tokens. `completion_tokens_max` None means: as many as the context allows."""
+
+    completion_tokens_max: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    n: int = 1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """`prompt` is a conversation, or plain text that is continued as it stands.
+
+    `cache_salt` keeps the prefix cache of one tenant from being probed by another.
+    `length_param` is the client's own name for `completion_tokens_max`, for error messages.
+    """
+
+    request_id: str
+    adapter: AdapterRef | None
+    prompt: tuple[Message, ...] | str
+    sampling: Sampling
+    cache_salt: str
+    length_param: str = "max_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The engine has the request; `replica` and `boot` name the process whose counters it moves."""
+
+    replica: str
+    boot: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of one choice and the number of tokens behind it (a token may add no text yet)."""
+
+    index: int
+    text: str
+    tokens: int
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The engine's final word on the request. Counts are totals over all choices."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    aborted: bool
+
+
+Event = Accepted | Delta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """An engine process's own lifetime counters, as vLLM keeps them.
+
+    `probe_*` is the part that the start-up check used, which no customer is billed for.
+    """
+
+    base: str
+    replica: str
+    boot: str
+    prompt_tokens: int
+    completion_tokens: int
+    probe_prompt_tokens: int
+    probe_completion_tokens: int
+    running: int
+    adapters: tuple[str, ...] = field(default=())
+
+
+class Engine(Protocol):
+    """One base model, reachable from a gateway."""
+
+    @property
+    def context_tokens_max(self) -> int:
+        """The longest prompt + completion that the engine takes, in tokens."""
+
+    def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+        """Events in batches, as the engine's steps produce them.
+
+        Raises:
+            ContextLengthExceeded: before Accepted.
+            EngineUnavailable, Overloaded: before Accepted; nothing was computed.
+            EngineFailed: after Accepted; what was delivered so far stands.
+        """
+
+    async def abort(self, request_id: str) -> None:
+        """Stop generating; the stream ends with Finished. Unknown ids are ignored."""
+
+    async def counters(self) -> list[Counters]:
+        """One entry per live replica. Raises EngineUnavailable."""

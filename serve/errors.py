@@ -1,0 +1,205 @@
+"""Every error that `serve` raises on purpose.
+
+    BespokeError
+    ├── InvalidRequest               the client's request breaks a rule
+    │   ├── BodyTooLarge
+    │   └── ContextLengthExceeded
+    ├── Unauthenticated
+    ├── PermissionDenied
+    ├── NotFound                     a route, or another HTTP-level miss
+    │   ├── MethodNotAllowed
+    │   └── ModelNotFound
+    ├── InsufficientCredit
+    ├── NotBillable                  the tenant has no price plan
+    ├── Unavailable                  try again later; carries `retry_after_s`
+    │   ├── EngineUnavailable
+    │   ├── Overloaded
+    │   └── StoreUnavailable
+    ├── ClientGone                   nobody is left to answer
+    ├── EngineFailed                 the engine broke after it had accepted the request
+    └── OperatorError                the operator's input or state is wrong (command line)
+        ├── AlreadyExists
+        ├── CatalogueError
+        ├── ReconciliationFailed
+        └── UnknownRecord
+
+Errors carry data, not prose built elsewhere, and they pickle (Ray ships them between processes):
+`args` are always exactly the constructor's positional arguments. `serve.api.errors` is the one
+place that maps a type to an HTTP status.
+"""
+
+
+class BespokeError(Exception):
+    """Base of the tree."""
+
+    @property
+    def message(self) -> str:
+        """What the client or the operator reads. Holds no secret and no other tenant's data."""
+        return str(self.args[0]) if self.args else type(self).__name__
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InvalidRequest(BespokeError):
+    """The request breaks a rule; `param` names the field and `code` the rule, as OpenAI's errors do."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param, code)
+        self.param = param
+        self.code = code
+
+
+class BodyTooLarge(InvalidRequest):
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"The request body is larger than the limit of {limit_bytes} bytes.")
+        self.args = (limit_bytes,)
+        self.code = "request_too_large"
+        self.limit_bytes = limit_bytes
+
+    @property
+    def message(self) -> str:
+        return f"The request body is larger than the limit of {self.limit_bytes} bytes."
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """`prompt_tokens` + `completion_tokens` (the requested maximum) exceed the model's context."""
+
+    def __init__(self, context_tokens: int, prompt_tokens: int, completion_tokens: int, param: str) -> None:
+        super().__init__("", param, "context_length_exceeded")
+        self.args = (context_tokens, prompt_tokens, completion_tokens, param)
+        self.context_tokens = context_tokens
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = completion_tokens
+
+    @property
+    def message(self) -> str:
+        return (
+            f"This model's maximum context length is {self.context_tokens} tokens. However, you requested "
+            f"{self.prompt_tokens + self.completion_tokens} tokens ({self.prompt_tokens} in the messages, "
+            f"{self.completion_tokens} in the completion)."
+        )
+
+
+class Unauthenticated(BespokeError):
+    """No key, or not a valid one. Never says which of the two halves was wrong."""
+
+    def __init__(self, message: str = "Incorrect API key provided.") -> None:
+        super().__init__(message)
+
+
+class PermissionDenied(BespokeError):
+    def __init__(self, scope: str) -> None:
+        super().__init__(scope)
+        self.scope = scope
+
+    @property
+    def message(self) -> str:
+        return f"This API key lacks the scope '{self.scope}'."
+
+
+class NotFound(BespokeError):
+    def __init__(self, message: str = "Not found.") -> None:
+        super().__init__(message)
+
+
+class MethodNotAllowed(NotFound):
+    pass
+
+
+class ModelNotFound(NotFound):
+    """Also raised for another tenant's model: the two cases must look the same to the client."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.model = model
+
+    @property
+    def message(self) -> str:
+        return f"The model '{self.model}' does not exist or you do not have access to it."
+
+
+class InsufficientCredit(BespokeError):
+    """The tenant's credit does not cover the most that this request may cost."""
+
+    def __init__(self, tenant: str, needed_nanos: int, available_nanos: int) -> None:
+        super().__init__(tenant, needed_nanos, available_nanos)
+        self.tenant = tenant
+        self.needed_nanos = needed_nanos
+        self.available_nanos = available_nanos
+
+    @property
+    def message(self) -> str:
+        return (
+            "You exceeded your current quota: this request may cost up to "
+            f"{self.needed_nanos} nano-USD and {max(self.available_nanos, 0)} are available."
+        )
+
+
+class NotBillable(BespokeError):
+    """No price plan is in force for the tenant, so nothing may be sold to it."""
+
+    def __init__(self, tenant: str) -> None:
+        super().__init__(tenant)
+        self.tenant = tenant
+
+    @property
+    def message(self) -> str:
+        return "Your account is not active: no price plan is in force for it."
+
+
+class Unavailable(BespokeError):
+    def __init__(self, message: str, retry_after_s: int = 5) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class EngineUnavailable(Unavailable):
+    def __init__(
+        self, message: str = "The model is not available right now.", retry_after_s: int = 10
+    ) -> None:
+        super().__init__(message, retry_after_s)
+
+
+class Overloaded(Unavailable):
+    def __init__(
+        self, message: str = "The server is at capacity; please retry.", retry_after_s: int = 2
+    ) -> None:
+        super().__init__(message, retry_after_s)
+
+
+class StoreUnavailable(Unavailable):
+    def __init__(
+        self, message: str = "The service is temporarily unavailable.", retry_after_s: int = 5
+    ) -> None:
+        super().__init__(message, retry_after_s)
+
+
+class EngineFailed(BespokeError):
+    def __init__(self, message: str = "The model stopped before the answer was complete.") -> None:
+        super().__init__(message)
+
+
+class ClientGone(BespokeError):
+    def __init__(self, message: str = "The client closed the connection.") -> None:
+        super().__init__(message)
+
+
+class OperatorError(BespokeError):
+    pass
+
+
+class AlreadyExists(OperatorError):
+    pass
+
+
+class UnknownRecord(OperatorError):
+    pass
+
+
+class CatalogueError(OperatorError):
+    pass
+
+
+class ReconciliationFailed(OperatorError):
+    pass

@@ -1,0 +1,317 @@
+"""The use case: one generation request from admission to settlement.
+
+`Gateway.generate` reads as the request's life: resolve → price → hold → dispatch → stream → settle.
+An admitted request runs in a task of its own, which no client can cancel: a client that goes away
+makes it stop the engine, and then it settles what the engine says was generated.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from time import monotonic
+
+from serve.adapters import Catalogue, Model
+from serve.billing.ledger import Hold, Ledger
+from serve.billing.pricing import Prices, PriceVersion, Rates, Tokens
+from serve.billing.usage import Status, UsageEvent
+from serve.db import Store
+from serve.engine.base import Accepted, Delta, Engine, Finished, GenerationRequest, Message, Sampling
+from serve.errors import BespokeError, EngineFailed, EngineUnavailable, NotBillable, StoreUnavailable
+from serve.metrics import Metrics
+from serve.tenants import Principal
+
+log = logging.getLogger(__name__)
+
+# A chat template adds a few tokens per message and at most a short default system prompt.
+_TEMPLATE_TOKENS, _MESSAGE_TOKENS = 64, 16
+_CLOSE_RETRY_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a client asked for, validated and bounded, in the gateway's own terms."""
+
+    request_id: str
+    model: str
+    prompt: tuple[Message, ...] | str
+    sampling: Sampling
+    length_param: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    hold: Hold
+    model: Model
+    price: PriceVersion
+
+    @property
+    def rates(self) -> Rates:
+        return self.price.rates(adapter=self.model.adapter is not None)
+
+
+class Gateway:
+    """Everything a request needs, as plain values and seams."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        catalogue: Catalogue,
+        engines: Mapping[str, Engine],
+        metrics: Metrics,
+        request_timeout_s: float,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._store = store
+        self._catalogue = catalogue
+        self._engines = engines
+        self._prices = Prices(store)
+        self.ledger = Ledger(store)
+        self.metrics = metrics
+        self.request_timeout_s = request_timeout_s
+        self.now = now
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def generate(self, principal: Principal, call: Call) -> "Generation":
+        """Admit `call`, dispatch it and return once the engine has accepted it.
+
+        Raises:
+            ModelNotFound, NotBillable, InsufficientCredit, StoreUnavailable: nothing is held.
+            ContextLengthExceeded, EngineUnavailable, Overloaded: the hold is voided.
+        """
+        admitted = await asyncio.to_thread(self._admit, principal, call)
+        generation = Generation(self, principal, call, admitted, self._engines[admitted.model.base])
+        task = asyncio.create_task(generation.run())
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        await generation.wait_accepted()
+        return generation
+
+    async def void_expired(self) -> int:
+        """Give back what requests of dead gateways still hold; see `Ledger.void_expired`."""
+        return await asyncio.to_thread(self.ledger.void_expired, at=self.now())
+
+    async def drain(self) -> None:
+        """Wait until every admitted request is settled or voided."""
+        while self._running:
+            await asyncio.wait(set(self._running))
+
+    def _admit(self, principal: Principal, call: Call) -> _Admitted:
+        at = self.now()
+        with self._store.read() as connection:
+            model = self._catalogue.resolve(connection, principal.tenant, call.model)
+            price = self._prices.at(connection, principal.tenant, at)
+        if price is None:
+            raise NotBillable(principal.tenant)
+        context = self._engines[model.base].context_tokens_max
+        completion = min(call.sampling.completion_tokens_max or context, context)
+        rates = price.rates(adapter=model.adapter is not None)
+        most = rates.cost_nanos_max(prompt_tokens_max(call.prompt, context), completion * call.sampling.n)
+        hold = Hold(call.request_id, principal.tenant, most)
+        # The lease outlasts every way in which a live gateway can still close the request itself.
+        lease = timedelta(seconds=self.request_timeout_s + 120)
+        with self._store.write() as connection:
+            self.ledger.hold(connection, hold, at=at, lease=lease)
+        return _Admitted(hold, model, price)
+
+
+def prompt_tokens_max(prompt: tuple[Message, ...] | str, context_tokens: int) -> int:
+    """An upper bound on the prompt's tokens without a tokenizer.
+
+    Byte-level and byte-fallback tokenizers make at most one token of each UTF-8 byte.
+    """
+    if isinstance(prompt, str):
+        bound = len(prompt.encode()) + 1
+    else:
+        bound = _TEMPLATE_TOKENS + sum(len(m.content.encode()) + _MESSAGE_TOKENS for m in prompt)
+    return min(bound, context_tokens)
+
+
+class Generation:
+    """One admitted request. Iterate it for deltas, then read `tokens`; always `close` it."""
+
+    def __init__(
+        self, gateway: Gateway, principal: Principal, call: Call, admitted: _Admitted, engine: Engine
+    ) -> None:
+        self.call = call
+        self.model = admitted.model
+        self.tokens = Tokens()
+        self.created_at = gateway.now()
+        self._gateway = gateway
+        self._principal = principal
+        self._admitted = admitted
+        self._engine = engine
+        self._accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        self._deltas: asyncio.Queue[list[Delta] | BespokeError | None] = asyncio.Queue()
+        self._started_s = monotonic()
+        self._first_token_s: float | None = None
+        self._stopped: str | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._done = False
+
+    async def wait_accepted(self) -> None:
+        try:
+            await asyncio.shield(self._accepted)
+        except asyncio.CancelledError:
+            self.close()
+            raise
+
+    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        """Batches of deltas. The last batch comes after the settlement. Raises EngineFailed."""
+        while (item := await self._deltas.get()) is not None:
+            if isinstance(item, BespokeError):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """The client is gone or has everything: stop the engine if it still runs. Never blocks."""
+        self._stop("disconnected")
+
+    async def run(self) -> None:
+        """Stream from the engine to its end, whatever the client does, then settle or void."""
+        metrics = self._gateway.metrics
+        metrics.in_progress.inc()
+        watchdog = asyncio.get_running_loop().call_later(
+            self._gateway.request_timeout_s, self._stop, "timeout"
+        )
+        last: list[Delta] = []
+        finished: Finished | None = None
+        failure: BespokeError | None = None
+        try:
+            # The outer bound is for an engine that does not even answer the watchdog's abort.
+            async with asyncio.timeout(self._gateway.request_timeout_s + 30):
+                async for batch in self._engine.stream(self._request()):
+                    last = []
+                    for event in batch:
+                        match event:
+                            case Accepted():
+                                self._accept(event)
+                            case Delta():
+                                last.append(event)
+                            case Finished():
+                                finished = event
+                    self._count(last)
+                    if last and finished is None:
+                        self._deltas.put_nowait(last)
+        except BespokeError as error:
+            failure = error
+        except Exception as error:
+            log.exception("request %s failed", self.call.request_id)
+            failure = EngineUnavailable() if not self._accepted.done() else EngineFailed()
+            failure.__cause__ = error
+        watchdog.cancel()
+        self._done = True
+        if finished is not None:
+            self.tokens = Tokens(finished.prompt_tokens, finished.cached_tokens, finished.completion_tokens)
+        elif failure is None:
+            failure = EngineFailed()
+        if failure is None and self._stopped == "timeout":
+            failure = EngineFailed("The request took longer than the server allows.")
+        await self._settle_or_void(last, failure)
+        metrics.in_progress.dec()
+        if not self._accepted.done():
+            self._accepted.set_exception(failure or EngineUnavailable())
+            self._accepted.exception()  # retrieved: a client that left is not an unhandled error
+        if finished is not None and last:
+            self._deltas.put_nowait(last)
+        self._deltas.put_nowait(failure)
+
+    def _request(self) -> GenerationRequest:
+        return GenerationRequest(
+            self.call.request_id,
+            self.model.adapter,
+            self.call.prompt,
+            self.call.sampling,
+            cache_salt=self._principal.tenant,
+            length_param=self.call.length_param,
+        )
+
+    def _accept(self, event: Accepted) -> None:
+        self.tokens = Tokens(prompt=event.prompt_tokens)
+        if not self._accepted.done():
+            self._accepted.set_result(event)
+        if self._stopped:
+            self._abort()
+
+    def _count(self, deltas: list[Delta]) -> None:
+        if deltas and self._first_token_s is None:
+            self._first_token_s = monotonic()
+            self._gateway.metrics.ttft(self.model.base, self._first_token_s - self._started_s)
+        new = sum(delta.tokens for delta in deltas)
+        self.tokens = Tokens(self.tokens.prompt, self.tokens.cached, self.tokens.completion + new)
+
+    def _stop(self, why: str) -> None:
+        if self._done or self._stopped:
+            return
+        self._stopped = why
+        if self._accepted.done():
+            self._abort()  # otherwise as soon as the engine has accepted
+
+    def _abort(self) -> None:
+        async def abort() -> None:
+            try:
+                await self._engine.abort(self.call.request_id)
+            except BespokeError as error:
+                log.warning("request %s could not be aborted: %s", self.call.request_id, error)
+
+        self._stopping = asyncio.create_task(abort())
+
+    async def _settle_or_void(self, last: list[Delta], failure: BespokeError | None) -> None:
+        """Close the hold, however long the store is away (up to the lease, which then takes over)."""
+        ledger, hold, at = self._gateway.ledger, self._admitted.hold, self._gateway.now()
+        if self.tokens.completion == 0:
+            reason = type(failure).__name__ if failure else (self._stopped or "no tokens")
+            self.tokens = Tokens()
+            self._gateway.metrics.closed("void")
+
+            def close() -> bool:
+                return ledger.void(hold, reason, at=at)
+        else:
+            event = self._event(last, failure, at)
+            self._gateway.metrics.closed(event.status.value)
+            self._gateway.metrics.tokens(self.model.base, event.tokens)
+
+            def close() -> bool:
+                return ledger.settle(hold, event, at=at)
+
+        for delay_s in (*_CLOSE_RETRY_S, None):
+            try:
+                await asyncio.to_thread(close)
+                return
+            except StoreUnavailable:
+                if delay_s is None:
+                    log.error("request %s is not closed: the store stayed away", self.call.request_id)
+                    return
+                await asyncio.sleep(delay_s)
+
+    def _event(self, last: list[Delta], failure: BespokeError | None, at: datetime) -> UsageEvent:
+        accepted, adapter = self._accepted.result(), self.model.adapter
+        reasons = [delta.finish_reason for delta in last if delta.finish_reason]
+        if failure is not None:
+            status, reason = Status.FAILED, self._stopped or "error"
+        elif self._stopped and not reasons:
+            status, reason = Status.DISCONNECTED, "abort"
+        else:
+            status, reason = Status.COMPLETE, reasons[0] if reasons else None
+        first_s = self._first_token_s or monotonic()
+        return UsageEvent(
+            request_id=self.call.request_id,
+            tenant=self._principal.tenant,
+            key_id=self._principal.key_id,
+            model=self.model.name,
+            base=self.model.base,
+            adapter_version=adapter.model if adapter else None,
+            plan_id=self._admitted.price.id,
+            replica=accepted.replica,
+            boot=accepted.boot,
+            samples=self.call.sampling.n,
+            tokens=self.tokens,
+            cost_nanos=self._admitted.rates.cost_nanos(self.tokens),
+            status=status,
+            finish_reason=reason,
+            ttft_ms=round((first_s - self._started_s) * 1000),
+            latency_ms=round((monotonic() - self._started_s) * 1000),
+            created_at=at,
+        )

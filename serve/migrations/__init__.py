@@ -1,0 +1,1 @@
+"""Alembic's environment; `serve.db.Store.migrate` runs it, there is no alembic.ini."""

@@ -1,0 +1,11 @@
+"""Run by alembic; the connection is the caller's, so that migrating is one transaction."""
+
+from alembic import context
+
+from serve.db import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"], target_metadata=metadata, render_as_batch=True
+)
+with context.begin_transaction():
+    context.run_migrations()

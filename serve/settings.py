@@ -1,0 +1,109 @@
+"""All settings of the serving side, read from a profile (`configs/serve/*.yaml`) and `BESPOKE_*`.
+
+Only the roots (`deployment`, `app`, `cli` and its commands) see this object; below them settings
+travel as plain values. Unknown names are errors: a typing mistake must not silently mean a default.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+
+class EngineSettings(BaseSettings):
+    """How one vLLM engine is started. Names follow vLLM's where the meaning is the same."""
+
+    model_config = SettingsConfigDict(extra="forbid")
+
+    dtype: str = "auto"
+    max_model_len: int = Field(2048, ge=64)
+    max_num_seqs: int = Field(32, ge=1)
+    max_num_batched_tokens: int = Field(2048, ge=64)
+    max_loras: int = Field(4, ge=1)
+    max_cpu_loras: int = Field(64, ge=1)
+    max_lora_rank: int = Field(16, ge=1)
+    kv_cache_gib: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    device: str = Field("cpu", pattern="^(cpu|gpu)$")
+    enforce_eager: bool = False
+
+
+class LimitSettings(BaseSettings):
+    """Bounds on a request, checked before any work begins."""
+
+    model_config = SettingsConfigDict(extra="forbid")
+
+    body_bytes: int = Field(1 << 20, ge=1024)
+    messages: int = Field(256, ge=1)
+    n: int = Field(8, ge=1, le=64)
+    stop_sequences: int = Field(4, ge=1)
+    completion_tokens: int = Field(2048, ge=1)
+    ongoing_requests: int = Field(128, ge=1)
+    queued_requests: int = Field(256, ge=1)
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="BESPOKE_", env_nested_delimiter="__", extra="forbid", validate_default=True
+    )
+
+    home: Path = Path(".bespoke")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    bases: list[str] = ["smollm2-135m"]
+    database_url: str | None = None
+    gateway_replicas: int = Field(1, ge=1)
+    engine_replicas: int = Field(1, ge=1)
+    accept_timeout_s: float = Field(20.0, gt=0)
+    request_timeout_s: float = Field(600.0, gt=0)
+    engine: EngineSettings = EngineSettings()
+    limits: LimitSettings = LimitSettings()
+
+    @property
+    def bases_dir(self) -> Path:
+        return self.home / "bases"
+
+    @property
+    def adapters_dir(self) -> Path:
+        return self.home / "adapters"
+
+    @property
+    def invoices_dir(self) -> Path:
+        return self.home / "invoices"
+
+    @property
+    def store_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.home.resolve() / 'ledger.db'}"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # Strongest first: what the command line says, then the environment, then the profile.
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def load_settings(profile: Path | None = None, **overrides: Any) -> Settings:
+    """Settings from `profile` (YAML), `BESPOKE_*` and `overrides`; the last named wins.
+
+    Raises:
+        pydantic.ValidationError: names every unknown or ill-typed setting at once.
+    """
+    chosen = {name: value for name, value in overrides.items() if value is not None}
+
+    class Profiled(Settings):
+        model_config = SettingsConfigDict(yaml_file=profile)
+
+    return Settings.model_validate(Profiled(**chosen).model_dump()) if profile else Settings(**chosen)

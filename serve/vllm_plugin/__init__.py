@@ -1,0 +1,11 @@
+"""Repairs to vLLM, installed by its own plugin entry point (`vllm.general_plugins`).
+
+vLLM calls `register` in every process it starts, before the model is built.
+"""
+
+
+def register() -> None:
+    """Install the repairs that the installed vLLM still needs. Safe to call more than once."""
+    from serve.vllm_plugin import cpu_lora
+
+    cpu_lora.install()
