@@ -4,7 +4,6 @@ import importlib
 import sys
 from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
@@ -27,17 +26,17 @@ SUBCOMMANDS = {
 
 
 class LazyGroup(TyperGroup):
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(SUBCOMMANDS)
 
-    def get_command(self, ctx: click.Context, name: str) -> Any:
+    def get_command(self, ctx: Any, name: str) -> Any:
         if name not in SUBCOMMANDS:
             return None
         target, _ = SUBCOMMANDS[name]
         module, _, attribute = target.partition(":")
         return get_command(getattr(importlib.import_module(module), attribute))
 
-    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         self.format_usage(ctx, formatter)
         formatter.write_paragraph()
         formatter.write_text(self.help or "")

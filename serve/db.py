@@ -77,9 +77,11 @@ class Store:
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[sa.Connection]:
         try:
-            with self._engine.connect().execution_options(bespoke_write=write) as connection:
-                with connection.begin():
-                    yield connection
+            with (
+                self._engine.connect().execution_options(bespoke_write=write) as connection,
+                connection.begin(),
+            ):
+                yield connection
         except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
             raise StoreUnavailable() from error
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import psutil
 
-from quantize.card import read_card
+from quantize.card import verify
+from quantize.errors import CardMissing
 from serve.engine.base import Counters, Event, GenerationRequest
 from serve.engine.remote import RemoteEngine
 from serve.engine.vllm import VllmEngine
@@ -28,6 +29,7 @@ from serve.settings import Settings
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.proxy.middlewares")
 # The node's address is then 127.0.0.1, so that none of Ray's unauthenticated ports leaves the machine.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
@@ -45,7 +47,8 @@ APP_NAME = "bespoke"
 class EngineDeployment:
     """One vLLM replica of one base. Serve restarts it when `check_health` raises."""
 
-    async def __init__(self, settings: Settings, base: str) -> None:
+    async def __init__(self, settings: Settings, base: str) -> None:  # type: ignore[misc] # Serve awaits it
+        _keep_replica_port_on(settings.host)
         replica = ray_serve.get_replica_context().replica_id.unique_id
         self._engine = await VllmEngine.start(
             base, settings.bases_dir / base, settings.adapters_dir, settings.engine, replica
@@ -74,6 +77,7 @@ class GatewayDeployment:
     """One gateway replica: an ASGI app, built inside the replica, that loads neither torch nor vLLM."""
 
     def __init__(self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> None:
+        _keep_replica_port_on(settings.host)
         self._settings = settings
         self._engines = {
             base: RemoteEngine(
@@ -108,7 +112,7 @@ def classify(error: BaseException) -> BespokeError | None:
 def build(settings: Settings) -> Any:
     """The Serve application: one gateway in front of one engine deployment per base.
 
-    Raises OperatorError if a base is not there.
+    Raises OperatorError if a base is not there, QuantizeError if its bytes are not those of its card.
     """
     engine = ray_serve.deployment(EngineDeployment)
     engines, contexts = {}, {}
@@ -191,7 +195,7 @@ class Service:
             self._children += psutil.Process().children(recursive=True)
         if ray.is_initialized():
             with contextlib.suppress(Exception):
-                ray_serve.shutdown()
+                ray_serve.delete(APP_NAME)
             ray.shutdown()
         _, alive = psutil.wait_procs(self._children, timeout=10)
         for process in alive:
@@ -202,16 +206,34 @@ class Service:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
 
+def _keep_replica_port_on(host: str) -> None:
+    """Bind this replica's inter-deployment gRPC port to loopback when the service is on loopback.
+
+    Ray 2.60 binds it to every interface (serve/_private/replica.py, `"[::]:0"`), unauthenticated, and what
+    arrives there is unpickled. Ray opens it after the deployment's constructor, so this is in time.
+    """
+    from ray.serve._private import replica
+
+    bind = replica.add_port_to_grpc_server
+    if host in ("127.0.0.1", "::1", "localhost") and bind.__module__.startswith("ray."):
+
+        def bind_loopback(server: Any, address: str) -> int:
+            return int(bind(server, address.replace("[::]:", "127.0.0.1:")))
+
+        replica.add_port_to_grpc_server = bind_loopback
+
+
 def _gpus(settings: Settings) -> int:
     return settings.engine.tensor_parallel_size if settings.engine.device == "gpu" else 0
 
 
 def _context_tokens_max(base_dir: Path) -> int:
     try:
-        return read_card(base_dir).max_context_tokens
-    except OSError as error:
+        return verify(base_dir).max_context_tokens
+    except CardMissing as error:
         raise OperatorError(
-            f"There is no base '{base_dir.name}'; make it with: bespoke base import configs/bases/{base_dir.name}.yaml"
+            f"There is no base '{base_dir.name}'; make it with: "
+            f"bespoke base import configs/bases/{base_dir.name}.yaml"
         ) from error
 
 

@@ -6,6 +6,7 @@ makes it stop the engine, and then it settles what the engine says was generated
 """
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -83,7 +84,9 @@ class Gateway:
         """
         admitted = await asyncio.to_thread(self._admit, principal, call)
         generation = Generation(self, principal, call, admitted, self._engines[admitted.model.base])
-        task = asyncio.create_task(generation.run())
+        # An empty context: Ray Serve keeps a request's identity in context variables and cancels all that
+        # was called under it when the client leaves, which would cut off the engine's last count.
+        task = asyncio.create_task(generation.run(), context=contextvars.Context())
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         await generation.wait_accepted()
@@ -197,7 +200,7 @@ class Generation:
                         self._deltas.put_nowait(last)
         except BespokeError as error:
             failure = error
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:  # even a shutdown leaves no hold behind
             log.exception("request %s failed", self.call.request_id)
             failure = EngineUnavailable() if not self._accepted.done() else EngineFailed()
             failure.__cause__ = error
@@ -289,6 +292,8 @@ class Generation:
     def _event(self, last: list[Delta], failure: BespokeError | None, at: datetime) -> UsageEvent:
         accepted, adapter = self._accepted.result(), self.model.adapter
         reasons = [delta.finish_reason for delta in last if delta.finish_reason]
+        status: Status
+        reason: str | None
         if failure is not None:
             status, reason = Status.FAILED, self._stopped or "error"
         elif self._stopped and not reasons:

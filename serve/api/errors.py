@@ -41,7 +41,7 @@ def status_of(error: errors.BespokeError) -> tuple[int, str, str | None]:
 
 def body_of(error: errors.BespokeError) -> dict[str, Any]:
     """The OpenAI-shaped body; also what an SSE error event carries."""
-    status, kind, code = status_of(error)
+    _, kind, code = status_of(error)
     param = None
     if isinstance(error, errors.InvalidRequest):
         param, code = error.param, error.code or code

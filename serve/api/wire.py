@@ -7,6 +7,7 @@ change the answer but are not implemented are refused by name: silence would be 
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from serve.engine.base import Message, Sampling
 from serve.errors import InvalidRequest
@@ -193,12 +194,20 @@ def parse(kind: type[Body], body: bytes) -> Body:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        # Positions in lists stay, names of union branches go: messages.0.content, not ….content.str
-        path = [str(part) for part in first["loc"] if isinstance(part, int) or part in _FIELDS]
-        param = ".".join(path) or None
-        text = "The body is not valid JSON." if first["type"] == "json_invalid" else first["msg"]
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        field = _path(found[0])
+        # A field of several types has an error for each; the deepest one is of the type that was meant.
+        deepest = max(
+            (one for one in found if _path(one)[: len(field)] == field), key=lambda e: len(_path(e))
+        )
+        param = ".".join(_path(deepest)) or None
+        text = "The body is not valid JSON." if deepest["type"] == "json_invalid" else deepest["msg"]
         raise InvalidRequest(f"{param}: {text}" if param else text, param, "invalid_value") from None
+
+
+def _path(error: ErrorDetails) -> list[str]:
+    """Positions in lists stay, names of union branches go: messages.0.content, not ….content.str."""
+    return [str(part) for part in error["loc"] if isinstance(part, int) or part in _FIELDS]
 
 
 def _bound(param: str, value: int, limit: int, noun: str = "") -> None:

@@ -12,6 +12,18 @@ from fpdf.fonts import FontFace
 from serve.billing.invoice import Invoice, InvoiceLine, period_bounds, period_name
 from serve.billing.money import cents, usd
 
+CSV_COLUMNS = (
+    "invoice",
+    "tenant",
+    "period",
+    "model",
+    "price",
+    "requests",
+    "class",
+    "tokens",
+    "usd_per_million_tokens",
+    "amount_usd",
+)
 INK, MUTED, RULE = (25, 28, 36), (105, 112, 125), (214, 218, 226)
 
 
@@ -20,10 +32,7 @@ def write_csv(invoice: Invoice, path: Path) -> None:
     document = invoice.document
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["invoice", "tenant", "period", "model", "price", "requests"]
-        + ["class", "tokens", "usd_per_million_tokens", "amount_usd"]
-    )
+    writer.writerow(CSV_COLUMNS)
     head = [invoice.number, document.tenant, document.period]
     for line in document.lines:
         first = True
@@ -54,8 +63,9 @@ def write_pdf(invoice: Invoice, path: Path) -> None:
     pdf.multi_cell(
         0,
         4,
-        "Token counts are those of the inference engine. Cached prompt tokens are part of the prompt that was "
-        "served from your own prefix cache. A request that was broken off is billed for what had been generated. "
+        "Token counts are those of the inference engine. Cached prompt tokens are part of the prompt that "
+        "was served from your own prefix cache. A request that was broken off is billed for what had been "
+        "generated. "
         f"Exact total: {usd(document.total_nanos)} {document.currency}.",
     )
     pdf.output(str(path))

@@ -68,7 +68,7 @@ def engine_counts(url: str) -> list[EngineCount]:
                 who = (sample.labels["base"], sample.labels["replica"], sample.labels["boot"])
                 prefix = "probe_" if family.name == "bespoke_probe_tokens" else ""
                 counts.setdefault(who, {})[f"{prefix}{sample.labels['class']}_tokens"] = int(sample.value)
-    return [EngineCount(*who, **values) for who, values in sorted(counts.items())]
+    return [EngineCount(*who, **values) for who, values in sorted(counts.items())]  # type: ignore[arg-type]
 
 
 def _add_rows(rows: Table, entry: Reconciliation) -> None:

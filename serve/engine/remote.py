@@ -11,6 +11,8 @@ from typing import Any
 from serve.engine.base import Counters, Event, GenerationRequest
 from serve.errors import BespokeError, EngineFailed, EngineUnavailable, Overloaded
 
+LIVENESS_INTERVAL_S = 2.0
+
 Classify = Callable[[BaseException], BespokeError | None]
 
 
@@ -35,15 +37,12 @@ class RemoteEngine:
         batches = self._streaming.stream.remote(request)
         accepted = finished = False
         try:
-            while True:
-                timeout_s = None if accepted else self._accept_timeout_s
-                batch: list[Event] = await asyncio.wait_for(anext(batches), timeout_s)
-                accepted = True
+            first = await self._first(batches)
+            accepted = True
+            yield first
+            async for batch in batches:
                 yield batch
-        except StopAsyncIteration:
             finished = True
-        except TimeoutError as error:
-            raise EngineUnavailable() from error
         except (asyncio.CancelledError, GeneratorExit):
             raise
         except BaseException as error:
@@ -51,6 +50,22 @@ class RemoteEngine:
         finally:
             if not finished:
                 batches.cancel()
+
+    async def _first(self, batches: Any) -> list[Event]:
+        """The first batch, or EngineUnavailable: soon if no replica lives, else after the time-out."""
+        first = asyncio.ensure_future(anext(batches))
+        try:
+            async with asyncio.timeout(self._accept_timeout_s):
+                while not first.done():
+                    await asyncio.wait({first}, timeout=LIVENESS_INTERVAL_S)
+                    if not first.done():
+                        await self.counters()  # Ray would queue for a replica that may never come
+        except TimeoutError as error:
+            raise EngineUnavailable() from error
+        finally:
+            first.cancel()
+        batch: list[Event] = first.result()
+        return batch
 
     async def abort(self, request_id: str) -> None:
         """Told to every replica: only the one that has the request acts on it."""
@@ -63,10 +78,9 @@ class RemoteEngine:
         try:
             response = self._handle.broadcast(method, *args)
             results = await response.results_async(timeout_s=self._accept_timeout_s)
-        except TimeoutError as error:
-            raise EngineUnavailable() from error
         except Exception as error:
-            raise self._translate(error, accepted=False) from error
+            timed_out = isinstance(error, TimeoutError)
+            raise EngineUnavailable() if timed_out else self._translate(error, accepted=False) from error
         if not results:
             raise EngineUnavailable()
         return list(results)

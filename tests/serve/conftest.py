@@ -1,0 +1,160 @@
+"""Unit tests get a fresh store; tests of behaviour share one real gateway with a real engine."""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import sqlalchemy as sa
+
+from serve.adapters import Catalogue
+from serve.billing.ledger import Ledger
+from serve.billing.pricing import PricePlan, Prices, PriceVersion, Rates
+from serve.billing.usage import usage_table
+from serve.db import Store
+from serve.settings import EngineSettings, Settings
+from serve.tenants import Principal, Tenants, server_secret
+
+NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = "tiny"
+TENANTS = ("lumen-bikes", "tidewater-tea")
+
+RATES = Rates(
+    prompt_nanos_per_mtok=100_000_000,
+    cached_prompt_nanos_per_mtok=50_000_000,
+    completion_nanos_per_mtok=400_000_000,
+)
+PLAN = PricePlan(name="standard", currency="USD", base=RATES, adapter=RATES)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(f"sqlite:///{tmp_path / 'ledger.db'}")
+    store.migrate()
+    yield store
+    store.close()
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A store with one tenant that may buy."""
+
+    store: Store
+    tenants: Tenants
+    ledger: Ledger
+    principal: Principal
+    secret: str
+    price: PriceVersion
+
+
+@pytest.fixture
+def shop(store: Store, tmp_path: Path) -> Shop:
+    tenants = Tenants(store, server_secret(tmp_path))
+    tenants.create("acme", at=NOON)
+    key, secret = tenants.create_key("acme", at=NOON)
+    prices = Prices(store)
+    price = prices.publish(PLAN, at=NOON)
+    prices.subscribe("acme", "standard", at=NOON)
+    ledger = Ledger(store)
+    ledger.open_account("acme", 1_000_000_000)
+    return Shop(store, tenants, ledger, Principal("acme", key.id, key.scopes), secret, price)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60, interval_s: float = 0.05) -> None:
+    """Fails the test if `condition` does not come true in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "the condition did not come true in time"
+        time.sleep(interval_s)
+
+
+@dataclass(frozen=True)
+class Live:
+    """The running gateway, as its users see it, and its store, as its operator sees it."""
+
+    url: str
+    settings: Settings
+    store: Store
+    keys: dict[str, str]
+
+    def client(self, tenant: str = TENANTS[0]) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[tenant], max_retries=0, timeout=120)
+
+    def post(self, body: object, *, tenant: str = TENANTS[0], **headers: str) -> httpx.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return httpx.post(
+            f"{self.url}/v1/chat/completions",
+            content=content,
+            headers={"Authorization": f"Bearer {self.keys[tenant]}"} | headers,
+            timeout=120,
+        )
+
+    def wait_idle(self) -> None:
+        wait_until(lambda: not Ledger(self.store).open_holds())
+
+    def last_event(self) -> dict[str, object]:
+        query = sa.select(usage_table).order_by(usage_table.c.id.desc()).limit(1)
+        with self.store.read() as connection:
+            return dict(connection.execute(query).mappings().one())
+
+    def count_events(self) -> int:
+        with self.store.read() as connection:
+            return connection.execute(sa.select(sa.func.count()).select_from(usage_table)).scalar_one()
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """State with the tiny base and one tiny adapter per tenant, made by the real pipeline."""
+    from finetune.job import load_job, run
+    from quantize.base import import_base
+    from quantize.spec import BaseSpec, read_spec
+
+    home = tmp_path_factory.mktemp("home")
+    import_base(read_spec(CONFIGS / "bases" / "tiny.yaml", BaseSpec), home / "bases")
+    for tenant in TENANTS:
+        job = load_job(CONFIGS / "demo" / f"{tenant}.yaml")
+        tiny = job.model_copy(update={"base": TINY})
+        run(tiny, bases_root=home / "bases", adapters_root=home / "adapters", work_root=home / "jobs")
+    return home
+
+
+@pytest.fixture(scope="session")
+def live(home: Path) -> Iterator[Live]:
+    """One gateway and one engine for the whole run, on a free port."""
+    from serve.adapters import newest_published
+    from serve.deployment import Service
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = Settings(
+        home=home,
+        port=port,
+        bases=[TINY],
+        accept_timeout_s=15,
+        # Two slots for two adapters and the base: the batches in which vLLM's CPU LoRA mixes customers up.
+        engine=EngineSettings(dtype="float32", max_model_len=1024, max_loras=2, enforce_eager=True),
+    )
+    store = Store(settings.store_url)
+    store.migrate()
+    tenants, prices = Tenants(store, server_secret(home)), Prices(store)
+    prices.publish(PLAN, at=NOON)
+    keys = {}
+    for tenant in TENANTS:
+        tenants.create(tenant, at=NOON)
+        Ledger(store).open_account(tenant, 10**12)
+        prices.subscribe(tenant, "standard", at=NOON)
+        catalogue = Catalogue(store, [TINY])
+        adapter = catalogue.register(newest_published(settings.adapters_dir, tenant, "support"), at=NOON)
+        catalogue.promote(adapter, at=NOON)
+        _, keys[tenant] = tenants.create_key(tenant, at=NOON)
+    with Service(settings) as service:
+        yield Live(service.url, settings, store, keys)
+    store.close()

@@ -1,0 +1,115 @@
+"""The repaired CPU LoRA path against the formula, and against what vLLM does without the repair."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+SLOTS, RANK, SIZE, WIDTHS = 2, 4, 8, (8, 4)
+
+
+class Wrapper:
+    """What the linear path reads of PunicaWrapperCPU: the groups of rows of this step."""
+
+    def __init__(self, slots: list[int]) -> None:
+        self.slots = torch.tensor(slots)
+        self.indices_len = [len(slots)]
+        present = sorted({slot for slot in slots if slot >= 0})
+        self.bespoke_groups = [(slot, (self.slots == slot).nonzero().squeeze(1)) for slot in present]
+
+
+@pytest.fixture
+def weights() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    a = tuple(torch.randn(SLOTS, 1, RANK, SIZE) for _ in WIDTHS)
+    b = tuple(torch.randn(SLOTS, 1, width, RANK) for width in WIDTHS)
+    return a, b
+
+
+def expected(slots: list[int], x: Any, y: Any, a: Any, b: Any, scale: float) -> Any:
+    want = y.clone()
+    for row, slot in enumerate(slots):
+        if slot >= 0:
+            want[row] += scale * torch.cat(
+                [b[i][slot, 0] @ (a[i][slot, 0] @ x[row]) for i in range(len(WIDTHS))]
+            )
+    return want
+
+
+@pytest.mark.parametrize(
+    "slots", [[0, 0, 0], [1, -1, 0, 1, -1], [-1, -1], [-1, 1]], ids=lambda slots: ",".join(map(str, slots))
+)
+def test_each_token_gets_its_own_adapters_delta_and_base_tokens_none(slots: list[int], weights: Any) -> None:
+    from serve.vllm_plugin.cpu_lora import _add_lora_linear
+
+    a, b = weights
+    x, y = torch.randn(len(slots), SIZE), torch.randn(len(slots), sum(WIDTHS))
+    want = expected(slots, x, y, a, b, 0.5)
+    _add_lora_linear(Wrapper(slots), y, x, a, b, 0.5, WIDTHS)
+    torch.testing.assert_close(y, want)
+
+
+@pytest.fixture
+def punica() -> Iterator[Any]:
+    """PunicaWrapperCPU as vLLM ships it, put back afterwards."""
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    wrapper = punica_cpu.PunicaWrapperCPU
+    kept = dict(vars(punica_cpu)), dict(vars(wrapper))
+    yield punica_cpu
+    for name in set(vars(wrapper)) - set(kept[1]):
+        delattr(wrapper, name)
+    for name in ("add_lora_linear", "_expand_prefill"):
+        setattr(wrapper, name, kept[1][name])
+    vars(punica_cpu).update(kept[0])
+
+
+def metadata(wrapper: Any, slots: list[int]) -> None:
+    from vllm.lora.layers import LoRAMapping
+
+    mapping = LoRAMapping(
+        tuple(slot + 1 for slot in slots), tuple(slot + 1 for slot in slots), is_prefill=True
+    )
+    wrapper.update_metadata(mapping, [1, 2], SLOTS, 100)
+
+
+def run_linear(punica: Any, slots: list[int], weights: Any) -> tuple[Any, Any]:
+    a, b = weights
+    wrapper = punica.PunicaWrapperCPU(64, 8, "cpu", max_loras=SLOTS)
+    metadata(wrapper, slots)
+    x, y = torch.randn(len(slots), SIZE), torch.zeros(len(slots), sum(WIDTHS))
+    want = expected(slots, x, y, a, b, 1.0)
+    wrapper.add_lora_linear(y, x, a, b, 1.0, WIDTHS)
+    return y, want
+
+
+def test_vllm_without_the_repair_gives_base_tokens_somebody_elses_adapter(punica: Any, weights: Any) -> None:
+    from serve.vllm_plugin.cpu_lora import needed
+
+    assert needed(), "vLLM has fixed 48421: the repair can go"
+    got, want = run_linear(punica, [0, -1, 1], weights)
+    assert not torch.allclose(got[1], want[1])
+
+
+def test_the_installed_repair_gives_every_token_what_the_formula_says(punica: Any, weights: Any) -> None:
+    from serve.vllm_plugin import register
+
+    register()
+    register()  # vLLM calls it in every process, perhaps more than once
+    got, want = run_linear(punica, [0, -1, 1, -1], weights)
+    torch.testing.assert_close(got, want)
+
+
+def test_the_repaired_logits_path_leaves_base_tokens_alone(punica: Any, weights: Any) -> None:
+    from serve.vllm_plugin import register
+
+    register()
+    a, b = weights
+    wrapper = punica.PunicaWrapperCPU(64, 8, "cpu", max_loras=SLOTS)
+    metadata(wrapper, [1, -1])
+    x, y = torch.randn(2, SIZE), torch.zeros(2, WIDTHS[0])
+    wrapper.add_lora_logits(y, x, a[0], b[0], 1.0)
+    torch.testing.assert_close(y[0], b[0][1, 0] @ (a[0][1, 0] @ x[0]))
+    assert not y[1].any()

@@ -1,0 +1,71 @@
+"""One tree, one map: every error has a status, an OpenAI shape and survives a process boundary."""
+
+import pickle
+from collections.abc import Iterator
+
+import pytest
+
+from serve import errors
+from serve.api.errors import STATUS, body_of, render, status_of
+
+EXAMPLES = [
+    errors.InvalidRequest("no", "n", "invalid_value"),
+    errors.BodyTooLarge(10),
+    errors.ContextLengthExceeded(2048, 2000, 100, "max_tokens"),
+    errors.Unauthenticated(),
+    errors.PermissionDenied("inference"),
+    errors.NotFound(),
+    errors.MethodNotAllowed(),
+    errors.ModelNotFound("x"),
+    errors.InsufficientCredit("acme", 5, 3),
+    errors.NotBillable("acme"),
+    errors.Unavailable("later"),
+    errors.EngineUnavailable(),
+    errors.Overloaded(),
+    errors.StoreUnavailable(),
+    errors.ClientGone(),
+    errors.EngineFailed(),
+    errors.OperatorError("secret detail"),
+    errors.AlreadyExists("secret detail"),
+    errors.UnknownRecord("secret detail"),
+    errors.CatalogueError("secret detail"),
+    errors.ReconciliationFailed("secret detail"),
+]
+
+
+def subclasses(cls: type) -> Iterator[type]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from subclasses(child)
+
+
+def test_every_error_has_an_example_here() -> None:
+    ours = {cls for cls in subclasses(errors.BespokeError) if cls.__module__ == "serve.errors"}
+    assert {type(example) for example in EXAMPLES} == ours
+
+
+def test_every_branch_of_the_tree_is_mapped() -> None:
+    for cls in errors.BespokeError.__subclasses__():
+        assert cls in STATUS
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_an_error_survives_a_process_boundary(error: errors.BespokeError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert copy.__dict__ == error.__dict__
+    assert body_of(copy) == body_of(error)
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_an_error_is_openai_shaped(error: errors.BespokeError) -> None:
+    body = body_of(error)["error"]
+    assert set(body) == {"message", "type", "param", "code"}
+    assert body["message"]
+    assert "secret" not in body["message"]
+    status, _, _ = status_of(error)
+    assert 400 <= status <= 503
+
+
+def test_unavailable_says_when_to_come_back() -> None:
+    assert render(errors.StoreUnavailable()).headers["retry-after"] == "5"

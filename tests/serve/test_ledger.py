@@ -1,0 +1,193 @@
+"""Invariants 3, 4 and 7: settle or void exactly once, integers, no overshoot."""
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from serve.billing.ledger import Hold, Ledger, transfers_table
+from serve.billing.pricing import Prices, Tokens
+from serve.billing.usage import Status, Usage, UsageEvent
+from serve.db import Store
+from serve.errors import InsufficientCredit
+from serve.tenants import Principal, Tenants
+from tests.serve.conftest import NOON, PLAN, Shop
+
+LEASE = timedelta(minutes=10)
+
+
+def hold(shop: Shop, request_id: str, amount_nanos: int) -> Hold:
+    made = Hold(request_id, "acme", amount_nanos)
+    with shop.store.write() as connection:
+        shop.ledger.hold(connection, made, at=NOON, lease=LEASE)
+    return made
+
+
+def event(shop: Shop, request_id: str, cost_nanos: int = 700) -> UsageEvent:
+    return UsageEvent(
+        request_id=request_id,
+        tenant="acme",
+        key_id=shop.principal.key_id,
+        model="tiny",
+        base="tiny",
+        adapter_version=None,
+        plan_id=shop.price.id,
+        replica="r",
+        boot="b",
+        samples=1,
+        tokens=Tokens(10, 4, 5),
+        cost_nanos=cost_nanos,
+        status=Status.COMPLETE,
+        finish_reason="stop",
+        ttft_ms=1,
+        latency_ms=2,
+        created_at=NOON,
+    )
+
+
+def test_settling_charges_the_cost_and_gives_back_the_rest_of_the_hold(shop: Shop) -> None:
+    made = hold(shop, "r1", 1000)
+    assert shop.ledger.account("acme").held_nanos == 1000
+    assert shop.ledger.settle(made, event(shop, "r1"), at=NOON)
+    account = shop.ledger.account("acme")
+    assert (account.held_nanos, account.spent_nanos) == (0, 700)
+
+
+def test_voiding_gives_back_everything(shop: Shop) -> None:
+    made = hold(shop, "r1", 1000)
+    assert shop.ledger.void(made, "test", at=NOON)
+    account = shop.ledger.account("acme")
+    assert (account.held_nanos, account.spent_nanos) == (0, 0)
+    assert not shop.ledger.open_holds()
+
+
+@pytest.mark.parametrize("first", ["settle", "void"])
+def test_a_closed_request_cannot_be_closed_again(shop: Shop, first: str) -> None:
+    made = hold(shop, "r1", 1000)
+    close = {
+        "settle": lambda: shop.ledger.settle(made, event(shop, "r1"), at=NOON),
+        "void": lambda: shop.ledger.void(made, "test", at=NOON),
+    }
+    assert close[first]()
+    before = shop.ledger.account("acme")
+    assert not close["settle"]()
+    assert not close["void"]()
+    assert shop.ledger.account("acme") == before
+
+
+def test_a_settle_that_fails_half_way_leaves_nothing_behind(shop: Shop) -> None:
+    first = hold(shop, "r1", 1000)
+    shop.ledger.settle(first, event(shop, "r1"), at=NOON)
+    second = hold(shop, "r2", 1000)
+    with pytest.raises(sa.exc.IntegrityError):
+        shop.ledger.settle(second, event(shop, "r1"), at=NOON)  # an event that exists already
+    assert shop.ledger.open_holds() == [second]
+    assert shop.ledger.account("acme").held_nanos == 1000
+
+
+def test_a_hold_beyond_the_credit_is_refused_and_leaves_nothing_behind(shop: Shop) -> None:
+    with pytest.raises(InsufficientCredit) as refused:
+        hold(shop, "r1", 1_000_000_001)
+    assert refused.value.available_nanos == 1_000_000_000
+    assert not shop.ledger.open_holds()
+    assert shop.ledger.account("acme").held_nanos == 0
+
+
+def test_parallel_holds_never_overshoot_the_credit(shop: Shop) -> None:
+    def attempt(number: int) -> bool:
+        try:
+            hold(shop, f"r{number}", 150_000_000)
+        except InsufficientCredit:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        admitted = sum(pool.map(attempt, range(40)))
+    assert admitted == 6
+    assert shop.ledger.account("acme").available_nanos == 100_000_000
+
+
+def test_an_expired_hold_is_voided_once_and_a_live_one_is_left_alone(shop: Shop) -> None:
+    hold(shop, "r1", 1000)
+    assert shop.ledger.void_expired(at=NOON + LEASE) == 0
+    assert shop.ledger.void_expired(at=NOON + LEASE + timedelta(seconds=1)) == 1
+    assert shop.ledger.void_expired(at=NOON + LEASE + timedelta(seconds=1)) == 0
+    assert shop.ledger.account("acme").held_nanos == 0
+
+
+def test_totals_count_the_prompt_once_for_the_customer_and_per_sample_for_the_engine(shop: Shop) -> None:
+    made = hold(shop, "r1", 1000)
+    one = event(shop, "r1")
+    two_samples = UsageEvent(**{name: getattr(one, name) for name in one.__slots__} | {"samples": 2})
+    shop.ledger.settle(made, two_samples, at=NOON)
+    usage = Usage(shop.store)
+    assert [total.tokens for total in usage.totals()] == [Tokens(10, 4, 5)]
+    assert usage.by_engine()["r", "b"].prompt_tokens == 20
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Whatever is done in whatever order, the account is what the transfers say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.store = Store(f"sqlite:///{self.folder.name}/ledger.db")
+        self.store.migrate()
+        tenants = Tenants(self.store, b"secret")
+        tenants.create("acme", at=NOON)
+        key, secret = tenants.create_key("acme", at=NOON)
+        price = Prices(self.store).publish(PLAN, at=NOON)
+        ledger = Ledger(self.store)
+        ledger.open_account("acme", 5000)
+        principal = Principal("acme", key.id, key.scopes)
+        self.shop = Shop(self.store, tenants, ledger, principal, secret, price)
+        self.holds: list[Hold] = []
+
+    def teardown(self) -> None:
+        self.store.close()
+        self.folder.cleanup()
+
+    @rule(amount=st.integers(0, 2000))
+    def reserve(self, amount: int) -> None:
+        available = self.shop.ledger.account("acme").available_nanos
+        try:
+            self.holds.append(hold(self.shop, f"r{len(self.holds)}", amount))
+        except InsufficientCredit:
+            assert amount > available
+
+    @rule(data=st.data(), share=st.floats(0, 1))
+    def settle(self, data: st.DataObject, share: float) -> None:
+        if self.holds:
+            made = data.draw(st.sampled_from(self.holds))
+            cost = int(made.amount_nanos * share)
+            self.shop.ledger.settle(made, event(self.shop, made.request_id, cost), at=NOON)
+
+    @rule(data=st.data())
+    def void(self, data: st.DataObject) -> None:
+        if self.holds:
+            self.shop.ledger.void(data.draw(st.sampled_from(self.holds)), "test", at=NOON)
+
+    @rule()
+    def expire(self) -> None:
+        self.shop.ledger.void_expired(at=NOON + 2 * LEASE)
+
+    @invariant()
+    def account_is_the_sum_of_its_transfers(self) -> None:
+        account = self.shop.ledger.account("acme")
+        c = transfers_table.c
+        with self.store.read() as connection:
+            spent = connection.execute(
+                sa.select(sa.func.sum(c.amount_nanos)).where(c.kind == "settle")
+            ).scalar()
+        assert account.spent_nanos == (spent or 0)
+        assert account.held_nanos == sum(one.amount_nanos for one in self.shop.ledger.open_holds())
+        assert account.available_nanos >= 0
+
+
+TestLedgerMachine = LedgerMachine.TestCase
+TestLedgerMachine.settings = settings(max_examples=25, stateful_step_count=20)
