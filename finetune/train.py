@@ -141,10 +141,8 @@ def _batches(rows: int, recipe: Recipe) -> Iterator[list[int]]:
 
 
 def _schedule(step: int, steps: int, warmup: int) -> float:
-    """Learning rate as a share of its peak: up in a line over `warmup` steps, then down half a cosine."""
-    if step <= warmup:
-        return step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1)))
+    """Learning rate as a share of its peak: straight up over `warmup` steps, then straight down to nearly 0."""
+    return step / warmup if step <= warmup else (steps - step + 1) / (steps - warmup + 1)
 
 
 @contextmanager

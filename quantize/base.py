@@ -128,6 +128,7 @@ def _random(shape: RandomLlama, tokenizer: Any) -> Any:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.attention_heads,
         num_key_value_heads=shape.key_value_heads,
+        head_dim=shape.head_size,
         max_position_embeddings=shape.max_context_tokens,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,

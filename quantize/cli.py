@@ -24,7 +24,7 @@ base_app = typer.Typer(help="Import and inspect base models.", no_args_is_help=T
 quantize_app = typer.Typer(help="Quantize base models, and read what it cost.", no_args_is_help=True)
 
 Home = Annotated[Path, typer.Option("--home", envvar="BESPOKE_HOME", help="Where Bespoke keeps its state.")]
-SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="A file under configs/.", exists=True, dir_okay=False)]
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="A file under configs/.")]
 BaseArgument = Annotated[str, typer.Argument(metavar="NAME", help="A base's name.")]
 DEFAULT_HOME = Path(".bespoke")
 

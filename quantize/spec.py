@@ -37,6 +37,7 @@ class RandomLlama(Spec):
     layers: Count
     attention_heads: Count
     key_value_heads: Count
+    head_size: Count
     max_context_tokens: Count
 
 

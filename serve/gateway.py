@@ -82,6 +82,16 @@ class Gateway:
             ModelNotFound, NotBillable, InsufficientCredit, StoreUnavailable: nothing is held.
             ContextLengthExceeded, EngineUnavailable, Overloaded: the hold is voided.
         """
+        starting = asyncio.create_task(self._start(principal, call))
+        try:
+            generation = await asyncio.shield(starting)  # a hold may be on its way to the store
+        except asyncio.CancelledError:
+            starting.add_done_callback(_close_when_started)
+            raise
+        await generation.wait_accepted()
+        return generation
+
+    async def _start(self, principal: Principal, call: Call) -> "Generation":
         admitted = await asyncio.to_thread(self._admit, principal, call)
         generation = Generation(self, principal, call, admitted, self._engines[admitted.model.base])
         # An empty context: Ray Serve keeps a request's identity in context variables and cancels all that
@@ -89,7 +99,6 @@ class Gateway:
         task = asyncio.create_task(generation.run(), context=contextvars.Context())
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        await generation.wait_accepted()
         return generation
 
     async def void_expired(self) -> int:
@@ -130,6 +139,11 @@ def prompt_tokens_max(prompt: tuple[Message, ...] | str, context_tokens: int) ->
     else:
         bound = _TEMPLATE_TOKENS + sum(len(m.content.encode()) + _MESSAGE_TOKENS for m in prompt)
     return min(bound, context_tokens)
+
+
+def _close_when_started(starting: "asyncio.Task[Generation]") -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().close()
 
 
 class Generation:
@@ -209,7 +223,7 @@ class Generation:
         if finished is not None:
             self.tokens = Tokens(finished.prompt_tokens, finished.cached_tokens, finished.completion_tokens)
         elif failure is None:
-            failure = EngineFailed()
+            failure = EngineFailed() if self._accepted.done() else EngineUnavailable()
         if failure is None and self._stopped == "timeout":
             failure = EngineFailed("The request took longer than the server allows.")
         await self._settle_or_void(last, failure)

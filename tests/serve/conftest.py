@@ -120,8 +120,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import_base(read_spec(CONFIGS / "bases" / "tiny.yaml", BaseSpec), home / "bases")
     for tenant in TENANTS:
         job = load_job(CONFIGS / "demo" / f"{tenant}.yaml")
-        tiny = job.model_copy(update={"base": TINY})
-        run(tiny, bases_root=home / "bases", adapters_root=home / "adapters", work_root=home / "jobs")
+        recipe = job.recipe.model_copy(update={"top_layers": None})
+        tiny = job.model_copy(update={"base": TINY, "recipe": recipe})
+        run(tiny, bases=home / "bases", adapters=home / "adapters")
     return home
 
 

