@@ -141,7 +141,7 @@ def _batches(rows: int, recipe: Recipe) -> Iterator[list[int]]:
 
 
 def _schedule(step: int, steps: int, warmup: int) -> float:
-    """Learning rate as a share of its peak: straight up over `warmup` steps, then straight down to nearly 0."""
+    """Learning rate as a share of its peak: up in a line over `warmup` steps, then down to nearly 0."""
     return step / warmup if step <= warmup else (steps - step + 1) / (steps - warmup + 1)
 
 

@@ -6,16 +6,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GgufConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
-
 from quantize.card import (
     WEIGHTS,
     BaseCard,
@@ -27,7 +17,7 @@ from quantize.card import (
 )
 from quantize.errors import SourceMissing
 from quantize.progress import OnProgress, silent
-from quantize.spec import BaseSpec, GgufSource, RandomLlama, recipe_sha256
+from quantize.spec import BaseSpec, GgufSource, recipe_sha256
 from quantize.store import base_dir, is_current, locked, staged
 
 
@@ -47,13 +37,18 @@ def import_base(spec: BaseSpec, bases_root: Path, on_progress: OnProgress = sile
         on_progress("verifying the source", 0.05)
         gguf = _locate(spec.gguf)
         check_sha256(gguf, spec.gguf.sha256)
+        from quantize import checkpoint  # torch: seconds that a base which is there need not cost
+
         with staged(home) as draft:
             on_progress("reading the tokenizer", 0.1)
-            tokenizer = _load_tokenizer(gguf)
+            tokenizer = checkpoint.load_tokenizer(gguf)
             on_progress("loading the weights", 0.2)
-            model = _random(spec.random_llama, tokenizer) if spec.random_llama else _dequantized(gguf)
+            if spec.random_llama is None:
+                model = checkpoint.dequantized(gguf)
+            else:
+                model = checkpoint.random_llama(spec.random_llama, tokenizer)
             on_progress("writing the checkpoint", 0.9)
-            _save(model, tokenizer, draft)
+            checkpoint.save(model, tokenizer, draft)
             write_card(
                 draft,
                 BaseCard(
@@ -97,56 +92,3 @@ def _locate(source: GgufSource) -> Path:
         if path.is_file():
             return path
     raise SourceMissing(source.package, source.file)
-
-
-def _load_tokenizer(gguf: Path) -> Any:
-    # Not AutoTokenizer: it first parses the whole file for a model type it does not need (10 s, not 0.6).
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, local_files_only=True
-    )
-    # How it was loaded is not part of what it is.
-    for argument in ("local_files_only", "is_local"):
-        tokenizer.init_kwargs.pop(argument, None)
-    return tokenizer
-
-
-def _dequantized(gguf: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-        local_files_only=True,
-    )
-
-
-def _random(shape: RandomLlama, tokenizer: Any) -> Any:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.attention_heads,
-        num_key_value_heads=shape.key_value_heads,
-        head_dim=shape.head_size,
-        max_position_embeddings=shape.max_context_tokens,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(shape.seed)
-        return LlamaForCausalLM(config).to(torch.bfloat16)
-
-
-def _save(model: Any, tokenizer: Any, directory: Path) -> None:
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    # Chat stops at the token that ends a turn of the template: the tokenizer's eos, whatever the GGUF says.
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model.save_pretrained(directory, max_shard_size="1TB")
-    tokenizer.save_pretrained(directory)

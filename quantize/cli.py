@@ -1,4 +1,4 @@
-"""`bespoke base …` and `bespoke quantize …`. torch is imported by commands that need it, not by `--help`."""
+"""`bespoke base …` and `bespoke quantize …`. torch is imported by work that needs it, not by `--help`."""
 
 import os
 from collections.abc import Iterator
@@ -12,10 +12,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from quantize.base import import_base
 from quantize.card import BaseCard, read_card, verify
 from quantize.errors import CardMissing, GateFailed, QuantizeError, ReportMissing
 from quantize.progress import OnProgress
 from quantize.report import render_table
+from quantize.run import quantize
 from quantize.spec import BaseSpec, QuantizeSpec, read_spec
 from quantize.store import base_dir, rejected_dir
 from quantize.text import load_text
@@ -38,8 +40,6 @@ def import_command(spec_file: SpecFile, home: Home = DEFAULT_HOME) -> None:
     with _one_line_errors():
         spec = read_spec(spec_file, BaseSpec)
         with _progress() as on_progress:
-            from quantize.base import import_base
-
             directory = import_base(spec, home / "bases", on_progress)
         _out.print(f"[bold]{spec.name}[/] is in {escape(str(directory))}")
 
@@ -74,8 +74,6 @@ def run_command(
         evaluation_text = load_text(text or spec.text)
         try:
             with _progress() as on_progress:
-                from quantize.run import quantize
-
                 card = quantize(parent_dir, spec, evaluation_text, bases_root, on_progress)
         except GateFailed as failure:
             _print_report(read_card(rejected_dir(bases_root, failure.name)))

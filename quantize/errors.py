@@ -14,6 +14,7 @@ QuantizeError
 ├── TextTooLarge         … is larger than what is tokenized in one piece
 ├── TextTooShort         … does not fill the windows that were asked for
 ├── ScoreNotFinite       the model's loss on a window is not a number
+├── WindowTooLong        the windows exceed the context that the base was made for
 └── GateFailed           measured, and not good enough to be published
 """
 
@@ -123,6 +124,13 @@ class TextTooShort(QuantizeError):
     message = "the evaluation text has {tokens} tokens; these windows need {tokens_min}"
     tokens: int
     tokens_min: int
+
+
+@dataclass(eq=False)
+class WindowTooLong(QuantizeError):
+    message = "windows of {window_tokens} tokens exceed the base's context of {max_context_tokens}"
+    window_tokens: int
+    max_context_tokens: int
 
 
 @dataclass(eq=False)

@@ -12,6 +12,11 @@ from serve.commands.parts import HomeOption, console, now, open_store, settings_
 app = typer.Typer(no_args_is_help=True)
 
 
+@app.callback()
+def invoices() -> None:
+    """Make invoices as table, CSV and PDF."""
+
+
 @app.command()
 def create(
     tenant: str,

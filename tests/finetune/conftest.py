@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,16 @@ from finetune.recipe import Recipe
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _offline() -> Any:
+def _offline_and_small() -> Iterator[None]:
+    """No hub, and one thread: the tiny base is slower on two, and far slower on two busy ones."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

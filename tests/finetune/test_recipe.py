@@ -67,12 +67,13 @@ def test_problems_of_a_job_and_of_its_recipe_are_told_together(tmp_path: Path) -
     assert len(caught.value.problems) == 4
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("demo/*.yaml")), ids=lambda path: path.name)
-def test_the_demo_jobs_load_and_say_how_to_run_them(path: Path) -> None:
+@pytest.mark.parametrize("tenant", ["lumen-bikes", "tidewater-tea"])
+def test_the_demo_jobs_load_and_say_how_to_run_them(tenant: str) -> None:
+    path = CONFIGS / "demo" / f"{tenant}.yaml"
     job = load_job(path)
-    assert (job.tenant, job.adapter, job.base) == (path.stem, "support", "smollm2-135m")
+    assert (job.tenant, job.adapter, job.base) == (tenant, "support", "smollm2-135m")
     assert job.data.is_file()
-    assert path.read_text().startswith(f"# bespoke finetune run configs/demo/{path.name}\n")
+    assert path.read_text().startswith(f"# bespoke finetune run configs/demo/{tenant}.yaml\n")
 
 
 def test_the_same_recipe_has_the_same_hash_and_another_has_not(recipe: Recipe) -> None:

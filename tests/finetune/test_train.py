@@ -36,7 +36,7 @@ def test_the_loss_falls_and_each_step_is_told(
     )
     assert [step for step, *_ in seen] == list(range(1, 10))
     assert all(steps == trained.steps == 9 and rate > 0 for _, steps, _, rate in seen)
-    assert trained.final_loss < 0.8 * seen[0][2]
+    assert trained.final_loss < 0.9 * seen[0][2]
 
 
 def test_only_the_two_files_of_an_adapter_are_written_and_no_path_in_them(

@@ -6,9 +6,16 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from quantize import run
+from quantize import nf4
 from quantize.card import REPORT, WEIGHTS, BaseCard, checkpoint_files, read_card, verify
-from quantize.errors import CardMissing, ChecksumMismatch, GateFailed, ParentQuantized, TextTooShort
+from quantize.errors import (
+    CardMissing,
+    ChecksumMismatch,
+    GateFailed,
+    ParentQuantized,
+    TextTooShort,
+    WindowTooLong,
+)
 from quantize.interval import Estimate
 from quantize.nf4 import load_for_scoring
 from quantize.report import decide
@@ -95,7 +102,7 @@ def test_a_base_of_the_same_parent_settings_and_text_is_reused(
     def refuse(*args: Any) -> NoReturn:
         raise AssertionError("this must not be called")
 
-    monkeypatch.setattr(run, "write_nf4", refuse)
+    monkeypatch.setattr(nf4, "write_nf4", refuse)
     assert quantize(tiny, nf4_spec, text, tiny.parent) == tiny_nf4
 
 
@@ -158,3 +165,11 @@ def test_a_damaged_parent_is_refused(
 def test_a_short_text_is_refused_before_any_work(tiny: Path, nf4_spec: QuantizeSpec, root: Path) -> None:
     with pytest.raises(TextTooShort):
         quantize(tiny, nf4_spec, EvaluationText("short", "A few words.", "0" * 64), root)
+
+
+def test_windows_beyond_the_context_are_refused(
+    tiny: Path, nf4_spec: QuantizeSpec, text: EvaluationText, root: Path
+) -> None:
+    long = nf4_spec.model_copy(update={"window_tokens": 2049})
+    with pytest.raises(WindowTooLong):
+        quantize(tiny, long, text, root)
