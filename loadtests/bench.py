@@ -2,9 +2,9 @@
 
     .venv/bin/python -m loadtests.bench --home .bespoke --pairs 5 --streams 1 16
 
-Both servers run all the time and take turns (A B A B …), so that a noisy moment hits both; medians over the
-pairs. Ours authenticates, holds, meters and settles each request; theirs does none of that. Prints a table and
-ends with one JSON object.
+Both servers run all the time and take turns (A B A B …), so that a noisy moment hits both; medians
+over the pairs. Ours authenticates, holds, meters and settles each request; theirs does none of that.
+Prints a table and ends with one JSON object.
 """
 
 import argparse
