@@ -50,6 +50,8 @@ def show_command(name: BaseArgument, home: Home = DEFAULT_HOME) -> None:
     with _one_line_errors():
         card = verify(base_dir(home / "bases", name))
         table = Table(title=f"{card.name}: intact", show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")
         for field, value in card.model_dump(mode="json", exclude={"report", "files_sha256"}).items():
             table.add_row(field, escape(str(value)))
         _out.print(table)

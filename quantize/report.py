@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import exp
 
+from rich.markup import escape
 from rich.table import Table
 
 from quantize.card import BaseCard, GateVerdict, QuantizationReport
@@ -47,8 +48,10 @@ def lines_of(card: BaseCard, report: QuantizationReport) -> Sequence[tuple[str, 
 def render_table(card: BaseCard, report: QuantizationReport) -> Table:
     """A report for the terminal."""
     table = Table(title=f"Quantization of {card.parent}", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for label, value in lines_of(card, report):
-        table.add_row(label, value)
+        table.add_row(label, escape(value))
     return table
 
 

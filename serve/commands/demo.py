@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -60,10 +60,9 @@ def demo(
         keys = _onboard(settings)
     from serve.deployment import Service
 
-    with steps("Start Ray Serve: a gateway and vLLM, no adapter loaded yet"):
-        service = Service(settings)
-        service.__enter__()
-    with service:
+    with ExitStack() as running:
+        with steps("Start Ray Serve: a gateway and vLLM, no adapter loaded yet"):
+            service = running.enter_context(Service(settings))
         customers = [
             Customer(tenant, keys[tenant], f"{tenant}/{ADAPTER}", _questions(tenant, asked))
             for tenant, asked in ASKED.items()

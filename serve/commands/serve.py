@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -30,10 +31,9 @@ def run(settings: Settings) -> None:
         signal.signal(number, lambda *_: stop.set())
     from serve.deployment import Service
 
-    with console.status(f"starting vLLM with {', '.join(settings.bases)} (about a minute) …"):
-        service = Service(settings)
-        service.__enter__()
-    with service:
+    with ExitStack() as running:
+        with console.status(f"starting vLLM with {', '.join(settings.bases)} (about a minute) …"):
+            service = running.enter_context(Service(settings))
         console.print(f"Ready: [bold]{service.url}/v1[/]  (Ctrl-C stops it)")
         stop.wait()
         console.print("Stopping …")
