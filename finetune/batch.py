@@ -7,9 +7,9 @@ nothing is computed twice. Results are those of separate rows, up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,7 @@ from finetune.tokens import Example
 if TYPE_CHECKING:
     from torch import Tensor
 
+PACK_TOKENS_MAX = 1024
 _SHARED = -1
 
 
@@ -48,6 +49,41 @@ class Batch:
     def scatter(self, packed: Tensor) -> list[Tensor]:
         """The inverse of `gather`: (1, T, D) as one tensor (length, D) a row."""
         return [packed[0][(self.branch == _SHARED) | (self.branch == row)] for row in range(self.rows)]
+
+
+def bounded(rows: Sequence[int], examples: Sequence[Example]) -> Iterator[list[int]]:
+    """Row numbers in groups whose tokens are at most PACK_TOKENS_MAX together, or of one long row each.
+
+    Every pair of packed tokens has a place in the mask, so a pack of many long rows would cost by the square.
+    """
+    group: list[int] = []
+    tokens = 0
+    for row in rows:
+        length = len(examples[row].ids)
+        if group and tokens + length > PACK_TOKENS_MAX:
+            yield group
+            group, tokens = [], 0
+        group.append(row)
+        tokens += length
+    if group:
+        yield group
+
+
+def answer_logits(model: Any, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+    """Logits (N, vocabulary) for the batch's answer tokens, and for no others.
+
+    A small model's vocabulary is a good part of its arithmetic, and prompts need none of it. With `hidden`
+    (1, T, D) the model starts from that instead of from the ids' embeddings.
+    """
+    start = {"input_ids": batch.ids} if hidden is None else {"inputs_embeds": hidden}
+    logits: Tensor = model(
+        **start,
+        position_ids=batch.positions,
+        attention_mask=batch.mask,
+        logits_to_keep=batch.at,
+        use_cache=False,
+    ).logits[0]
+    return logits
 
 
 def pack(examples: Sequence[Example]) -> Batch:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
 from finetune.base import load_model, load_tokenizer
-from finetune.batch import pack
+from finetune.batch import answer_logits, bounded, pack
 from finetune.card import Gate, Metrics
 from finetune.data.prepare import HELDOUT_ROWS_MIN
 from finetune.errors import TooFewRows
@@ -33,7 +33,6 @@ def evaluate(
     *,
     max_length_tokens: int,
     seed: int,
-    batch_size: int = 8,
 ) -> Metrics:
     """Measure a saved adapter, as it would be published, and its base on a prepared held-out file.
 
@@ -51,25 +50,18 @@ def evaluate(
         raise TooFewRows(heldout_file, "held-out", len(examples), HELDOUT_ROWS_MIN, dropped)
     model = PeftModel.from_pretrained(load_model(base_dir), adapter_dir).eval()
     with model.disable_adapter():
-        base = row_nlls(model, examples, batch_size=batch_size)
-    adapter = row_nlls(model, examples, batch_size=batch_size)
+        base = row_nlls(model, examples)
+    adapter = row_nlls(model, examples)
     return compare(base, adapter, [example.answer_tokens for example in examples], seed=seed)
 
 
-def row_nlls(model: Any, examples: Sequence[Example], *, batch_size: int) -> list[float]:
+def row_nlls(model: Any, examples: Sequence[Example]) -> list[float]:
     """Each row's negative log-likelihood, summed over its answer tokens, in nats."""
     sums: list[float] = []
-    for start in range(0, len(examples), batch_size):
-        batch = pack(examples[start : start + batch_size])
+    for group in bounded(range(len(examples)), examples):
+        batch = pack([examples[row] for row in group])
         with torch.inference_mode():
-            logits = model(
-                input_ids=batch.ids,
-                position_ids=batch.positions,
-                attention_mask=batch.mask,
-                logits_to_keep=batch.at,
-                use_cache=False,
-            ).logits[0]
-        losses = cross_entropy(logits, batch.target, reduction="none").double()
+            losses = cross_entropy(answer_logits(model, batch), batch.target, reduction="none").double()
         sums.extend(torch.zeros(batch.rows).double().index_add(0, batch.row, losses).tolist())
     return sums
 

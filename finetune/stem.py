@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.batch import pack
+from finetune.batch import bounded, pack
 from finetune.tokens import Example
 
 if TYPE_CHECKING:
@@ -26,15 +26,15 @@ def stem_bytes(model: Any, examples: Sequence[Example]) -> int:
     return 4 * int(model.config.hidden_size) * sum(len(example.ids) for example in examples)
 
 
-def stem_outputs(model: Any, examples: Sequence[Example], *, cut: int, batch_size: int) -> list[Tensor]:
+def stem_outputs(model: Any, examples: Sequence[Example], *, cut: int) -> list[Tensor]:
     """What layer `cut - 1` gives for each example: one tensor (length - 1, hidden size) a row."""
     outputs: list[Tensor] = []
     decoder = model.get_decoder()
     norm, decoder.norm = decoder.norm, torch.nn.Identity()
     try:
         with torch.no_grad(), layers_only(model, 0, cut):
-            for start in range(0, len(examples), batch_size):
-                batch = pack(examples[start : start + batch_size])
+            for group in bounded(range(len(examples)), examples):
+                batch = pack([examples[row] for row in group])
                 hidden = decoder(
                     input_ids=batch.ids,
                     position_ids=batch.positions,

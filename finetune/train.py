@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
 from finetune.base import load_model, load_tokenizer
-from finetune.batch import pack
+from finetune.batch import answer_logits, bounded, pack
 from finetune.card import ADAPTER_CONFIG_NAME, WEIGHTS_NAME
 from finetune.errors import BaseUnusable, TooFewRows, TrainingDiverged
 from finetune.recipe import Recipe
@@ -50,8 +50,7 @@ def train(
 ) -> Trained:
     """Train on a prepared file and write adapter_config.json and adapter_model.safetensors into `out`.
 
-    The loss is the mean cross-entropy of a batch's answer tokens, with logits computed at those alone: the
-    vocabulary of a small model is most of its arithmetic.
+    The loss of a step is the mean cross-entropy of its answer tokens, prompts excluded.
 
     Raises:
         BaseUnusable: the base does not load, or lacks the recipe's modules.
@@ -66,7 +65,7 @@ def train(
     cut = _first_trained_layer(model, recipe)
     # A stem too large for memory is not kept: the layers below the cut then run again at every step.
     kept = cut if stem_bytes(model, examples) <= STEM_BYTES_MAX else 0
-    stems = stem_outputs(model, examples, cut=kept, batch_size=recipe.batch_size) if kept else []
+    stems = stem_outputs(model, examples, cut=kept) if kept else []
 
     torch.manual_seed(recipe.seed)
     adapter = get_peft_model(model, _lora(model, recipe, cut, base_dir)).train()
@@ -79,28 +78,21 @@ def train(
         for step, chosen in enumerate(batches, start=1):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * _schedule(step, len(batches), warmup)
-            batch = pack([examples[index] for index in chosen])
-            inputs = (
-                {"inputs_embeds": batch.gather([stems[index] for index in chosen])}
-                if kept
-                else {"input_ids": batch.ids}
-            )
-            logits = model(
-                **inputs,
-                position_ids=batch.positions,
-                attention_mask=batch.mask,
-                logits_to_keep=batch.at,
-                use_cache=False,
-            ).logits[0]
-            loss = cross_entropy(logits, batch.target)
-            loss_value = loss.item()
+            answer_tokens = sum(examples[row].answer_tokens for row in chosen)
+            loss_value = 0.0
+            for group in bounded(chosen, examples):
+                batch = pack([examples[row] for row in group])
+                hidden = batch.gather([stems[row] for row in group]) if kept else None
+                logits = answer_logits(model, batch, hidden)
+                loss = cross_entropy(logits, batch.target, reduction="sum") / answer_tokens
+                loss.backward()
+                loss_value += loss.item()
             if not math.isfinite(loss_value):
                 raise TrainingDiverged(step, loss_value)
-            loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, recipe.grad_clip)
             optimizer.step()
             optimizer.zero_grad()
-            tokens += sum(len(examples[index].ids) for index in chosen)
+            tokens += sum(len(examples[row].ids) for row in chosen)
             if on_step:
                 on_step(step, len(batches), loss_value, tokens / (time.perf_counter() - started))
     if not all(bool(weight.isfinite().all()) for weight in weights):

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # A chat template adds a few tokens per message and at most a short default system prompt.
 _TEMPLATE_TOKENS, _MESSAGE_TOKENS = 64, 16
+_ABORT_RETRY_S = 0.5
 _CLOSE_RETRY_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 10.0)
 
 
@@ -94,9 +95,7 @@ class Gateway:
     async def _start(self, principal: Principal, call: Call) -> "Generation":
         admitted = await asyncio.to_thread(self._admit, principal, call)
         generation = Generation(self, principal, call, admitted, self._engines[admitted.model.base])
-        # An empty context: Ray Serve keeps a request's identity in context variables and cancels all that
-        # was called under it when the client leaves, which would cut off the engine's last count.
-        task = asyncio.create_task(generation.run(), context=contextvars.Context())
+        task = asyncio.create_task(generation.run(), context=_detached())
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return generation
@@ -139,6 +138,15 @@ def prompt_tokens_max(prompt: tuple[Message, ...] | str, context_tokens: int) ->
     else:
         bound = _TEMPLATE_TOKENS + sum(len(m.content.encode()) + _MESSAGE_TOKENS for m in prompt)
     return min(bound, context_tokens)
+
+
+def _detached() -> contextvars.Context:
+    """An empty context, for work that outlives its client.
+
+    Ray Serve keeps a request's identity in context variables, and when the client leaves it cancels every
+    call that was made under it: the abort itself, and the stream that carries the engine's last count.
+    """
+    return contextvars.Context()
 
 
 def _close_when_started(starting: "asyncio.Task[Generation]") -> None:
@@ -268,12 +276,15 @@ class Generation:
 
     def _abort(self) -> None:
         async def abort() -> None:
-            try:
-                await self._engine.abort(self.call.request_id)
-            except BespokeError as error:
-                log.warning("request %s could not be aborted: %s", self.call.request_id, error)
+            while not self._done:
+                try:
+                    await self._engine.abort(self.call.request_id)
+                    return
+                except (BespokeError, asyncio.CancelledError) as error:
+                    log.warning("request %s is not aborted yet: %s", self.call.request_id, error)
+                    await asyncio.sleep(_ABORT_RETRY_S)
 
-        self._stopping = asyncio.create_task(abort())
+        self._stopping = asyncio.create_task(abort(), context=_detached())
 
     async def _settle_or_void(self, last: list[Delta], failure: BespokeError | None) -> None:
         """Close the hold, however long the store is away (up to the lease, which then takes over)."""

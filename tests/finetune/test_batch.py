@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from finetune.base import load_model
-from finetune.batch import pack
+from finetune.batch import answer_logits, bounded, pack
 from finetune.data.rows import Message
 from finetune.evaluate import row_nlls
 from finetune.stem import layers_only, stem_outputs
@@ -46,14 +46,26 @@ def alone(model: Any, example: Example) -> float:
 
 def test_packed_rows_have_the_loss_that_they_have_alone(model: Any, examples: list[Example]) -> None:
     wanted = [alone(model, example) for example in examples]
-    assert row_nlls(model, examples, batch_size=4) == pytest.approx(wanted, rel=1e-5)
-    assert row_nlls(model, examples, batch_size=1) == pytest.approx(wanted, rel=1e-5)
+    assert row_nlls(model, examples) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_packs_are_bounded_and_lose_no_row(
+    model: Any, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = row_nlls(model, examples)
+    monkeypatch.setattr("finetune.batch.PACK_TOKENS_MAX", 80)
+    lengths = [len(example.ids) for example in examples]
+    groups = list(bounded(range(len(examples)), examples))
+    assert [row for group in groups for row in group] == list(range(len(examples)))
+    assert all(len(group) == 1 or sum(lengths[row] for row in group) <= 80 for group in groups)
+    assert 1 < len(groups) < len(examples)
+    assert row_nlls(model, examples) == pytest.approx(together, rel=1e-5)
 
 
 def test_equal_rows_share_every_token(model: Any, examples: list[Example]) -> None:
     twins = [examples[0], examples[0]]
     assert pack(twins).ids.shape[1] == len(examples[0].ids) - 1
-    assert row_nlls(model, twins, batch_size=2) == pytest.approx([alone(model, examples[0])] * 2, rel=1e-5)
+    assert row_nlls(model, twins) == pytest.approx([alone(model, examples[0])] * 2, rel=1e-5)
 
 
 def test_a_common_beginning_is_computed_once(examples: list[Example]) -> None:
@@ -65,17 +77,11 @@ def test_a_common_beginning_is_computed_once(examples: list[Example]) -> None:
 
 
 def test_running_the_lower_layers_first_gives_the_same_logits(model: Any, examples: list[Example]) -> None:
-    stems = stem_outputs(model, examples, cut=3, batch_size=2)
+    stems = stem_outputs(model, examples, cut=3)
     batch = pack(examples)
-    common = {
-        "position_ids": batch.positions,
-        "attention_mask": batch.mask,
-        "logits_to_keep": batch.at,
-        "use_cache": False,
-    }
     with torch.no_grad():
-        whole = model(input_ids=batch.ids, **common).logits
+        whole = answer_logits(model, batch)
         with layers_only(model, 3, None):
-            upper = model(inputs_embeds=batch.gather(stems), **common).logits
+            upper = answer_logits(model, batch, batch.gather(stems))
     torch.testing.assert_close(upper, whole)
     assert len(model.get_decoder().layers) == 4

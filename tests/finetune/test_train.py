@@ -87,6 +87,16 @@ def test_keeping_the_frozen_layers_output_changes_nothing_but_time(
     torch.testing.assert_close(kept, recomputed, rtol=1e-2, atol=1e-3)
 
 
+def test_a_step_in_several_packs_is_the_same_step(
+    tiny_base: Path, train_file: Path, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_base, train_file, tmp_path / "one", base="tiny", recipe=recipe)
+    monkeypatch.setattr("finetune.batch.PACK_TOKENS_MAX", 150)
+    train(tiny_base, train_file, tmp_path / "several", base="tiny", recipe=recipe)
+    one, several = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("one", "several"))
+    torch.testing.assert_close(one, several, rtol=1e-2, atol=1e-3)
+
+
 def test_all_layers_can_be_trained(tiny_base: Path, train_file: Path, tmp_path: Path, recipe: Recipe) -> None:
     everywhere = recipe.model_copy(update={"top_layers": None})
     train(tiny_base, train_file, tmp_path / "out", base="tiny", recipe=everywhere)
@@ -96,7 +106,9 @@ def test_all_layers_can_be_trained(tiny_base: Path, train_file: Path, tmp_path: 
 def test_a_loss_that_is_not_finite_stops_training_and_writes_nothing(
     tiny_base: Path, train_file: Path, tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.train.cross_entropy", lambda *_: torch.tensor(math.nan, requires_grad=True))
+    monkeypatch.setattr(
+        "finetune.train.cross_entropy", lambda *_, **__: torch.tensor(math.nan, requires_grad=True)
+    )
     with pytest.raises(TrainingDiverged) as caught:
         train(tiny_base, train_file, tmp_path / "out", base="tiny", recipe=recipe)
     assert caught.value.step == 1

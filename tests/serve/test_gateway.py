@@ -33,7 +33,7 @@ from serve.errors import (
 from serve.gateway import Call, Gateway, Generation, prompt_tokens_max
 from serve.metrics import Metrics
 from serve.tenants import Principal
-from tests.serve.conftest import NOON, Shop
+from tests.serve.conftest import NOON, TINY, Shop
 
 ACCEPTED = Accepted("r", "b", 10)
 FINISHED = Finished(10, 4, 2, aborted=False)
@@ -256,12 +256,10 @@ def test_an_unknown_model_is_refused_before_anything_is_held(shop: Shop) -> None
 
 
 @pytest.mark.parametrize("text", ["", "Hello", "æøå 漢字 🎉", "a b c " * 50])
-def test_the_bound_on_prompt_tokens_is_never_below_the_tokenizers_count(text: str) -> None:
-    from quantize.base import BaseSpec, _load_tokenizer, _locate
-    from quantize.spec import read_spec
-    from tests.serve.conftest import CONFIGS
+def test_the_bound_on_prompt_tokens_is_never_below_the_tokenizers_count(home: Path, text: str) -> None:
+    from transformers import AutoTokenizer
 
-    tokenizer = _load_tokenizer(_locate(read_spec(CONFIGS / "bases" / "tiny.yaml", BaseSpec).gguf))
+    tokenizer = AutoTokenizer.from_pretrained(home / "bases" / TINY)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
     assert len(chat["input_ids"]) <= prompt_tokens_max((Message("user", text),), 10_000)
     assert len(tokenizer.encode(text)) <= prompt_tokens_max(text, 10_000)
