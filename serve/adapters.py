@@ -7,6 +7,7 @@
 An adapter enters the catalogue only with a card that agrees with its bytes and whose gate passed.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -132,13 +133,13 @@ class Catalogue:
         """The bases, then the tenant's own aliases and versions."""
         c = adapters_table.c
         query = sa.select(adapters_table).where(c.tenant_id == tenant, c.base.in_(self._bases))
-        promoted = sa.select(c.name, sa.func.max(promotions_table.c.id)).join(promotions_table)
+        promoted = sa.select(c.name).join(promotions_table).where(c.tenant_id == tenant).distinct()
+        aliases = []
         with self._store.read() as connection:
             rows = connection.execute(query.order_by(c.name, c.id)).all()
-            names = {
-                row.name for row in connection.execute(promoted.where(c.tenant_id == tenant).group_by(c.name))
-            }
-            aliases = [self.resolve(connection, tenant, f"{tenant}/{name}") for name in sorted(names)]
+            for name in sorted(connection.execute(promoted).scalars()):
+                with contextlib.suppress(ModelNotFound):  # its promoted version is of a base not served here
+                    aliases.append(self.resolve(connection, tenant, f"{tenant}/{name}"))
         versions = [AdapterRef(row.id, row.tenant_id, row.name, row.version) for row in rows]
         return [
             *(Model(base, base, None) for base in self._bases),

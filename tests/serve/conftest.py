@@ -109,7 +109,7 @@ class Live:
             return connection.execute(sa.select(sa.func.count()).select_from(usage_table)).scalar_one()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """State with the tiny base and one tiny adapter per tenant, made by the real pipeline."""
     from finetune.job import load_job, run
@@ -126,9 +126,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def live(home: Path) -> Iterator[Live]:
-    """One gateway and one engine for the whole run, on a free port."""
+    """One gateway and one engine for all tests of this folder, on a free port."""
     from serve.adapters import newest_published
     from serve.deployment import Service
 

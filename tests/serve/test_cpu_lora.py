@@ -1,5 +1,6 @@
 """The repaired CPU LoRA path against the formula, and against what vLLM does without the repair."""
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,17 +54,13 @@ def test_each_token_gets_its_own_adapters_delta_and_base_tokens_none(slots: list
 
 @pytest.fixture
 def punica() -> Iterator[Any]:
-    """PunicaWrapperCPU as vLLM ships it, put back afterwards."""
+    """PunicaWrapperCPU as vLLM ships it, whatever this process did before; repaired again afterwards."""
     from vllm.lora.punica_wrapper import punica_cpu
 
-    wrapper = punica_cpu.PunicaWrapperCPU
-    kept = dict(vars(punica_cpu)), dict(vars(wrapper))
-    yield punica_cpu
-    for name in set(vars(wrapper)) - set(kept[1]):
-        delattr(wrapper, name)
-    for name in ("add_lora_linear", "_expand_prefill"):
-        setattr(wrapper, name, kept[1][name])
-    vars(punica_cpu).update(kept[0])
+    from serve.vllm_plugin import register
+
+    yield importlib.reload(punica_cpu)
+    register()
 
 
 def metadata(wrapper: Any, slots: list[int]) -> None:

@@ -1,5 +1,6 @@
 """The running gateway as clients see it: real Ray Serve, real vLLM, the official client."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -344,11 +345,7 @@ def test_only_loopback_is_bound(live: Live) -> None:
 
 
 def test_a_gateway_process_loads_neither_torch_nor_vllm(live: Live) -> None:
-    gateways = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "gateway" in " ".join(process.cmdline())
-    ]
+    gateways = replicas("gateway")
     assert gateways
     for process in gateways:
         mapped = {entry.path for entry in process.memory_maps()}
@@ -400,10 +397,15 @@ def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_event_and_comes
 
 
 def kill_engine() -> None:
-    engines = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "ServeReplica:bespoke:engine" in " ".join(process.cmdline())
-    ]
-    assert len(engines) == 1
-    engines[0].kill()
+    (engine,) = replicas("engine")
+    engine.kill()
+
+
+def replicas(deployment: str) -> list[psutil.Process]:
+    """This run's replica processes of a deployment; Ray names them in their command lines."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if process.cmdline()[0].startswith(f"ray::ServeReplica:bespoke:{deployment}"):
+                found.append(process)
+    return found
