@@ -42,6 +42,7 @@ from ray.serve.schema import LoggingConfig
 log = logging.getLogger(__name__)
 
 APP_NAME = "bespoke"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class EngineDeployment:
@@ -180,6 +181,7 @@ class Service:
             _temp_dir=str(self._scratch),
         )
         self._children = psutil.Process().children(recursive=True)
+        _check_node_on(settings.host)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
         ray_serve.start(
@@ -215,12 +217,22 @@ def _keep_replica_port_on(host: str) -> None:
     from ray.serve._private import replica
 
     bind = replica.add_port_to_grpc_server
-    if host in ("127.0.0.1", "::1", "localhost") and bind.__module__.startswith("ray."):
+    if host in LOOPBACK and bind.__module__.startswith("ray."):
 
         def bind_loopback(server: Any, address: str) -> int:
             return int(bind(server, address.replace("[::]:", "127.0.0.1:")))
 
         replica.add_port_to_grpc_server = bind_loopback
+
+
+def _check_node_on(host: str) -> None:
+    """Raises OperatorError if Ray's own ports would be reachable although the service is on loopback.
+
+    So it is if ray was imported before this module could tell it where to listen.
+    """
+    address = ray.util.get_node_ip_address()
+    if host in LOOPBACK and address not in LOOPBACK:
+        raise OperatorError(f"Ray listens on {address}: serve.deployment must be imported before ray.")
 
 
 def _gpus(settings: Settings) -> int:
