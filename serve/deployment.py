@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from serve.engine.base import Counters, Event, GenerationRequest
 from serve.engine.remote import RemoteEngine
 from serve.engine.vllm import VllmEngine
 from serve.errors import BespokeError, EngineUnavailable, OperatorError, Overloaded
+from serve.port import check_free
 from serve.settings import Settings
 
 # Read by ray when it is imported and by every process it starts.
@@ -168,7 +168,7 @@ class Service:
 
     def _start(self) -> None:
         settings = self._settings
-        _check_port_free(settings.host, settings.port)
+        check_free(settings.host, settings.port)
         # Short, because Unix socket paths have at most 107 bytes; private, because they are doors.
         self._scratch = Path(tempfile.mkdtemp(prefix="bespoke-"))
         os.environ["VLLM_RPC_BASE_PATH"] = str(self._scratch)
@@ -247,12 +247,3 @@ def _context_tokens_max(base_dir: Path) -> int:
             f"There is no base '{base_dir.name}'; make it with: "
             f"bespoke base import configs/bases/{base_dir.name}.yaml"
         ) from error
-
-
-def _check_port_free(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise OperatorError(f"Cannot listen on {host}:{port}: {error.strerror}.") from error

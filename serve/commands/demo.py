@@ -23,6 +23,7 @@ from serve.commands.parts import HomeOption, console, now, open_store, settings_
 from serve.commands.traffic import Customer, Exchange, Question, converse, hang_up
 from serve.db import Store
 from serve.errors import OperatorError
+from serve.port import check_free
 from serve.settings import Settings
 from serve.tenants import Tenants, server_secret
 
@@ -46,6 +47,7 @@ def demo(
     """Two customers' data become two tailored models and two invoices. The second time is quick."""
     settings = settings_of(home, CONFIGS / "serve" / "cpu.yaml", port=port, bases=[BASE])
     os.environ["BESPOKE_HOME"] = str(settings.home)
+    check_free(settings.host, settings.port)  # rather now than after minutes of training
     steps = _Steps()
     with steps("Prepare the base model"):
         _process("base", "import", str(CONFIGS / "bases" / f"{BASE}.yaml"))
