@@ -349,7 +349,7 @@ def test_a_gateway_process_loads_neither_torch_nor_vllm(live: Live) -> None:
     assert gateways
     for process in gateways:
         mapped = {entry.path for entry in process.memory_maps()}
-        assert not [path for path in mapped if "/torch/" in path or "/vllm/" in path]
+        assert not [path for path in mapped if "libtorch" in path or "/vllm/" in path]
 
 
 def assert_reconciled(live: Live) -> None:
