@@ -19,7 +19,7 @@ import typer
 from typer.main import get_command
 
 from serve.billing.ledger import Ledger
-from serve.commands.parts import HomeOption, console, now, open_store, settings_of, table
+from serve.commands.parts import HomeOption, console, interrupted, now, open_store, settings_of, table
 from serve.commands.traffic import Customer, Exchange, Question, converse, hang_up
 from serve.db import Store
 from serve.errors import OperatorError
@@ -195,9 +195,6 @@ def _wait_until_closed(store: Store, timeout_s: float = 30) -> None:
 
 
 def _farewell(url: str, customer: Customer) -> None:
-    import signal
-    import threading
-
     body = json.dumps({"model": customer.model, "messages": [{"role": "user", "content": "Who are you?"}]})
     httpx.get(f"{url}/readyz", timeout=30).raise_for_status()
     console.print(f"\nThe gateway stays at [bold]{url}/v1[/]. Try it (Ctrl-C stops all of it):\n")
@@ -217,8 +214,5 @@ def _farewell(url: str, customer: Customer) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    stop.wait()
+    interrupted().wait()
     console.print("Stopping …")

@@ -1,5 +1,7 @@
 """What the commands share: the store of this installation, the time, the console."""
 
+import signal
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +41,14 @@ def open_store(settings: Settings) -> Store:
 
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+def interrupted() -> threading.Event:
+    """An event that Ctrl-C and SIGTERM set from now on, instead of ending the process."""
+    event = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: event.set())
+    return event
 
 
 def table(*columns: str, title: str | None = None) -> Table:

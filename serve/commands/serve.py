@@ -1,13 +1,11 @@
 """`bespoke serve`: the gateway and its engines, until interrupted."""
 
-import signal
-import threading
 from contextlib import ExitStack
 from typing import Annotated
 
 import typer
 
-from serve.commands.parts import HomeOption, ProfileOption, console, settings_of
+from serve.commands.parts import HomeOption, ProfileOption, console, interrupted, settings_of
 from serve.settings import Settings
 
 app = typer.Typer()
@@ -26,9 +24,7 @@ def serve(
 
 
 def run(settings: Settings) -> None:
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop = interrupted()
     from serve.deployment import Service
 
     with ExitStack() as running:

@@ -78,9 +78,10 @@ class RemoteEngine:
         try:
             response = self._handle.broadcast(method, *args)
             results = await response.results_async(timeout_s=self._accept_timeout_s)
+        except TimeoutError as error:
+            raise EngineUnavailable() from error
         except Exception as error:
-            timed_out = isinstance(error, TimeoutError)
-            raise EngineUnavailable() if timed_out else self._translate(error, accepted=False) from error
+            raise self._translate(error, accepted=False) from error
         if not results:
             raise EngineUnavailable()
         return list(results)
