@@ -24,12 +24,12 @@ def serve(
 
 
 def run(settings: Settings) -> None:
-    stop = interrupted()
     from serve.deployment import Service
 
     with ExitStack() as running:
         with console.status(f"starting vLLM with {', '.join(settings.bases)} (about a minute) …"):
             service = running.enter_context(Service(settings))
+        stop = interrupted()  # after the start: ray.init puts a SIGTERM handler of its own in place
         console.print(f"Ready: [bold]{service.url}/v1[/]  (Ctrl-C stops it)")
         stop.wait()
         console.print("Stopping …")
