@@ -6,6 +6,7 @@ vLLM calls `register` in every process it starts, before the model is built.
 
 def register() -> None:
     """Install the repairs that the installed vLLM still needs. Safe to call more than once."""
-    from serve.vllm_plugin import cpu_lora
+    from serve.vllm_plugin import cpu_lora, w8a8
 
     cpu_lora.install()
+    w8a8.install()

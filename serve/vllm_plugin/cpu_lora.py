@@ -4,12 +4,16 @@ Answers vLLM issue 48421: `lora/ops/torch_ops/lora_ops.py` indexes the stacked w
 tokens that have no adapter, which Python reads as "the last slot", so in a mixed batch a request for
 the bare base gets some customer's adapter. The same code also copies a whole LoRA matrix per token.
 
-Here the rows of a step are grouped by slot once (`update_metadata`) and every linear layer then does
-`y[rows] += s · (x[rows] Aᵀ) Bᵀ` per group (Hu et al. 2021, LoRA, eq. 3); rows of slot −1 are in no
-group. Freed slots are in no group either, so what they still hold cannot be reached.
+Here `y += (x Aᵀ) Bᵀ` (Hu et al. 2021, LoRA, eq. 3) is done per adapter on the rows that the step's
+`Batch` names; rows of slot −1 are in no group, and neither are freed slots. q, k and v (gate and up) share
+one product for their Aᵀ, and only the rank that a slot's adapter has is computed.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
+
+from serve.vllm_plugin import kernel
+from serve.vllm_plugin.batch import Batch
 
 
 def needed() -> bool:
@@ -27,6 +31,7 @@ def needed() -> bool:
 
 def install() -> None:
     """Replace PunicaWrapperCPU's linear path and mask its remaining operators."""
+    from vllm.lora import model_manager
     from vllm.lora.punica_wrapper import punica_cpu
 
     wrapper = punica_cpu.PunicaWrapperCPU
@@ -38,19 +43,91 @@ def install() -> None:
     for name in ("bgmv_shrink", "bgmv_expand"):  # logits and embeddings still use these
         setattr(punica_cpu, name, _masked(getattr(punica_cpu, name)))
     wrapper._expand_prefill = wrapper._expand_decode  # the prefill form hides the indices; same result
+    manager = model_manager.LoRAModelManager
+    manager.register_module = _register_module(manager.register_module)
+    manager.activate_adapter = _activate_adapter(manager.activate_adapter)
+    manager._deactivate_adapter = _deactivate_adapter(manager._deactivate_adapter)
+
+
+class Stack(tuple[Any, ...]):
+    """vLLM's tuple of one weight per slice, each of them a view of one tensor, `whole`.
+
+    whole of A: (slots, rank, slices, in), so that the first r ranks of all slices are one matrix;
+    whole of B: (slots, rank, out), each of whose rows is read from start to end.
+    """
+
+    whole: Any
+
+
+def stack(lora_a: tuple[Any, ...], lora_b: tuple[Any, ...]) -> tuple[Stack, Stack]:
+    """The same shapes as vLLM's A (slots, 1, rank, in) and B (slots, 1, out, rank) per slice, zero."""
+    slots, _, rank, width = lora_a[0].shape
+    outs = [b.shape[2] for b in lora_b]
+    whole_a = lora_a[0].new_zeros(slots, rank, len(lora_a), width)
+    whole_b = lora_b[0].new_zeros(slots, rank, sum(outs))
+    a = Stack(whole_a[:, :, i].unsqueeze(1) for i in range(len(lora_a)))
+    b = Stack(part.transpose(1, 2).unsqueeze(1) for part in whole_b.split(outs, dim=2))
+    a.whole, b.whole = whole_a, whole_b
+    return a, b
+
+
+def _register_module(original: Any) -> Any:
+    def register_module(self: Any, module_name: str, module: Any) -> None:
+        weights = getattr(module, "lora_a_stacked", None)
+        if isinstance(weights, tuple) and len({a.shape for a in weights}) == 1:
+            module.lora_a_stacked, module.lora_b_stacked = stack(weights, module.lora_b_stacked)
+            _state(self._get_punica_wrapper(module_name)).dtype = weights[0].dtype
+        original(self, module_name, module)
+
+    return register_module
+
+
+def _activate_adapter(original: Any) -> Any:
+    def activate_adapter(self: Any, lora_id: int) -> Any:
+        activated = original(self, lora_id)
+        slot = self.lora_index_to_id.index(lora_id)
+        for wrapper in self.punica_wrapper_mapping.values():
+            _state(wrapper).ranks[slot] = self._registered_adapters[lora_id].rank
+        return activated
+
+    return activate_adapter
+
+
+def _deactivate_adapter(original: Any) -> Any:
+    """A freed slot holds nothing: no later mistake can serve what is no longer there."""
+
+    def _deactivate_adapter(self: Any, lora_id: int) -> None:
+        if lora_id in self.lora_index_to_id:
+            slot = self.lora_index_to_id.index(lora_id)
+            for module in self.modules.values():
+                for weights in (module.lora_a_stacked, module.lora_b_stacked):
+                    if isinstance(weights, Stack):
+                        weights.whole[slot].zero_()
+        original(self, lora_id)
+
+    return _deactivate_adapter
+
+
+@dataclass
+class _State:
+    """What a punica wrapper does not know itself: its slots' ranks and its layers' dtype."""
+
+    ranks: dict[int, int] = field(default_factory=dict)
+    dtype: Any = None
+
+
+def _state(wrapper: Any) -> _State:
+    state: _State = wrapper.__dict__.setdefault("bespoke_state", _State())
+    return state
 
 
 def _update_metadata(self: Any, mapping: Any, *args: Any, **kwargs: Any) -> None:
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
     PunicaWrapperBase.update_metadata(self, mapping, *args, **kwargs)
-    slots = self.token_lora_indices
-    first = int(slots[0]) if slots.numel() else -1
-    if bool((slots == first).all()):
-        self.bespoke_groups = [] if first < 0 else [(first, None)]
-        return
-    present = [int(slot) for slot in slots.unique() if slot >= 0]
-    self.bespoke_groups = [(slot, (slots == slot).nonzero().squeeze(1)) for slot in present]
+    state = _state(self)
+    compiled = kernel.entry(state.dtype) is not None
+    self.bespoke_batch = Batch.of(self.token_lora_indices, state.ranks, compiled=compiled)
 
 
 def _add_lora_linear(
@@ -65,21 +142,29 @@ def _add_lora_linear(
     buffer: Any = None,
     **kwargs: Any,
 ) -> None:
-    """y (tokens, out) += scale · x (tokens, in) Aᵀ Bᵀ for each adapter in the batch.
+    """y (tokens, out) += scale · x (tokens, in) Aᵀ Bᵀ for each adapter in the batch."""
+    batch: Batch = self.bespoke_batch
+    if batch.empty:
+        return
+    if not isinstance(lora_a_stacked, Stack) or not isinstance(lora_b_stacked, Stack):
+        # A layer that was not registered, or of a kind with unlike slices.
+        lora_a_stacked, lora_b_stacked = _stacked(lora_a_stacked, lora_b_stacked)
+    batch.add(
+        y.view(-1, y.shape[-1]),
+        x.view(-1, x.shape[-1]),
+        lora_a_stacked.whole,
+        lora_b_stacked.whole,
+        output_slices,
+        scale,
+    )
 
-    Each A is (slots, 1, rank, in), each B (slots, 1, out, rank); q, k and v are slices of one y.
-    """
-    rows_y = y.view(-1, y.shape[-1])
-    rows_x = x.view(-1, x.shape[-1])
-    for slot, rows in self.bespoke_groups:
-        # Padding rows, where a step has any, lie behind the tokens that the mapping describes.
-        index = slice(0, self.indices_len[0]) if rows is None else rows
-        inputs = rows_x[index]
-        offset = 0
-        for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            delta = (inputs @ a[slot, 0].T) @ b[slot, 0].T
-            rows_y[index, offset : offset + width] += scale * delta[:, :width]
-            offset += width
+
+def _stacked(lora_a: tuple[Any, ...], lora_b: tuple[Any, ...]) -> tuple[Stack, Stack]:
+    a, b = stack(lora_a, lora_b)
+    for copies, originals in ((a, lora_a), (b, lora_b)):
+        for copy, original in zip(copies, originals, strict=True):
+            copy.copy_(original)
+    return a, b
 
 
 def _masked(operator: Any) -> Any:

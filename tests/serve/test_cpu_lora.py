@@ -14,11 +14,10 @@ SLOTS, RANK, SIZE, WIDTHS = 2, 4, 8, (8, 4)
 class Wrapper:
     """What the linear path reads of PunicaWrapperCPU: the groups of rows of this step."""
 
-    def __init__(self, slots: list[int]) -> None:
-        self.slots = torch.tensor(slots)
-        self.indices_len = [len(slots)]
-        present = sorted({slot for slot in slots if slot >= 0})
-        self.bespoke_groups = [(slot, (self.slots == slot).nonzero().squeeze(1)) for slot in present]
+    def __init__(self, slots: list[int], ranks: dict[int, int], *, compiled: bool) -> None:
+        from serve.vllm_plugin.batch import Batch
+
+        self.bespoke_batch = Batch.of(torch.tensor(slots), ranks, compiled=compiled)
 
 
 @pytest.fixture
@@ -29,27 +28,63 @@ def weights() -> tuple[Any, Any]:
     return a, b
 
 
-def expected(slots: list[int], x: Any, y: Any, a: Any, b: Any, scale: float) -> Any:
+def expected(
+    slots: list[int], x: Any, y: Any, a: Any, b: Any, scale: float, widths: tuple[int, ...] = WIDTHS
+) -> Any:
     want = y.clone()
     for row, slot in enumerate(slots):
         if slot >= 0:
             want[row] += scale * torch.cat(
-                [b[i][slot, 0] @ (a[i][slot, 0] @ x[row]) for i in range(len(WIDTHS))]
+                [b[i][slot, 0] @ (a[i][slot, 0] @ x[row]) for i in range(len(widths))]
             )
     return want
 
 
+MANY = [row % 3 - 1 for row in range(180)]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["pytorch", "kernel"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "slots", [[0, 0, 0], [1, -1, 0, 1, -1], [-1, -1], [-1, 1]], ids=lambda slots: ",".join(map(str, slots))
+    "slots",
+    [[0, 0, 0], [1, -1, 0, 1, -1], [-1, -1], [-1, 1], [0, 1, 1, 1, 1, 1, 0, -1, 1], MANY, [0] * 70 + [1]],
+    ids=lambda slots: ",".join(map(str, slots))[:20],
 )
-def test_each_token_gets_its_own_adapters_delta_and_base_tokens_none(slots: list[int], weights: Any) -> None:
+def test_each_token_gets_its_own_adapters_delta_and_base_tokens_none(
+    slots: list[int], dtype: str, compiled: bool, weights: Any
+) -> None:
+    from serve.vllm_plugin import kernel
     from serve.vllm_plugin.cpu_lora import _add_lora_linear
 
-    a, b = weights
-    x, y = torch.randn(len(slots), SIZE), torch.randn(len(slots), sum(WIDTHS))
+    kind = getattr(torch, dtype)
+    if compiled and kernel.entry(kind) is None:
+        pytest.skip("no C++ compiler here")
+    a, b = (tuple(part.to(kind) for part in side) for side in weights)
+    x, y = torch.randn(len(slots), SIZE).to(kind), torch.randn(len(slots), sum(WIDTHS)).to(kind)
     want = expected(slots, x, y, a, b, 0.5)
-    _add_lora_linear(Wrapper(slots), y, x, a, b, 0.5, WIDTHS)
-    torch.testing.assert_close(y, want)
+    _add_lora_linear(Wrapper(slots, {}, compiled=compiled), y, x, a, b, 0.5, WIDTHS)
+    close = {"rtol": 1.6e-2, "atol": 1e-1} if dtype == "bfloat16" else {}
+    torch.testing.assert_close(y, want, **close)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["pytorch", "kernel"])
+@pytest.mark.parametrize(("size", "widths"), [(37, (19, 5, 5)), (576, (1537,))])
+def test_sizes_that_fill_no_register_and_ranks_below_the_largest_count_as_well(
+    size: int, widths: tuple[int, ...], compiled: bool
+) -> None:
+    from serve.vllm_plugin.cpu_lora import _add_lora_linear
+
+    torch.manual_seed(1)
+    slots, ranks = [2, 0, 2, -1, 2, 2, 1, 2], {0: 1, 1: 3, 2: RANK}
+    a = tuple(torch.randn(3, 1, RANK, size) for _ in widths)
+    b = tuple(torch.randn(3, 1, width, RANK) for width in widths)
+    for slot, rank in ranks.items():
+        for part in a:
+            part[slot, 0, rank:] = 0
+    x, y = torch.randn(len(slots), size), torch.randn(len(slots), sum(widths))
+    want = expected(slots, x, y, a, b, 1.0, widths)
+    _add_lora_linear(Wrapper(slots, ranks, compiled=compiled), y, x, a, b, 1.0, widths)
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
