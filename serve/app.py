@@ -23,6 +23,7 @@ from serve.tenants import Tenants, server_secret
 log = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 30.0
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def build_app(settings: Settings, engines: Mapping[str, Engine]) -> FastAPI:
@@ -30,13 +31,14 @@ def build_app(settings: Settings, engines: Mapping[str, Engine]) -> FastAPI:
     store = Store(settings.store_url)
     store.migrate()
     catalogue = Catalogue(store, list(engines))
-    metrics = Metrics()
+    metrics = _metrics(settings)
     gateway = Gateway(
         store=store,
         catalogue=catalogue,
         engines=engines,
         metrics=metrics,
         request_timeout_s=settings.request_timeout_s,
+        first_token_timeout_s=settings.first_token_timeout_s,
     )
 
     @contextlib.asynccontextmanager
@@ -68,6 +70,13 @@ def build_app(settings: Settings, engines: Mapping[str, Engine]) -> FastAPI:
     errors.install(app)
     app.add_middleware(Edge, metrics=metrics, body_bytes_max=limits.body_bytes)
     return app
+
+
+def _metrics(settings: Settings) -> Metrics:
+    """Adapters, whose names tell who the customers are, are named to the operator only."""
+    token = settings.metrics_token.get_secret_value() if settings.metrics_token else None
+    private = token is not None or settings.host in LOOPBACK
+    return Metrics(adapters_max=settings.metrics_adapters if private else 0, token=token)
 
 
 async def _sweep(gateway: Gateway) -> None:

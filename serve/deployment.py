@@ -1,15 +1,17 @@
 """Ray Serve composition root: which deployments there are and how they are wired.
 
-With `router.py` (later) the only module that imports ray. `Service` starts a private, loopback-only
+With `router.py` the only module that imports ray. `Service` starts a private, loopback-only
 Ray in this process's children, and ends all of it again.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,10 +20,14 @@ import psutil
 
 from quantize.card import verify
 from quantize.errors import CardMissing
+from serve.adapters import Catalogue
+from serve.app import LOOPBACK
+from serve.db import Store
 from serve.engine.base import Counters, Event, GenerationRequest
+from serve.engine.reconcile import Reconciler
 from serve.engine.remote import RemoteEngine
 from serve.engine.vllm import VllmEngine
-from serve.errors import BespokeError, EngineUnavailable, OperatorError, Overloaded
+from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError, Overloaded
 from serve.port import check_free
 from serve.settings import Settings
 
@@ -35,14 +41,17 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 from ray import serve as ray_serve
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.schema import LoggingConfig
+
+from serve.router import ADAPTERS_STAT, AdapterRouter
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "bespoke"
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# Serve counts an abort like a request; a replica that is full of requests must still take one.
+CONTROL_CALLS = 64
 
 
 class EngineDeployment:
@@ -54,6 +63,12 @@ class EngineDeployment:
         self._engine = await VllmEngine.start(
             base, settings.bases_dir / base, settings.adapters_dir, settings.engine, replica
         )
+        store = Store(settings.store_url)
+        store.migrate()
+        catalogue = Catalogue(store, settings.bases)
+        self._reconciler = Reconciler(catalogue, self._engine, base, lambda: datetime.now(UTC))
+        await self._reconciler.reconcile()  # a new replica serves the same set as the one before
+        self._following = asyncio.create_task(self._reconciler.follow())
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         async for batch in self._engine.stream(request):
@@ -64,6 +79,14 @@ class EngineDeployment:
 
     async def counters(self) -> Counters:
         return await self._engine.counters()
+
+    async def reconcile(self) -> None:
+        """Look at the catalogue now rather than within a second; for `handle.broadcast`."""
+        await self._reconciler.reconcile()
+
+    async def record_routing_stats(self) -> dict[str, list[int]]:
+        """What `AdapterRouter` knows of this replica; Serve asks for it."""
+        return {ADAPTERS_STAT: self._engine.resident}
 
     async def check_health(self) -> None:
         await self._engine.check_health()
@@ -101,13 +124,10 @@ def classify(error: BaseException) -> BespokeError | None:
     """What ray's own errors mean in our tree."""
     if isinstance(error, BackPressureError):
         return Overloaded()
-    lost = (
-        ray.exceptions.RayActorError,
-        ray.exceptions.NodeDiedError,
-        DeploymentUnavailableError,
-        ReplicaUnavailableError,
-    )
-    return EngineUnavailable() if isinstance(error, lost) else None
+    if isinstance(error, DeploymentUnavailableError):
+        return EngineUnavailable()
+    lost = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ReplicaUnavailableError)
+    return EngineLost() if isinstance(error, lost) else None
 
 
 def build(settings: Settings) -> Any:
@@ -122,12 +142,19 @@ def build(settings: Settings) -> Any:
         engines[base] = engine.options(
             name=f"engine-{base}",
             num_replicas=settings.engine_replicas,
-            max_ongoing_requests=settings.limits.ongoing_requests,
+            max_ongoing_requests=settings.limits.ongoing_requests + CONTROL_CALLS,
             max_queued_requests=settings.limits.queued_requests,
             ray_actor_options={"num_cpus": 0, "num_gpus": _gpus(settings)},
             health_check_period_s=2,
             health_check_timeout_s=30,
-            graceful_shutdown_timeout_s=20,
+            # A replica that is told to stop gets no new requests and this long to end those it has.
+            graceful_shutdown_timeout_s=settings.drain_timeout_s,
+            graceful_shutdown_wait_loop_s=0.2,
+            request_router_config=RequestRouterConfig(
+                request_router_class=AdapterRouter,
+                request_router_kwargs={"reserved": CONTROL_CALLS},
+                request_routing_stats_period_s=2,
+            ),
         ).bind(settings, base)
     gateway = ray_serve.deployment(GatewayDeployment).options(
         name="gateway",
@@ -135,7 +162,7 @@ def build(settings: Settings) -> Any:
         # Queueing and refusing belong to the engine's bounds, where refusals have OpenAI's shape.
         max_ongoing_requests=8192,
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
     )
     return gateway.bind(settings, contexts, engines)
 

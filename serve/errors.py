@@ -13,6 +13,7 @@
     ├── NotBillable                  the tenant has no price plan
     ├── Unavailable                  try again later; carries `retry_after_s`
     │   ├── EngineUnavailable
+    │   │   └── EngineLost           the replica died; another one may do
     │   ├── Overloaded
     │   └── StoreUnavailable
     ├── ClientGone                   nobody is left to answer
@@ -159,6 +160,10 @@ class EngineUnavailable(Unavailable):
         self, message: str = "The model is not available right now.", retry_after_s: int = 10
     ) -> None:
         super().__init__(message, retry_after_s)
+
+
+class EngineLost(EngineUnavailable):
+    """The replica that had, or was to have, the request died."""
 
 
 class Overloaded(Unavailable):

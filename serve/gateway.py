@@ -2,10 +2,12 @@
 
 `Gateway.generate` reads as the request's life: resolve → price → hold → dispatch → stream → settle.
 An admitted request runs in a task of its own, which no client can cancel: a client that goes away
-makes it stop the engine, and then it settles what the engine says was generated.
+makes it stop the engine, and then it settles what the engine says was generated. A request whose replica
+dies before the first token is dispatched once more, as long as somebody waits for it.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -19,7 +21,14 @@ from serve.billing.pricing import Prices, PriceVersion, Rates, Tokens
 from serve.billing.usage import Status, UsageEvent
 from serve.db import Store
 from serve.engine.base import Accepted, Delta, Engine, Finished, GenerationRequest, Message, Sampling
-from serve.errors import BespokeError, EngineFailed, EngineUnavailable, NotBillable, StoreUnavailable
+from serve.errors import (
+    BespokeError,
+    EngineFailed,
+    EngineLost,
+    EngineUnavailable,
+    NotBillable,
+    StoreUnavailable,
+)
 from serve.metrics import Metrics
 from serve.tenants import Principal
 
@@ -28,6 +37,7 @@ log = logging.getLogger(__name__)
 # A chat template adds a few tokens per message and at most a short default system prompt.
 _TEMPLATE_TOKENS, _MESSAGE_TOKENS = 64, 16
 _ABORT_RETRY_S = 0.5
+_ABORT_GRACE_S = 30.0
 _CLOSE_RETRY_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 10.0)
 
 
@@ -64,6 +74,7 @@ class Gateway:
         engines: Mapping[str, Engine],
         metrics: Metrics,
         request_timeout_s: float,
+        first_token_timeout_s: float,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._store = store
@@ -73,6 +84,7 @@ class Gateway:
         self.ledger = Ledger(store)
         self.metrics = metrics
         self.request_timeout_s = request_timeout_s
+        self.first_token_timeout_s = first_token_timeout_s
         self.now = now
         self._running: set[asyncio.Task[None]] = set()
 
@@ -168,6 +180,11 @@ class Generation:
         self._principal = principal
         self._admitted = admitted
         self._engine = engine
+        self._engine_id = call.request_id
+        self._version = admitted.model.adapter.model if admitted.model.adapter else None
+        self._served_by: Accepted | None = None
+        self._last: list[Delta] = []
+        self._finished: Finished | None = None
         self._accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
         self._deltas: asyncio.Queue[list[Delta] | BespokeError | None] = asyncio.Queue()
         self._started_s = monotonic()
@@ -198,54 +215,89 @@ class Generation:
         """Stream from the engine to its end, whatever the client does, then settle or void."""
         metrics = self._gateway.metrics
         metrics.in_progress.inc()
-        watchdog = asyncio.get_running_loop().call_later(
-            self._gateway.request_timeout_s, self._stop, "timeout"
-        )
-        last: list[Delta] = []
-        finished: Finished | None = None
-        failure: BespokeError | None = None
-        try:
-            # The outer bound is for an engine that does not even answer the watchdog's abort.
-            async with asyncio.timeout(self._gateway.request_timeout_s + 30):
-                async for batch in self._engine.stream(self._request()):
-                    last = []
-                    for event in batch:
-                        match event:
-                            case Accepted():
-                                self._accept(event)
-                            case Delta():
-                                last.append(event)
-                            case Finished():
-                                finished = event
-                    self._count(last)
-                    if last and finished is None:
-                        self._deltas.put_nowait(last)
-        except BespokeError as error:
-            failure = error
-        except (Exception, asyncio.CancelledError) as error:  # even a shutdown leaves no hold behind
-            log.exception("request %s failed", self.call.request_id)
-            failure = EngineUnavailable() if not self._accepted.done() else EngineFailed()
-            failure.__cause__ = error
-        watchdog.cancel()
+        failure = await self._listen()
         self._done = True
-        if finished is not None:
-            self.tokens = Tokens(finished.prompt_tokens, finished.cached_tokens, finished.completion_tokens)
-        elif failure is None:
-            failure = EngineFailed() if self._accepted.done() else EngineUnavailable()
-        if failure is None and self._stopped == "timeout":
-            failure = EngineFailed("The request took longer than the server allows.")
-        await self._settle_or_void(last, failure)
+        await self._settle_or_void(failure)
         metrics.in_progress.dec()
         if not self._accepted.done():
             self._accepted.set_exception(failure or EngineUnavailable())
             self._accepted.exception()  # retrieved: a client that left is not an unhandled error
-        if finished is not None and last:
-            self._deltas.put_nowait(last)
+        if self._finished is not None and self._last:
+            self._deltas.put_nowait(self._last)
         self._deltas.put_nowait(failure)
+
+    async def _listen(self) -> BespokeError | None:
+        """Take in all that the engine says; returns what went wrong, if anything did."""
+        call_later, limit_s = asyncio.get_running_loop().call_later, self._gateway.request_timeout_s
+        with contextlib.ExitStack() as watchdogs:
+            watchdogs.callback(call_later(limit_s, self._stop, "timeout").cancel)
+            try:
+                # The outer bound is for an engine that does not even answer a watchdog's abort.
+                async with asyncio.timeout(limit_s + _ABORT_GRACE_S) as bound:
+                    first_token_s = self._gateway.first_token_timeout_s
+                    watchdogs.callback(call_later(first_token_s, self._stop_unbegun, bound).cancel)
+                    await self._dispatch()
+            except EngineLost as error:
+                return EngineFailed() if self._begun else error
+            except BespokeError as error:
+                return error
+            except (Exception, asyncio.CancelledError) as error:  # even a shutdown leaves no hold behind
+                log.exception("request %s failed", self.call.request_id)
+                failure = self._broken()
+                failure.__cause__ = error
+                return failure
+        if self._finished is None:
+            return self._broken()
+        return self._too_late() if self._finished.aborted else None
+
+    async def _dispatch(self) -> None:
+        """Once, and once more if the replica died with nothing out yet and the answer still wanted."""
+        try:
+            await self._attempt(self.call.request_id)
+        except EngineLost:
+            if self._begun or self._stopped:
+                raise
+            log.warning("request %s lost its replica and is tried again", self.call.request_id)
+            self._gateway.metrics.retried()
+            await self._attempt(f"{self.call.request_id}-2")
+
+    async def _attempt(self, engine_id: str) -> None:
+        """Stream from a replica, which knows the request as `engine_id`."""
+        self._engine_id, self._served_by = engine_id, None
+        async for batch in self._engine.stream(self._request()):
+            self._last = []
+            for event in batch:
+                match event:
+                    case Accepted():
+                        self._accept(event)
+                    case Delta():
+                        self._last.append(event)
+                    case Finished():
+                        self._finished = event
+            self._count()
+            if self._last and self._finished is None:
+                self._deltas.put_nowait(self._last)
+
+    @property
+    def _begun(self) -> bool:
+        """Something of the answer is out: it can be neither taken back nor begun anew."""
+        return self._first_token_s is not None
+
+    def _broken(self) -> BespokeError:
+        """What a request dies of that ends without the engine's last word."""
+        return self._too_late() or (EngineFailed() if self._accepted.done() else EngineUnavailable())
+
+    def _too_late(self) -> BespokeError | None:
+        match self._stopped:
+            case "timeout":
+                return EngineFailed("The request took longer than the server allows.")
+            case "first_token_timeout":
+                return EngineUnavailable("The model did not begin to answer in time.")
+        return None
 
     def _request(self) -> GenerationRequest:
         return GenerationRequest(
-            self.call.request_id,
+            self._engine_id,
             self.model.adapter,
             self.call.prompt,
             self.call.sampling,
@@ -254,31 +306,41 @@ class Generation:
         )
 
     def _accept(self, event: Accepted) -> None:
+        self._served_by = event
         self.tokens = Tokens(prompt=event.prompt_tokens)
         if not self._accepted.done():
             self._accepted.set_result(event)
         if self._stopped:
             self._abort()
 
-    def _count(self, deltas: list[Delta]) -> None:
-        if deltas and self._first_token_s is None:
+    def _count(self) -> None:
+        if self._last and self._first_token_s is None:
             self._first_token_s = monotonic()
-            self._gateway.metrics.ttft(self.model.base, self._first_token_s - self._started_s)
-        new = sum(delta.tokens for delta in deltas)
-        self.tokens = Tokens(self.tokens.prompt, self.tokens.cached, self.tokens.completion + new)
+            waited_s = self._first_token_s - self._started_s
+            self._gateway.metrics.ttft(self.model.base, self._version, waited_s)
+        if (end := self._finished) is not None:
+            self.tokens = Tokens(end.prompt_tokens, end.cached_tokens, end.completion_tokens)
+        else:
+            new = sum(delta.tokens for delta in self._last)
+            self.tokens = Tokens(self.tokens.prompt, self.tokens.cached, self.tokens.completion + new)
 
     def _stop(self, why: str) -> None:
         if self._done or self._stopped:
             return
         self._stopped = why
-        if self._accepted.done():
+        if self._served_by is not None:
             self._abort()  # otherwise as soon as the engine has accepted
+
+    def _stop_unbegun(self, bound: asyncio.Timeout) -> None:
+        if not self._begun and not self._stopped:
+            self._stop("first_token_timeout")
+            bound.reschedule(asyncio.get_running_loop().time() + _ABORT_GRACE_S)
 
     def _abort(self) -> None:
         async def abort() -> None:
             while not self._done:
                 try:
-                    await self._engine.abort(self.call.request_id)
+                    await self._engine.abort(self._engine_id)
                     return
                 except (BespokeError, asyncio.CancelledError) as error:
                     log.warning("request %s is not aborted yet: %s", self.call.request_id, error)
@@ -286,20 +348,21 @@ class Generation:
 
         self._stopping = asyncio.create_task(abort(), context=_detached())
 
-    async def _settle_or_void(self, last: list[Delta], failure: BespokeError | None) -> None:
+    async def _settle_or_void(self, failure: BespokeError | None) -> None:
         """Close the hold, however long the store is away (up to the lease, which then takes over)."""
         ledger, hold, at = self._gateway.ledger, self._admitted.hold, self._gateway.now()
-        if self.tokens.completion == 0:
+        base, version = self.model.base, self._version
+        if self._served_by is None or self.tokens.completion == 0:
             reason = type(failure).__name__ if failure else (self._stopped or "no tokens")
             self.tokens = Tokens()
-            self._gateway.metrics.closed("void")
+            self._gateway.metrics.closed(base, version, "void")
 
             def close() -> bool:
                 return ledger.void(hold, reason, at=at)
         else:
-            event = self._event(last, failure, at)
-            self._gateway.metrics.closed(event.status.value)
-            self._gateway.metrics.tokens(self.model.base, event.tokens)
+            event = self._event(self._served_by, failure, at)
+            self._gateway.metrics.closed(base, version, event.status.value)
+            self._gateway.metrics.tokens(base, version, event.tokens)
 
             def close() -> bool:
                 return ledger.settle(hold, event, at=at)
@@ -314,9 +377,8 @@ class Generation:
                     return
                 await asyncio.sleep(delay_s)
 
-    def _event(self, last: list[Delta], failure: BespokeError | None, at: datetime) -> UsageEvent:
-        accepted, adapter = self._accepted.result(), self.model.adapter
-        reasons = [delta.finish_reason for delta in last if delta.finish_reason]
+    def _event(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> UsageEvent:
+        reasons = [delta.finish_reason for delta in self._last if delta.finish_reason]
         status: Status
         reason: str | None
         if failure is not None:
@@ -332,10 +394,10 @@ class Generation:
             key_id=self._principal.key_id,
             model=self.model.name,
             base=self.model.base,
-            adapter_version=adapter.model if adapter else None,
+            adapter_version=self._version,
             plan_id=self._admitted.price.id,
-            replica=accepted.replica,
-            boot=accepted.boot,
+            replica=served_by.replica,
+            boot=served_by.boot,
             samples=self.call.sampling.n,
             tokens=self.tokens,
             cost_nanos=self._admitted.rates.cost_nanos(self.tokens),

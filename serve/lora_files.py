@@ -83,7 +83,7 @@ def inspect(directory: Path, base_dir: Path, *, max_rank: int) -> LoraFiles:
     try:
         _require_plain_files(directory)
         config = _read_config(directory / ADAPTER_CONFIG_NAME, max_rank)
-        linears = _linears(base_dir)
+        linears = decoder_linears(base_dir)
         with (directory / WEIGHTS_NAME).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             _require(size <= _WEIGHTS_BYTES_MAX, WEIGHTS_NAME, f"{size} bytes, at most {_WEIGHTS_BYTES_MAX}")
@@ -97,6 +97,39 @@ def inspect(directory: Path, base_dir: Path, *, max_rank: int) -> LoraFiles:
         raise CatalogueError(f"{directory.name}: cannot be read: {error}") from error
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     return LoraFiles(config["r"], float(config["lora_alpha"]), tuple(modules), count, parameters, size)
+
+
+def decoder_linears(base_dir: Path) -> dict[str, tuple[int, int]]:
+    """The (out, in) of every linear layer in the base's decoder layers by module path, plain or quantized.
+
+    compressed-tensors keeps a packed weight's shape in `weight_shape`, bitsandbytes in its quant state.
+
+    Raises CatalogueError if there are none or a file is broken, OSError if one cannot be read.
+    """
+    linears: dict[str, tuple[int, int]] = {}
+    for path in base_dir.glob("model*.safetensors"):
+        with path.open("rb") as file:
+            for name, tensor in _read_header(file, path.name, _BASE_HEADER_BYTES_MAX).items():
+                module, _, kind = name.rpartition(".")
+                shape: Any = None
+                if kind == "weight" and tensor.dtype in _UNPACKED:
+                    shape = tensor.shape
+                elif kind == "weight_shape" and tensor.dtype in ("I32", "I64"):
+                    words = _read(file, tensor.begin, min(tensor.bytes, 16))
+                    shape = np.frombuffer(words, "<i4" if tensor.dtype == "I32" else "<i8").tolist()
+                elif kind in ("bitsandbytes__nf4", "bitsandbytes__fp4"):
+                    module = module.removesuffix(".weight.quant_state")
+                    shape = _json_object(_read(file, tensor.begin, tensor.bytes), name).get("shape")
+                adaptable = _LAYER.search(module) and not _NOT_ADAPTABLE.search(module)
+                if adaptable and _are_sizes(shape) and len(shape) == 2:
+                    linears[module] = (shape[0], shape[1])
+    _require(linears, base_dir.name, "holds no model*.safetensors with 2-D weights of decoder layers")
+    return linears
+
+
+def target_suffixes(base_dir: Path) -> list[str]:
+    """The last names in the paths of `decoder_linears`, each once, sorted: what an adapter may target."""
+    return sorted({module.rpartition(".")[2] for module in decoder_linears(base_dir)})
 
 
 def _require(holds: object, where: str, problem: str) -> None:
@@ -137,31 +170,6 @@ def _read_config(path: Path, max_rank: int) -> dict[str, Any]:
     return config
 
 
-def _linears(base_dir: Path) -> dict[str, _Shape]:
-    """The (out, in) of every 2-D weight of the base by module path, whether plain, packed or NF4.
-
-    compressed-tensors keeps a packed weight's shape in `weight_shape`, bitsandbytes in its quant state.
-    """
-    linears: dict[str, _Shape] = {}
-    for path in base_dir.glob("model*.safetensors"):
-        with path.open("rb") as file:
-            for name, tensor in _read_header(file, path.name, _BASE_HEADER_BYTES_MAX).items():
-                module, _, kind = name.rpartition(".")
-                shape: Any = None
-                if kind == "weight" and tensor.dtype in _UNPACKED:
-                    shape = tensor.shape
-                elif kind == "weight_shape" and tensor.dtype in ("I32", "I64"):
-                    words = _read(file, tensor.begin, min(tensor.bytes, 16))
-                    shape = np.frombuffer(words, "<i4" if tensor.dtype == "I32" else "<i8").tolist()
-                elif kind in ("bitsandbytes__nf4", "bitsandbytes__fp4"):
-                    module = module.removesuffix(".weight.quant_state")
-                    shape = _json_object(_read(file, tensor.begin, tensor.bytes), name).get("shape")
-                if _are_sizes(shape) and len(shape) == 2:
-                    linears[module] = tuple(shape)
-    _require(linears, base_dir.name, "holds no model*.safetensors with 2-D weights")
-    return linears
-
-
 def _read_header(file: BinaryIO, where: str, bytes_max: int) -> dict[str, _Tensor]:
     """The tensors of a safetensors file: an 8-byte length, a JSON header, then the tensors without gaps."""
     size = os.fstat(file.fileno()).st_size
@@ -193,7 +201,9 @@ def _tensor(entry: Any, where: str, data_begin: int) -> _Tensor:
     return _Tensor(data_begin + offsets[0], offsets[1] - offsets[0], dtype, tuple(shape))
 
 
-def _require_fitting_pairs(tensors: dict[str, _Tensor], linears: dict[str, _Shape], rank: int) -> list[str]:
+def _require_fitting_pairs(
+    tensors: dict[str, _Tensor], linears: dict[str, tuple[int, int]], rank: int
+) -> list[str]:
     """The module paths: each a linear layer of the base, with both halves in the shapes that it needs."""
     modules = set()
     for name, tensor in tensors.items():
@@ -203,7 +213,7 @@ def _require_fitting_pairs(tensors: dict[str, _Tensor], linears: dict[str, _Shap
         if key is None:
             raise CatalogueError(f"{_shown(name)}: expected {_name('<module>', 'A')} or lora_B.weight")
         module, half = key.groups()
-        _require(module in linears and _LAYER.search(module), name, f"the base has no linear layer {module}")
+        _require(module in linears, name, f"the base has no linear layer {module}")
         other = _name(module, "B" if half == "A" else "A")
         _require(other in tensors, name, f"its other half, {other}, is missing")
         rows, columns = linears[module]

@@ -1,7 +1,8 @@
 """Prometheus metrics of a gateway process.
 
-Labels are bases, routes and status codes only. Tenants and adapters are never labels: their number
-has no bound, and /metrics must not tell one customer about another.
+Labels are bases, routes, status codes and, within limits, adapters. The number of adapters has no bound
+and their names are customers' own, so only the first `adapters_max` that a process sees are named and the
+rest are `other`; whoever builds Metrics names none unless only the operator can read them.
 """
 
 from collections.abc import Iterable
@@ -14,21 +15,28 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from serve.billing.pricing import Tokens
-from serve.engine.base import Counters
+from serve.engine.base import Counters, Residency
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # a second series per series, which no dashboard of ours reads
 
 _TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_ADAPTER_TTFT_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 10.0)  # each is a series per adapter
 
 
 class Metrics:
-    """One gateway's metrics, in a registry of their own."""
+    """One gateway's metrics, in a registry of their own.
 
-    def __init__(self) -> None:
+    `adapters_max` is how many adapters get a label of their own; `token` is what a reader must present.
+    """
+
+    def __init__(self, *, adapters_max: int = 0, token: str | None = None) -> None:
+        self.token = token
+        self._adapters_max = adapters_max
+        self._adapters: set[str] = set()
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "bespoke_requests", "HTTP requests.", ["route", "code"], registry=self.registry
@@ -38,6 +46,11 @@ class Metrics:
         )
         self._closed = Counter(
             "bespoke_requests_closed", "Admitted requests by outcome.", ["status"], registry=self.registry
+        )
+        self._retried = Counter(
+            "bespoke_requests_retried",
+            "Requests dispatched again because their replica died before the first token.",
+            registry=self.registry,
         )
         self._tokens = Counter(
             "bespoke_tokens", "Billed tokens by class.", ["base", "class"], registry=self.registry
@@ -49,20 +62,59 @@ class Metrics:
             buckets=_TTFT_BUCKETS_S,
             registry=self.registry,
         )
+        self._adapter_requests = Counter(
+            "bespoke_adapter_requests",
+            "Admitted requests by adapter and outcome.",
+            ["base", "adapter", "status"],
+            registry=self.registry,
+        )
+        self._adapter_tokens = Counter(
+            "bespoke_adapter_tokens",
+            "Billed tokens by adapter and class.",
+            ["base", "adapter", "class"],
+            registry=self.registry,
+        )
+        self._adapter_ttft = Histogram(
+            "bespoke_adapter_time_to_first_token_seconds",
+            "From admission to the first token, by adapter.",
+            ["base", "adapter"],
+            buckets=_ADAPTER_TTFT_BUCKETS_S,
+            registry=self.registry,
+        )
 
     def request(self, route: str, code: int) -> None:
         self._requests.labels(route, str(code)).inc()
 
-    def closed(self, status: str) -> None:
+    def closed(self, base: str, adapter: str | None, status: str) -> None:
         self._closed.labels(status).inc()
+        self._adapter_requests.labels(base, self._label(adapter), status).inc()
 
-    def tokens(self, base: str, tokens: Tokens) -> None:
-        self._tokens.labels(base, "prompt").inc(tokens.uncached)
-        self._tokens.labels(base, "cached_prompt").inc(tokens.cached)
-        self._tokens.labels(base, "completion").inc(tokens.completion)
+    def retried(self) -> None:
+        self._retried.inc()
 
-    def ttft(self, base: str, seconds: float) -> None:
+    def tokens(self, base: str, adapter: str | None, tokens: Tokens) -> None:
+        label = self._label(adapter)
+        classes = {
+            "prompt": tokens.uncached,
+            "cached_prompt": tokens.cached,
+            "completion": tokens.completion,
+        }
+        for kind, count in classes.items():
+            self._tokens.labels(base, kind).inc(count)
+            self._adapter_tokens.labels(base, label, kind).inc(count)
+
+    def ttft(self, base: str, adapter: str | None, seconds: float) -> None:
         self._ttft.labels(base).observe(seconds)
+        self._adapter_ttft.labels(base, self._label(adapter)).observe(seconds)
+
+    def _label(self, adapter: str | None) -> str:
+        """`adapter` is a version's model name, or None for the bare base."""
+        if adapter is None:
+            return "none"
+        if adapter not in self._adapters and len(self._adapters) >= self._adapters_max:
+            return "other"
+        self._adapters.add(adapter)
+        return adapter
 
 
 class EngineCounters(Collector):
@@ -77,14 +129,14 @@ class EngineCounters(Collector):
             "bespoke_vllm_tokens", "Tokens counted by vLLM since it started.", labels=labels
         )
         probe = GaugeMetricFamily(
-            "bespoke_probe_tokens", "Of these, tokens of the start-up check.", labels=labels
+            "bespoke_probe_tokens",
+            "Of these, tokens of the checks of the base and of new adapters.",
+            labels=labels,
         )
         running = GaugeMetricFamily(
             "bespoke_vllm_requests_running", "Requests in vLLM's batch.", labels=labels[:3]
         )
-        loaded = GaugeMetricFamily(
-            "bespoke_adapters_loaded", "Adapters this replica has loaded.", labels=labels[:3]
-        )
+        residency = _Residency(labels[:3])
         for one in self._counters:
             who = [one.base, one.replica, one.boot]
             total.add_metric([*who, "prompt"], one.prompt_tokens)
@@ -92,8 +144,53 @@ class EngineCounters(Collector):
             probe.add_metric([*who, "prompt"], one.probe_prompt_tokens)
             probe.add_metric([*who, "completion"], one.probe_completion_tokens)
             running.add_metric(who, one.running)
-            loaded.add_metric(who, len(one.adapters))
-        return [total, probe, running, loaded]
+            residency.add(who, one.residency)
+        return [total, probe, running, *residency.families]
+
+
+class _Residency:
+    """Where each replica's adapters are and what moved, by tier; adapters themselves are no labels here."""
+
+    def __init__(self, who: list[str]) -> None:
+        by_tier = [*who, "tier"]
+        self._adapters = GaugeMetricFamily(
+            "bespoke_adapters_resident",
+            "Adapters in slots, in memory (slots included), on disk.",
+            labels=by_tier,
+        )
+        self._loads = CounterMetricFamily(
+            "bespoke_adapter_loads", "Adapters loaded from the next tier.", labels=by_tier
+        )
+        self._seconds = CounterMetricFamily(
+            "bespoke_adapter_load_seconds", "Time that these loads took.", labels=by_tier
+        )
+        self._evictions = CounterMetricFamily(
+            "bespoke_adapter_evictions", "Adapters that made room for others.", labels=by_tier
+        )
+        self._waiting = GaugeMetricFamily(
+            "bespoke_slot_waiting_requests", "Requests waiting for a slot for their adapter.", labels=who
+        )
+        self._wait_max = GaugeMetricFamily(
+            "bespoke_slot_wait_seconds_max", "The longest such wait since the replica started.", labels=who
+        )
+        self.families = (
+            *(self._adapters, self._loads, self._seconds, self._evictions),
+            *(self._waiting, self._wait_max),
+        )
+
+    def add(self, who: list[str], one: Residency) -> None:
+        slot, memory, disk = ([*who, tier] for tier in ("slot", "memory", "disk"))
+        for labels, count in ((slot, one.slots), (memory, one.memory), (disk, one.disk)):
+            self._adapters.add_metric(labels, count)
+        for labels, loads, seconds, evictions in (
+            (slot, one.slot_loads, one.slot_load_s, one.slot_evictions),
+            (memory, one.memory_loads, one.memory_load_s, one.memory_evictions),
+        ):
+            self._loads.add_metric(labels, loads)
+            self._seconds.add_metric(labels, seconds)
+            self._evictions.add_metric(labels, evictions)
+        self._waiting.add_metric(who, one.waiting)
+        self._wait_max.add_metric(who, one.wait_s_max)
 
 
 def render(metrics: Metrics, counters: list[Counters]) -> bytes:

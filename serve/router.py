@@ -88,8 +88,10 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc] # ray is untyped here
     # Serve's 0.1 s is soon missed by a busy machine, and to leave a holder costs more than to wait for it.
     queue_len_response_deadline_s = 0.5
 
-    def initialize_state(self, slack_requests: int = SLACK_REQUESTS) -> None:
+    def initialize_state(self, slack_requests: int = SLACK_REQUESTS, reserved: int = 0) -> None:
+        """`reserved` of a replica's places are for other calls than requests: aborts and the like."""
         self._slack = slack_requests
+        self._reserved = reserved
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -104,6 +106,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc] # ray is untyped here
         known = [self._candidate(replica) for replica in candidate_replicas]
         random.shuffle(known)
         groups = rank(_adapter_of(pending_request), known, self._slack)
+        if self._reserved:  # Serve would find room in a full one: that which is reserved
+            groups = [group for group in groups if not group[0].full]
         return [[replicas[candidate.id] for candidate in group] for group in groups]
 
     def _candidate(self, replica: RunningReplica) -> Candidate:
@@ -112,7 +116,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc] # ray is untyped here
             id=replica.replica_id.unique_id,
             # A property of the public class, undocumented; RunningReplica itself tells no queue length.
             load=self.replica_queue_len_cache.get(replica.replica_id),
-            load_max=replica.max_ongoing_requests,
+            load_max=replica.max_ongoing_requests - self._reserved,
             adapters=frozenset(replica.routing_stats.get(ADAPTERS_STAT, ())),
         )
 

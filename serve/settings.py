@@ -7,7 +7,7 @@ travel as plain values. Unknown names are errors: a typing mistake must not sile
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -25,8 +25,9 @@ class EngineSettings(BaseSettings):
     max_model_len: int = Field(2048, ge=64)
     max_num_seqs: int = Field(32, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=64)
-    max_loras: int = Field(4, ge=1)
+    max_loras: int = Field(16, ge=0)  # 0: the base alone
     max_cpu_loras: int = Field(64, ge=1)
+    slot_patience_s: float = Field(0.5, ge=0)  # how long a request waits before it is given another's slot
     max_lora_rank: int = Field(16, ge=1)
     kv_cache_gib: int = Field(1, ge=1)
     tensor_parallel_size: int = Field(1, ge=1)
@@ -63,6 +64,10 @@ class Settings(BaseSettings):
     engine_replicas: int = Field(1, ge=1)
     accept_timeout_s: float = Field(20.0, gt=0)
     request_timeout_s: float = Field(600.0, gt=0)
+    first_token_timeout_s: float = Field(120.0, gt=0)
+    drain_timeout_s: float = Field(60.0, ge=0)
+    metrics_adapters: int = Field(100, ge=0)
+    metrics_token: SecretStr | None = Field(None, min_length=1)
     engine: EngineSettings = EngineSettings()
     limits: LimitSettings = LimitSettings()
 

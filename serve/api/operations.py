@@ -1,15 +1,19 @@
-"""/healthz, /readyz, /metrics: for load balancers and Prometheus. They name no tenant."""
+"""/healthz, /readyz, /metrics: for load balancers and Prometheus.
+
+The first two name no tenant. /metrics names adapters, unless anyone on the network may read it.
+"""
 
 import asyncio
+import hmac
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from serve.api.answers import Json
 from serve.api.context import Context, Ctx
 from serve.engine.base import Counters
-from serve.errors import EngineUnavailable
+from serve.errors import EngineUnavailable, Unauthenticated
 from serve.metrics import render
 
 router = APIRouter()
@@ -30,7 +34,10 @@ async def readyz(ctx: Ctx) -> Json:
 
 
 @router.get("/metrics")
-async def metrics(ctx: Ctx) -> Response:
+async def metrics(request: Request, ctx: Ctx) -> Response:
+    """Raises Unauthenticated if there is a metrics token and the request does not bear it."""
+    if ctx.metrics.token is not None:
+        _require(ctx.metrics.token, request.headers.get("authorization", ""))
     counters: list[Counters] = []
     for engine in ctx.engines.values():
         try:
@@ -38,6 +45,13 @@ async def metrics(ctx: Ctx) -> Response:
         except EngineUnavailable:
             continue  # an engine that is down has no counters; the gateway's own still count
     return Response(render(ctx.metrics, counters), media_type=CONTENT_TYPE_LATEST)
+
+
+def _require(token: str, authorization: str) -> None:
+    kind, _, given = authorization.partition(" ")
+    # ASGI decodes headers as Latin-1; the comparison takes as long for any guess.
+    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), token.encode()):
+        raise Unauthenticated("Incorrect metrics token provided.")
 
 
 def _ping(ctx: Context) -> None:

@@ -1,45 +1,154 @@
 """`bespoke adapter`: which published versions are served, and which one an alias means."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import filesize
+from rich.markup import escape
 
-from serve.adapters import Catalogue, newest_published
-from serve.commands.parts import HomeOption, console, now, open_store, settings_of, table
-from serve.errors import UnknownRecord
-from serve.tenants import Tenants, server_secret
+from finetune.card import read_card
+from serve.adapters import AdapterRef, Catalogue, Entry, State, newest_published
+from serve.commands.parts import HomeOption, ProfileOption, console, now, open_store, settings_of, table
+from serve.errors import OperatorError, UnknownRecord
+from serve.settings import Settings
 
 app = typer.Typer(no_args_is_help=True)
 
+PublishedArgument = Annotated[
+    str, typer.Argument(help="tenant/name for its newest version, or tenant/name@version")
+]
+VersionArgument = Annotated[str, typer.Argument(help="tenant/name@version")]
+
 
 @app.command()
-def promote(
-    model: Annotated[str, typer.Argument(help="tenant/name for its newest version, or tenant/name@version")],
-    home: HomeOption = None,
-) -> None:
+def register(model: PublishedArgument, config: ProfileOption = None, home: HomeOption = None) -> None:
+    """Check a published version and let the engines probe it. Again, it changes nothing."""
+    settings = settings_of(home, config)
+    catalogue = _catalogue(settings)
+    adapter = _register(catalogue, settings, model)
+    console.print(f"registered {adapter.model}: {catalogue.state(adapter)}", highlight=False)
+
+
+@app.command()
+def promote(model: PublishedArgument, config: ProfileOption = None, home: HomeOption = None) -> None:
     """Register a published version and let its alias mean it. Requests in flight keep theirs."""
-    settings = settings_of(home)
-    tenant, _, rest = model.partition("/")
-    name, _, version = rest.partition("@")
+    settings = settings_of(home, config)
+    catalogue = _catalogue(settings)
+    adapter = _register(catalogue, settings, model)
+    catalogue.promote(adapter, at=now())
+    ready = catalogue.state(adapter) == State.READY
+    means = "now means" if ready else "will mean, once an engine has probed it,"
+    console.print(f"[bold]{adapter.tenant}/{adapter.name}[/] {means} {adapter.model}", highlight=False)
+
+
+@app.command("list")
+def index(tenant: Annotated[str | None, typer.Argument()] = None, home: HomeOption = None) -> None:
+    """Every registered version; the one that its alias means now, or will mean once it is probed."""
+    rows = table("model", "base", ">rank", ">size", "state", "pinned", "alias")
+    for entry in _catalogue(settings_of(home)).entries(tenant):
+        rows.add_row(
+            entry.ref.model,
+            entry.base,
+            *_rank_and_size(entry),
+            _state(entry),
+            "yes" if entry.pinned else "",
+            entry.alias or "",
+        )
+    console.print(rows)
+
+
+@app.command()
+def show(model: VersionArgument, home: HomeOption = None) -> None:
+    """All that is known of a version; if it was rejected, why."""
+    catalogue = _catalogue(settings_of(home))
+    entry = catalogue.entry(_find(catalogue, model))
+    rank, size = _rank_and_size(entry)
+    rows = table("model", entry.ref.model)
+    for name, value in (
+        ("base", entry.base),
+        ("rank", rank),
+        ("size", size),
+        ("state", _state(entry)),
+        ("reason", escape(entry.reason or "")),
+        ("pinned", "yes" if entry.pinned else "no"),
+        ("alias", entry.alias or "no"),
+        ("registered", f"{entry.registered_at:%Y-%m-%d %H:%M:%S} UTC"),
+        ("probed", f"{entry.probed_at:%Y-%m-%d %H:%M:%S} UTC" if entry.probed_at else ""),
+        ("retired", f"{entry.retired_at:%Y-%m-%d %H:%M:%S} UTC" if entry.retired_at else ""),
+    ):
+        if value:
+            rows.add_row(name, value)
+    console.print(rows)
+
+
+@app.command()
+def pin(model: VersionArgument, home: HomeOption = None) -> None:
+    """Let every replica keep a version loaded."""
+    catalogue = _catalogue(settings_of(home))
+    adapter = _find(catalogue, model)
+    catalogue.pin(adapter, True)
+    console.print(f"every replica keeps {adapter.model} loaded", highlight=False)
+
+
+@app.command()
+def unpin(model: VersionArgument, home: HomeOption = None) -> None:
+    """Let replicas unload a version when others need its place."""
+    catalogue = _catalogue(settings_of(home))
+    adapter = _find(catalogue, model)
+    catalogue.pin(adapter, False)
+    console.print(f"replicas may unload {adapter.model}", highlight=False)
+
+
+@app.command()
+def retire(model: VersionArgument, home: HomeOption = None) -> None:
+    """Serve a version no longer, for good. Not while its alias points to it."""
+    catalogue = _catalogue(settings_of(home))
+    adapter = _find(catalogue, model)
+    catalogue.retire(adapter, now())
+    console.print(f"{adapter.model} is served no longer", highlight=False)
+
+
+def _catalogue(settings: Settings) -> Catalogue:
+    return Catalogue(open_store(settings), settings.bases)
+
+
+def _register(catalogue: Catalogue, settings: Settings, model: str) -> AdapterRef:
+    directory = _published(settings, model)
+    return catalogue.register(
+        directory,
+        at=now(),
+        base_dir=settings.bases_dir / read_card(directory).base,
+        max_rank=settings.engine.max_lora_rank,
+    )
+
+
+def _published(settings: Settings, model: str) -> Path:
+    tenant, name, version = _parts(model)
     directory = newest_published(settings.adapters_dir, tenant, name)
     if version:
         directory = directory.with_name(version)
         if not version.isalnum() or not directory.is_dir():
             raise UnknownRecord(f"There is no published version '{model}'.")
-    catalogue = Catalogue(open_store(settings), settings.bases)
-    adapter = catalogue.register(directory, at=now())
-    catalogue.promote(adapter, at=now())
-    console.print(f"[bold]{tenant}/{name}[/] now means {adapter.model}", highlight=False)
+    return directory
 
 
-@app.command("list")
-def index(tenant: Annotated[str | None, typer.Argument()] = None, home: HomeOption = None) -> None:
-    """What each tenant, or one of them, can name as a model."""
-    settings = settings_of(home)
-    store = open_store(settings)
-    catalogue = Catalogue(store, settings.bases)
-    rows = table("tenant", "model", "base", "version")
-    for owner in [tenant] if tenant else Tenants(store, server_secret(settings.home)).names():
-        for model in catalogue.models(owner):
-            rows.add_row(owner, model.name, model.base, model.adapter.version if model.adapter else "")
-    console.print(rows)
+def _find(catalogue: Catalogue, model: str) -> AdapterRef:
+    tenant, name, version = _parts(model)
+    if not version:
+        raise OperatorError(f"'{model}' names no version: say tenant/name@version.")
+    return catalogue.find(tenant, name, version)
+
+
+def _parts(model: str) -> tuple[str, str, str]:
+    tenant, _, rest = model.partition("/")
+    name, _, version = rest.partition("@")
+    return tenant, name, version
+
+
+def _state(entry: Entry) -> str:
+    return f"{entry.state}, retired" if entry.retired_at else str(entry.state)
+
+
+def _rank_and_size(entry: Entry) -> tuple[str, str]:
+    return str(entry.rank or ""), "" if entry.bytes is None else filesize.decimal(entry.bytes)

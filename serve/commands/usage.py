@@ -40,9 +40,11 @@ def check(
     home: HomeOption = None,
 ) -> None:
     """Compare the ledger's totals with each engine's own counters; exit 1 if they differ."""
-    store = open_store(settings_of(home))
-    entries = reconcile(engine_counts(url), Usage(store).by_engine())
-    rows = table("engine", "class", ">vLLM counted", ">start-up check", ">billed", ">drift")
+    settings = settings_of(home)
+    store = open_store(settings)
+    token = settings.metrics_token.get_secret_value() if settings.metrics_token else None
+    entries = reconcile(engine_counts(url, token), Usage(store).by_engine())
+    rows = table("engine", "class", ">vLLM counted", ">checks", ">billed", ">drift")
     for entry in entries:
         _add_rows(rows, entry)
     console.print(rows)
@@ -55,10 +57,17 @@ def check(
     console.print("ledger and engines agree to the token", style="green")
 
 
-def engine_counts(url: str) -> list[EngineCount]:
-    """The live engines' counters from the gateway's /metrics. Raises OperatorError if it is away."""
+def engine_counts(url: str, token: str | None = None) -> list[EngineCount]:
+    """The live engines' counters from the gateway's /metrics.
+
+    Raises OperatorError if the gateway is away, or wants another metrics token.
+    """
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        response = httpx.get(f"{url}/metrics", timeout=30).raise_for_status()
+        response = httpx.get(f"{url}/metrics", headers=headers, timeout=30)
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            raise OperatorError(f"The gateway at {url} wants its metrics token: set BESPOKE_METRICS_TOKEN.")
+        response.raise_for_status()
     except httpx.HTTPError as error:
         raise OperatorError(f"No gateway answers at {url}: {error}") from error
     counts: dict[tuple[str, str, str], dict[str, int]] = {}

@@ -6,7 +6,7 @@ After `abort` the stream still ends with Finished, which carries what was genera
 """
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from serve.adapters import AdapterRef
@@ -81,10 +81,27 @@ Event = Accepted | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True)
+class Residency:
+    """Where a replica's adapters are, and what moved. Each tier includes the ones before it."""
+
+    slots: int = 0
+    memory: int = 0
+    disk: int = 0
+    memory_loads: int = 0
+    memory_load_s: float = 0.0
+    memory_evictions: int = 0
+    slot_loads: int = 0
+    slot_load_s: float = 0.0
+    slot_evictions: int = 0
+    waiting: int = 0
+    wait_s_max: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Counters:
     """An engine process's own lifetime counters, as vLLM keeps them.
 
-    `probe_*` is the part that the start-up check used, which no customer is billed for.
+    `probe_*` is the part that checks of the base and of adapters used, which no customer is billed for.
     """
 
     base: str
@@ -95,7 +112,7 @@ class Counters:
     probe_prompt_tokens: int
     probe_completion_tokens: int
     running: int
-    adapters: tuple[str, ...] = field(default=())
+    residency: Residency = Residency()
 
 
 class Engine(Protocol):

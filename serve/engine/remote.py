@@ -5,11 +5,12 @@ queue is told apart by `classify`, which the composition root supplies.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from serve.engine.base import Counters, Event, GenerationRequest
-from serve.errors import BespokeError, EngineFailed, EngineUnavailable, Overloaded
+from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, Overloaded
 
 LIVENESS_INTERVAL_S = 2.0
 
@@ -33,7 +34,10 @@ class RemoteEngine:
         return self._context_tokens_max
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        """See `serve.engine.base.Engine.stream`. Not accepted in time is EngineUnavailable."""
+        """See `serve.engine.base.Engine.stream`. Not accepted in time is EngineUnavailable.
+
+        Raises EngineLost, before or after Accepted, if the replica dies.
+        """
         batches = self._streaming.stream.remote(request)
         accepted = finished = False
         try:
@@ -59,7 +63,10 @@ class RemoteEngine:
                 while not first.done():
                     await asyncio.wait({first}, timeout=LIVENESS_INTERVAL_S)
                     if not first.done():
-                        await self.counters()  # Ray would queue for a replica that may never come
+                        # Ray would queue for a replica that may never come. One that died proves
+                        # nothing: this request may be with another; the dead are not asked again.
+                        with contextlib.suppress(EngineLost):
+                            await self.counters()
         except TimeoutError as error:
             raise EngineUnavailable() from error
         finally:
@@ -89,6 +96,8 @@ class RemoteEngine:
     def _translate(self, error: BaseException, *, accepted: bool) -> BespokeError:
         cause = getattr(error, "cause", error)  # ray wraps what a replica raised
         known = cause if isinstance(cause, BespokeError) else self._classify(error)
+        if isinstance(known, EngineLost):
+            return known
         if accepted and (known is None or isinstance(known, EngineUnavailable | Overloaded)):
             return EngineFailed()
         return known or EngineFailed()

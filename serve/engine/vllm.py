@@ -5,36 +5,56 @@ gateway shares this package and must not load torch.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import FinetuneError
 from serve.adapters import AdapterRef
-from serve.engine.base import Accepted, Counters, Delta, Event, Finished, GenerationRequest, Message, Sampling
+from serve.engine import scratch
+from serve.engine.base import (
+    Accepted,
+    Counters,
+    Delta,
+    Event,
+    Finished,
+    GenerationRequest,
+    Message,
+    Residency,
+)
+from serve.engine.packer import Packer
+from serve.engine.slots import Slots
 from serve.errors import BespokeError, ContextLengthExceeded, EngineFailed, EngineUnavailable, InvalidRequest
+from serve.lora_files import target_suffixes
 from serve.settings import EngineSettings
+from serve.vllm_plugin.packed import Layer, Layout
 
 log = logging.getLogger(__name__)
 
 # AsyncLLM registers its metrics in the process-wide registry under these names.
 _PROMPT_COUNTER, _COMPLETION_COUNTER = "vllm:prompt_tokens", "vllm:generation_tokens"
+_PROBE = (Message("user", "Hello"),)
+_PROBE_LOGPROBS = 20
 
 
 class VllmEngine:
     """One AsyncLLM, its adapters and its counters. Make it with `start`."""
 
-    def __init__(self, llm: Any, base: str, adapters_dir: Path, replica: str) -> None:
+    def __init__(
+        self, llm: Any, base: str, replica: str, packer: Packer | None = None, slots: Slots | None = None
+    ) -> None:
         self._llm = llm
         self._base = base
-        self._adapters_dir = adapters_dir
         self._replica = replica
         self._boot = uuid.uuid4().hex
-        self._loads: dict[int, asyncio.Task[None]] = {}
-        self._loaded: dict[int, str] = {}
-        self._probe = (0, 0)
+        self._packer = packer
+        self._slots = slots
+        self._probed = (0, 0)
+        self.served = 0  # adapter versions that this base should serve
 
     @classmethod
     async def start(
@@ -45,39 +65,137 @@ class VllmEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        args = AsyncEngineArgs(model=str(base_dir), served_model_name=base, **_engine_args(settings))
-        engine = cls(AsyncLLM.from_engine_args(args), base, adapters_dir, replica)
-        await engine._prove()
+        targets = target_suffixes(base_dir) if settings.max_loras else []
+        args = AsyncEngineArgs(model=str(base_dir), served_model_name=base, **_engine_args(settings, targets))
+        llm = AsyncLLM.from_engine_args(args)
+        if not settings.max_loras:
+            engine = cls(llm, base, replica)
+        else:
+            packer = Packer(
+                await _layout(llm) if settings.device == "cpu" else None,
+                adapters_dir,
+                scratch.make(),
+                capacity=settings.max_cpu_loras,
+                preload=_preload(llm),
+            )
+            engine = cls(llm, base, replica, packer, Slots(settings.max_loras, settings.slot_patience_s))
+        await engine.logprobs(None)
         return engine
 
     @property
     def context_tokens_max(self) -> int:
         return int(self._llm.model_config.max_model_len)
 
-    async def _prove(self) -> None:
-        hello = (Message("user", "Hello"),)
-        request = GenerationRequest(
-            f"probe-{self._boot}", None, hello, Sampling(completion_tokens_max=4, temperature=0.0), "probe"
+    @property
+    def resident(self) -> list[int]:
+        """Ids of the adapters in this replica's memory."""
+        return self._packer.held if self._packer else []
+
+    async def logprobs(self, adapter: AdapterRef | None) -> dict[int, float]:
+        """Log-probabilities of the likeliest first tokens of an answer: what `probe` compares.
+
+        Billed to nobody, cached for nobody. Raises EngineUnavailable.
+        """
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        prompt_ids = await asyncio.to_thread(self._tokenize, _PROBE)
+        number = f"probe-{uuid.uuid4().hex}"
+        prompt = {"prompt_token_ids": prompt_ids, "cache_salt": number}
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, logprobs=_PROBE_LOGPROBS, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        async for _ in self.stream(request):
-            pass
-        counters = await self.counters()
-        self._probe = (counters.prompt_tokens, counters.completion_tokens)
+        self._probed = (self._probed[0] + len(prompt_ids), self._probed[1] + 1)
+        try:
+            async with self._lora(adapter) as lora:
+                async for output in self._llm.generate(prompt, params, number, lora_request=lora):
+                    (first,) = output.outputs[0].logprobs
+                    return {int(token): float(entry.logprob) for token, entry in first.items()}
+        except (BespokeError, FinetuneError, OSError):
+            raise
+        except Exception as error:
+            log.exception("the probe failed")
+            raise EngineUnavailable() from error
+        raise EngineUnavailable()
+
+    async def keep(self, wanted: frozenset[int], pinned: list[AdapterRef]) -> None:
+        """Hold `pinned` in memory from now on; drop what is neither `wanted` nor in use."""
+        if self._packer is None:
+            return
+        self.served = len(wanted)
+        self._packer.pinned = frozenset(ref.id for ref in pinned)
+        for ref in pinned:
+            try:
+                async with self._packer.hold(ref):
+                    pass
+            except (FinetuneError, OSError):
+                log.exception("%s is pinned and cannot be loaded", ref.model)
+        for adapter in self._packer.held:
+            if adapter not in wanted:
+                await self.unload(adapter)
+
+    async def unload(self, adapter: int) -> None:
+        """Out of the slots and out of memory, unless a request still holds it."""
+        if self._packer is not None and self._packer.drop(adapter):
+            await self._llm.remove_lora(adapter)
+
+    @contextlib.asynccontextmanager
+    async def _lora(self, adapter: AdapterRef | None) -> AsyncIterator[Any]:
+        """The adapter's LoRARequest, packed in memory and sure of a slot; None for the base."""
+        if adapter is None:
+            yield None
+            return
+        if self._packer is None or self._slots is None:
+            raise EngineUnavailable("This base is served without adapters.")
+        from vllm.lora.request import LoRARequest
+
+        async with self._packer.hold(adapter) as path, self._slots.hold(adapter.id):
+            yield LoRARequest(adapter.model, adapter.id, str(path))
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         """See `serve.engine.base.Engine.stream`."""
+        prompt_ids = await asyncio.to_thread(self._tokenize, request.prompt)
+        params = self._params(request, len(prompt_ids))
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                lora = await held.enter_async_context(self._lora(request.adapter))
+                prompt = {"prompt_token_ids": prompt_ids, "cache_salt": request.cache_salt}
+                outputs = await self._llm.add_request(request.request_id, prompt, params, lora_request=lora)
+            except BespokeError:
+                raise
+            except ValueError as error:  # vLLM's own validation, should ours have let something pass
+                raise InvalidRequest(str(error)) from error
+            except Exception as error:
+                log.exception("request %s was not accepted", request.request_id)
+                raise EngineUnavailable() from error
+            tally = _Tally(len(prompt_ids))
+            try:
+                yield [Accepted(self._replica, self._boot, len(prompt_ids))]
+                while not tally.finished:
+                    # `get_nowait` first: under load the queue is seldom empty and a task switch is saved.
+                    batch = tally.read(outputs.get_nowait() or await outputs.get())
+                    if batch:
+                        yield batch
+            except Exception as error:
+                # Nothing of vLLM's own may travel to the gateway: unpickling it there would load torch.
+                log.exception("request %s failed in vLLM", request.request_id)
+                raise EngineFailed() from error
+            finally:
+                if not tally.finished:
+                    await self._llm.abort(outputs.request_id, internal=True)
+                outputs.close()
+
+    def _params(self, request: GenerationRequest, prompt_tokens: int) -> Any:
+        """vLLM's SamplingParams. Raises ContextLengthExceeded, InvalidRequest."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        prompt_ids = await asyncio.to_thread(self._tokenize, request.prompt)
-        room = self.context_tokens_max - len(prompt_ids)
-        wanted = request.sampling.completion_tokens_max
+        sampling = request.sampling
+        room = self.context_tokens_max - prompt_tokens
+        wanted = sampling.completion_tokens_max
         if room < (wanted or 1):
             param = request.length_param if wanted and room > 0 else "messages"
-            raise ContextLengthExceeded(self.context_tokens_max, len(prompt_ids), wanted or 1, param)
-        sampling = request.sampling
-        prompt = {"prompt_token_ids": prompt_ids, "cache_salt": request.cache_salt}
+            raise ContextLengthExceeded(self.context_tokens_max, prompt_tokens, wanted or 1, param)
         try:
-            params = SamplingParams(
+            return SamplingParams(
                 n=sampling.n,
                 # vLLM refuses several greedy samples; its lowest temperature is as good as greedy.
                 temperature=max(sampling.temperature, 0.01) if sampling.n > 1 else sampling.temperature,
@@ -89,31 +207,8 @@ class VllmEngine:
                 max_tokens=wanted or room,
                 output_kind=RequestOutputKind.DELTA,
             )
-            lora = await self._ensure_loaded(request.adapter)
-            outputs = await self._llm.add_request(request.request_id, prompt, params, lora_request=lora)
-        except BespokeError:
-            raise
-        except ValueError as error:  # vLLM's own validation, should ours have let something pass
+        except ValueError as error:
             raise InvalidRequest(str(error)) from error
-        except Exception as error:
-            log.exception("request %s was not accepted", request.request_id)
-            raise EngineUnavailable() from error
-        tally = _Tally(len(prompt_ids))
-        try:
-            yield [Accepted(self._replica, self._boot, len(prompt_ids))]
-            while not tally.finished:
-                # `get_nowait` first: under load the queue is seldom empty and a task switch is saved.
-                batch = tally.read(outputs.get_nowait() or await outputs.get())
-                if batch:
-                    yield batch
-        except Exception as error:
-            # Nothing of vLLM's own may travel to the gateway: unpickling it there would load torch.
-            log.exception("request %s failed in vLLM", request.request_id)
-            raise EngineFailed() from error
-        finally:
-            if not tally.finished:
-                await self._llm.abort(outputs.request_id, internal=True)
-            outputs.close()
 
     async def abort(self, request_id: str) -> None:
         await self._llm.abort(request_id)
@@ -135,9 +230,27 @@ class VllmEngine:
             self._boot,
             totals[_PROMPT_COUNTER],
             totals[_COMPLETION_COUNTER],
-            *self._probe,
+            *self._probed,
             running,
-            tuple(sorted(self._loaded.values())),
+            await self._residency(),
+        )
+
+    async def _residency(self) -> Residency:
+        if self._packer is None or self._slots is None:
+            return Residency()
+        (worker, *_) = await self._llm.collective_rpc("bespoke_residency")
+        return Residency(
+            slots=len(worker["slots"]),
+            memory=len(self._packer.held),
+            disk=self.served,
+            memory_loads=self._packer.loads,
+            memory_load_s=self._packer.load_s,
+            memory_evictions=self._packer.evictions,
+            slot_loads=worker["activations"],
+            slot_load_s=worker["seconds"],
+            slot_evictions=worker["evictions"],
+            waiting=self._slots.waiting,
+            wait_s_max=self._slots.wait_s_max,
         )
 
     async def check_health(self) -> None:
@@ -149,6 +262,8 @@ class VllmEngine:
 
     def shutdown(self) -> None:
         self._llm.shutdown()
+        if self._packer is not None:
+            self._packer.close()
 
     def _tokenize(self, prompt: tuple[Message, ...] | str) -> list[int]:
         tokenizer = self._llm.get_tokenizer()
@@ -161,26 +276,28 @@ class VllmEngine:
             raise InvalidRequest("The prompt is empty.", "prompt", "invalid_value")
         return list(ids)
 
-    async def _ensure_loaded(self, adapter: AdapterRef | None) -> Any:
-        """The adapter's LoRARequest, loaded: once, however many requests ask for it at a time."""
-        if adapter is None:
-            return None
-        from vllm.lora.request import LoRARequest
 
-        path = adapter.path(self._adapters_dir)
-        lora = LoRARequest(adapter.model, adapter.id, str(path))
-        task = self._loads.get(adapter.id)
-        if task is None or (task.done() and (task.cancelled() or task.exception())):
-            task = self._loads[adapter.id] = asyncio.create_task(self._load(adapter, lora))
-        await asyncio.shield(task)  # one client's disconnect must not undo another's load
-        return lora
+async def _layout(llm: Any) -> Layout | None:
+    (found, *_) = await llm.collective_rpc("bespoke_layout")
+    if found is None:
+        log.warning("adapters of this model are loaded by vLLM's own loader, within its steps")
+        return None
+    layers = (Layer(tuple(parts), width, tuple(outs)) for parts, width, outs in found["layers"])
+    return Layout(tuple(layers), found["dtype"])
 
-    async def _load(self, adapter: AdapterRef, lora: Any) -> None:
+
+def _preload(llm: Any) -> Callable[[AdapterRef, Path], Awaitable[None]]:
+    """vLLM's own loading, before the first request: an error there is an answer, in a step it is the end."""
+    from vllm.lora.request import LoRARequest
+
+    async def preload(ref: AdapterRef, path: Path) -> None:
         try:
-            await self._llm.add_lora(lora)
+            await llm.add_lora(LoRARequest(ref.model, ref.id, str(path)))
         except Exception as error:
-            raise EngineUnavailable(f"The adapter of '{adapter.model}' could not be loaded.") from error
-        self._loaded[adapter.id] = adapter.model
+            log.exception("%s cannot be loaded", ref.model)
+            raise EngineUnavailable(f"The adapter of '{ref.model}' could not be loaded.") from error
+
+    return preload
 
 
 class _Tally:
@@ -221,21 +338,27 @@ def _prepare_environment(settings: EngineSettings) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
 
 
-def _engine_args(settings: EngineSettings) -> dict[str, Any]:
+def _engine_args(settings: EngineSettings, lora_targets: list[str]) -> dict[str, Any]:
     args: dict[str, Any] = {
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "enable_lora": True,
-        "max_loras": settings.max_loras,
-        "max_cpu_loras": settings.max_cpu_loras,
-        "max_lora_rank": settings.max_lora_rank,
         "enforce_eager": settings.enforce_eager,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "enable_prefix_caching": True,
         "disable_log_stats": False,
     }
+    if lora_targets:
+        args |= {
+            "enable_lora": True,
+            "max_loras": settings.max_loras,
+            "max_cpu_loras": max(settings.max_cpu_loras, settings.max_loras),
+            "max_lora_rank": settings.max_lora_rank,
+            # Otherwise the output layer is wrapped too, and its zero delta computed in every step.
+            "lora_target_modules": lora_targets,
+            "worker_extension_cls": "serve.vllm_plugin.worker.WorkerExtension",
+        }
     if settings.device == "gpu":
         args["gpu_memory_utilization"] = settings.gpu_memory_utilization
     return args

@@ -15,10 +15,12 @@ class Batch:
     an index tensor. All others share one call of the kernel: `few` are int64 tensors (row, slot, rank).
     """
 
-    def __init__(self, runs: list[tuple[int, int, Any]], few: tuple[Any, Any, Any] | None) -> None:
+    def __init__(
+        self, slots: frozenset[int], runs: list[tuple[int, int, Any]], few: tuple[Any, Any, Any] | None
+    ) -> None:
+        self.slots = slots
         self._runs = runs
         self._few = few
-        self.empty = not runs and few is None
 
     @classmethod
     def of(cls, slots: Any, ranks: dict[int, int], *, compiled: bool) -> "Batch":
@@ -39,9 +41,9 @@ class Batch:
             else:
                 runs.append((slot, rank, _index(where, slots)))
         if not few:
-            return cls(runs, None)
+            return cls(frozenset(rows), runs, None)
         number, slot_of, rank_of = (slots.new_tensor(column) for column in zip(*few, strict=True))
-        return cls(runs, (number, slot_of, rank_of))
+        return cls(frozenset(rows), runs, (number, slot_of, rank_of))
 
     def add(self, y: Any, x: Any, a: Any, b: Any, widths: tuple[int, ...], scale: float) -> None:
         """y (rows, Σ widths) += scale · x (rows, in) Aᵀ Bᵀ, where the slices of y have `widths`.

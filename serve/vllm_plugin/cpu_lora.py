@@ -6,7 +6,7 @@ the bare base gets some customer's adapter. The same code also copies a whole Lo
 
 Here `y += (x Aᵀ) Bᵀ` (Hu et al. 2021, LoRA, eq. 3) is done per adapter on the rows that the step's
 `Batch` names; rows of slot −1 are in no group, and neither are freed slots. q, k and v (gate and up) share
-one product for their Aᵀ, and only the rank that a slot's adapter has is computed.
+one product for their Aᵀ; only the rank that a slot's adapter has is computed, and only in layers it has.
 """
 
 from dataclasses import dataclass, field
@@ -31,8 +31,9 @@ def needed() -> bool:
 
 def install() -> None:
     """Replace PunicaWrapperCPU's linear path and mask its remaining operators."""
-    from vllm.lora import model_manager
     from vllm.lora.punica_wrapper import punica_cpu
+
+    from serve.vllm_plugin import cpu_slots
 
     wrapper = punica_cpu.PunicaWrapperCPU
     if getattr(wrapper, "bespoke_repaired", False) or not needed():
@@ -43,10 +44,7 @@ def install() -> None:
     for name in ("bgmv_shrink", "bgmv_expand"):  # logits and embeddings still use these
         setattr(punica_cpu, name, _masked(getattr(punica_cpu, name)))
     wrapper._expand_prefill = wrapper._expand_decode  # the prefill form hides the indices; same result
-    manager = model_manager.LoRAModelManager
-    manager.register_module = _register_module(manager.register_module)
-    manager.activate_adapter = _activate_adapter(manager.activate_adapter)
-    manager._deactivate_adapter = _deactivate_adapter(manager._deactivate_adapter)
+    cpu_slots.install()
 
 
 class Stack(tuple[Any, ...]):
@@ -54,9 +52,11 @@ class Stack(tuple[Any, ...]):
 
     whole of A: (slots, rank, slices, in), so that the first r ranks of all slices are one matrix;
     whole of B: (slots, rank, out), each of whose rows is read from start to end.
+    `used` are the slots in which the layer has weights.
     """
 
     whole: Any
+    used: set[int]
 
 
 def stack(lora_a: tuple[Any, ...], lora_b: tuple[Any, ...]) -> tuple[Stack, Stack]:
@@ -68,66 +68,31 @@ def stack(lora_a: tuple[Any, ...], lora_b: tuple[Any, ...]) -> tuple[Stack, Stac
     a = Stack(whole_a[:, :, i].unsqueeze(1) for i in range(len(lora_a)))
     b = Stack(part.transpose(1, 2).unsqueeze(1) for part in whole_b.split(outs, dim=2))
     a.whole, b.whole = whole_a, whole_b
+    a.used = b.used = set()
     return a, b
 
 
-def _register_module(original: Any) -> Any:
-    def register_module(self: Any, module_name: str, module: Any) -> None:
-        weights = getattr(module, "lora_a_stacked", None)
-        if isinstance(weights, tuple) and len({a.shape for a in weights}) == 1:
-            module.lora_a_stacked, module.lora_b_stacked = stack(weights, module.lora_b_stacked)
-            _state(self._get_punica_wrapper(module_name)).dtype = weights[0].dtype
-        original(self, module_name, module)
-
-    return register_module
-
-
-def _activate_adapter(original: Any) -> Any:
-    def activate_adapter(self: Any, lora_id: int) -> Any:
-        activated = original(self, lora_id)
-        slot = self.lora_index_to_id.index(lora_id)
-        for wrapper in self.punica_wrapper_mapping.values():
-            _state(wrapper).ranks[slot] = self._registered_adapters[lora_id].rank
-        return activated
-
-    return activate_adapter
-
-
-def _deactivate_adapter(original: Any) -> Any:
-    """A freed slot holds nothing: no later mistake can serve what is no longer there."""
-
-    def _deactivate_adapter(self: Any, lora_id: int) -> None:
-        if lora_id in self.lora_index_to_id:
-            slot = self.lora_index_to_id.index(lora_id)
-            for module in self.modules.values():
-                for weights in (module.lora_a_stacked, module.lora_b_stacked):
-                    if isinstance(weights, Stack):
-                        weights.whole[slot].zero_()
-        original(self, lora_id)
-
-    return _deactivate_adapter
-
-
 @dataclass
-class _State:
+class State:
     """What a punica wrapper does not know itself: its slots' ranks and its layers' dtype."""
 
     ranks: dict[int, int] = field(default_factory=dict)
     dtype: Any = None
 
 
-def _state(wrapper: Any) -> _State:
-    state: _State = wrapper.__dict__.setdefault("bespoke_state", _State())
-    return state
+def state(wrapper: Any) -> State:
+    """The state of `wrapper`, made on first use."""
+    kept: State = wrapper.__dict__.setdefault("bespoke_state", State())
+    return kept
 
 
 def _update_metadata(self: Any, mapping: Any, *args: Any, **kwargs: Any) -> None:
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
     PunicaWrapperBase.update_metadata(self, mapping, *args, **kwargs)
-    state = _state(self)
-    compiled = kernel.entry(state.dtype) is not None
-    self.bespoke_batch = Batch.of(self.token_lora_indices, state.ranks, compiled=compiled)
+    known = state(self)
+    compiled = kernel.entry(known.dtype) is not None
+    self.bespoke_batch = Batch.of(self.token_lora_indices, known.ranks, compiled=compiled)
 
 
 def _add_lora_linear(
@@ -144,11 +109,13 @@ def _add_lora_linear(
 ) -> None:
     """y (tokens, out) += scale · x (tokens, in) Aᵀ Bᵀ for each adapter in the batch."""
     batch: Batch = self.bespoke_batch
-    if batch.empty:
+    if not batch.slots:
         return
     if not isinstance(lora_a_stacked, Stack) or not isinstance(lora_b_stacked, Stack):
         # A layer that was not registered, or of a kind with unlike slices.
         lora_a_stacked, lora_b_stacked = _stacked(lora_a_stacked, lora_b_stacked)
+    elif batch.slots.isdisjoint(lora_a_stacked.used):
+        return  # nobody in this batch adapts this layer
     batch.add(
         y.view(-1, y.shape[-1]),
         x.view(-1, x.shape[-1]),

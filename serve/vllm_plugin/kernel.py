@@ -54,7 +54,10 @@ def _build(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             fresh = Path(scratch) / built.name
             subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)], check=True, capture_output=True, timeout=120
+                [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)],
+                check=True,
+                capture_output=True,
+                timeout=120,
             )
             fresh.rename(built)  # atomic: several workers may build at once
     return built

@@ -13,7 +13,7 @@ import openai
 import pytest
 import sqlalchemy as sa
 
-from serve.adapters import Catalogue
+from serve.adapters import AdapterRef, Catalogue
 from serve.billing.ledger import Ledger
 from serve.billing.pricing import PricePlan, Prices, PriceVersion, Rates
 from serve.billing.usage import usage_table
@@ -126,6 +126,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+def enter(catalogue: Catalogue, directory: Path, home: Path) -> AdapterRef:
+    """Register and promote what is published in `directory`, as `bespoke adapter promote` does."""
+    adapter = catalogue.register(directory, at=NOON, base_dir=home / "bases" / TINY, max_rank=16)
+    catalogue.promote(adapter, at=NOON)
+    return adapter
+
+
 @pytest.fixture(scope="package")
 def live(home: Path) -> Iterator[Live]:
     """One gateway and one engine for all tests of this folder, on a free port."""
@@ -153,8 +160,7 @@ def live(home: Path) -> Iterator[Live]:
         Ledger(store).open_account(tenant, 10**12)
         prices.subscribe(tenant, "standard", at=NOON)
         catalogue = Catalogue(store, [TINY])
-        adapter = catalogue.register(newest_published(settings.adapters_dir, tenant, "support"), at=NOON)
-        catalogue.promote(adapter, at=NOON)
+        enter(catalogue, newest_published(settings.adapters_dir, tenant, "support"), home)
         _, keys[tenant] = tenants.create_key(tenant, at=NOON)
     with Service(settings) as service:
         yield Live(service.url, settings, store, keys)

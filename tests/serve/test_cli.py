@@ -11,8 +11,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from serve.adapters import Catalogue
 from serve.cli import SUBCOMMANDS, app
-from tests.serve.conftest import CONFIGS
+from serve.commands.parts import console
+from serve.db import Store
+from serve.errors import CatalogueError
+from serve.tenants import Tenants
+from tests.serve.conftest import CONFIGS, NOON
+from tests.serve.lora_samples import publish_base, publish_sample
 
 BESPOKE = [str(Path(sys.executable).with_name("bespoke"))]
 
@@ -69,6 +75,46 @@ def test_a_tenant_from_nothing_to_an_invoice(tmp_path: Path) -> None:
     assert sorted(path.suffix for path in (tmp_path / "invoices" / "acme").iterdir()) == [".csv", ".pdf"]
 
 
+def test_an_adapter_from_its_files_to_the_tenants_alias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BESPOKE_HOME", str(tmp_path))
+    monkeypatch.setattr(console, "width", 200)
+    publish_base(tmp_path, "tiny")
+    old, new = (publish_sample(tmp_path, "acme", "support", alpha=alpha).name for alpha in (1, 2))
+    store = Store(f"sqlite:///{tmp_path / 'ledger.db'}")
+    store.migrate()
+    Tenants(store, b"secret").create("acme", at=NOON)
+    catalogue = Catalogue(store, ["tiny"])
+
+    def say(verb: str, model: str = "acme") -> str:
+        done = CliRunner().invoke(app, ["adapter", verb, model], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return " ".join(done.output.split())
+
+    old_model, new_model = f"acme/support@{old}", f"acme/support@{new}"
+    assert say("register", old_model) == f"registered {old_model}: pending"
+    catalogue.mark_ready(catalogue.find("acme", "support", old), NOON)
+    assert say("register", old_model) == f"registered {old_model}: ready"
+    assert say("promote", old_model) == f"acme/support now means {old_model}"
+    say("pin", old_model)
+    assert f"acme/support will mean, once an engine has probed it, {new_model}" in say("promote", new_model)
+    listed = say("list")
+    assert re.search(rf"{old_model} │ tiny │ 2 │ \S+ \S+ │ ready │ yes │ now", listed), listed
+    assert re.search(rf"{new_model} │ tiny │ 2 │ \S+ \S+ │ pending │ │ next", listed), listed
+    catalogue.reject(catalogue.find("acme", "support", new), "its logits are [the base's]", NOON)
+    shown = say("show", new_model)
+    assert "rejected" in shown
+    assert "its logits are [the base's]" in shown
+    with pytest.raises(CatalogueError, match="'acme/support' points to"):
+        say("retire", old_model)
+    say("unpin", old_model)
+    say("retire", new_model)
+    assert "rejected, retired" in say("list")
+    assert not catalogue.entry(catalogue.find("acme", "support", old)).pinned
+    store.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -77,6 +123,9 @@ def test_a_tenant_from_nothing_to_an_invoice(tmp_path: Path) -> None:
         (("tenant", "create", "../x"), "../x"),
         (("adapter", "promote", "acme/support"), "acme/support"),
         (("adapter", "promote", "../../etc"), "invalid name '..'"),
+        (("adapter", "register", "acme/support"), "No version of 'acme/support' is published"),
+        (("adapter", "pin", "acme/support"), "say tenant/name@version"),
+        (("adapter", "show", "acme/support@0"), "no registered version 'acme/support@0'"),
         (("invoice", "create", "acme", "--month", "soon"), "soon"),
         (("usage", "check", "--url", "http://127.0.0.1:9"), "127.0.0.1:9"),
         (("serve", "--base", "missing"), "bespoke base import"),

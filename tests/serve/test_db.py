@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
@@ -9,7 +11,8 @@ import serve.adapters
 import serve.billing.invoice
 import serve.billing.ledger
 import serve.tenants  # noqa: F401
-from serve.db import Store, metadata
+from serve.adapters import Catalogue, State
+from serve.db import Store, _alembic_config, metadata
 from serve.errors import StoreUnavailable
 
 
@@ -21,6 +24,44 @@ def test_the_migrations_make_exactly_the_tables_that_the_code_declares(store: St
 def test_migrating_again_changes_nothing(store: Store) -> None:
     store.migrate()
     store.migrate()
+
+
+def test_adapters_of_an_older_store_are_pending_not_pinned_and_still_promoted(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'ledger.db'}")
+    with store.write() as connection:
+        command.upgrade(_alembic_config(connection), "0001")
+        for row in (
+            "tenants VALUES ('acme', '2026-01-01 00:00:00')",
+            f"adapters VALUES (7, 'acme', 'support', '{'a' * 16}', 'tiny', '2026-01-01 00:00:00')",
+            "promotions VALUES (1, 7, '2026-01-01 00:00:00')",
+        ):
+            connection.exec_driver_sql(f"INSERT INTO {row}")
+    store.migrate()
+    catalogue = Catalogue(store, ["tiny"])
+    (entry,) = catalogue.entries()
+    assert (entry.ref.id, entry.state, entry.alias, entry.pinned) == (7, State.PENDING, "next", False)
+    assert (entry.rank, entry.bytes, entry.reason, entry.retired_at) == (None, None, None, None)
+    assert catalogue.revision() == 0
+    assert catalogue.mark_ready(entry.ref, entry.registered_at)
+    assert [model.name for model in catalogue.models("acme")] == ["tiny", "acme/support", entry.ref.model]
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["UPDATE adapters SET state = 'perhaps'", "INSERT INTO catalogue_revision VALUES (2, 0)"],
+)
+def test_the_store_itself_refuses_an_unknown_state_and_a_second_revision(
+    store: Store, statement: str
+) -> None:
+    with store.write() as connection:
+        connection.exec_driver_sql("INSERT INTO tenants VALUES ('acme', '2026-01-01 00:00:00')")
+        connection.exec_driver_sql(
+            "INSERT INTO adapters (tenant_id, name, version, base, registered_at) "
+            "VALUES ('acme', 'support', 'a', 'tiny', '2026-01-01 00:00:00')"
+        )
+    with pytest.raises(sa.exc.IntegrityError), store.write() as connection:
+        connection.exec_driver_sql(statement)
 
 
 def test_sqlite_runs_in_wal_mode_and_syncs_every_commit(store: Store) -> None:

@@ -21,6 +21,7 @@ EXAMPLES = [
     errors.NotBillable("acme"),
     errors.Unavailable("later"),
     errors.EngineUnavailable(),
+    errors.EngineLost(),
     errors.Overloaded(),
     errors.StoreUnavailable(),
     errors.ClientGone(),
@@ -65,6 +66,18 @@ def test_an_error_is_openai_shaped(error: errors.BespokeError) -> None:
     assert "secret" not in body["message"]
     status, _, _ = status_of(error)
     assert 400 <= status <= 503
+
+
+def test_rays_errors_tell_a_dead_replica_from_a_deployment_without_any() -> None:
+    from ray.exceptions import ActorDiedError, NodeDiedError
+    from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+
+    from serve.deployment import classify
+
+    for lost in (ActorDiedError(), NodeDiedError("gone"), ReplicaUnavailableError("gone")):
+        assert type(classify(lost)) is errors.EngineLost
+    assert type(classify(DeploymentUnavailableError("engine"))) is errors.EngineUnavailable
+    assert classify(ValueError()) is None
 
 
 def test_unavailable_says_when_to_come_back() -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from serve.adapters import Catalogue
+from serve import gateway as gateway_module
+from serve.adapters import AdapterRef, Catalogue, Model
+from serve.api.errors import status_of
 from serve.billing.ledger import CLOSING, transfers_table
 from serve.billing.usage import usage_table
 from serve.db import Store
@@ -21,13 +23,16 @@ from serve.engine.base import (
     Message,
     Sampling,
 )
+from serve.engine.remote import RemoteEngine
 from serve.errors import (
     BespokeError,
     ContextLengthExceeded,
     EngineFailed,
+    EngineLost,
     EngineUnavailable,
     ModelNotFound,
     NotBillable,
+    Overloaded,
     StoreUnavailable,
 )
 from serve.gateway import Call, Gateway, Generation, prompt_tokens_max
@@ -44,26 +49,35 @@ ANSWER: list[list[Event]] = [
 ]
 
 
+Script = Sequence[list[Event] | BaseException | str]
+
+
 class ScriptedEngine:
-    """Plays events; an exception in the script is raised, "hang" waits for the abort."""
+    """Plays events, one script per attempt; an exception in it is raised, "hang" waits for the abort."""
 
     context_tokens_max = 100
 
-    def __init__(self, script: Sequence[list[Event] | BaseException | str]) -> None:
-        self._script = script
+    def __init__(self, *scripts: Script) -> None:
+        self._scripts = iter(scripts)
+        self.asked: list[str] = []
+        self.aborts: list[str] = []
+        self.hanging = asyncio.Event()
         self.aborted = asyncio.Event()
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        for item in self._script:
+        self.asked.append(request.request_id)
+        for item in next(self._scripts):
             if isinstance(item, BaseException):
                 raise item
             if item == "hang":
+                self.hanging.set()
                 await self.aborted.wait()
             else:
                 assert not isinstance(item, str)
                 yield item
 
     async def abort(self, request_id: str) -> None:
+        self.aborts.append(request_id)
         self.aborted.set()
 
     async def counters(self) -> list[Counters]:
@@ -75,8 +89,9 @@ def gateway_of(shop: Shop, engine: ScriptedEngine, **settings: float) -> Gateway
         store=shop.store,
         catalogue=Catalogue(shop.store, ["tiny"]),
         engines={"tiny": engine},
-        metrics=Metrics(),
+        metrics=Metrics(adapters_max=1),
         request_timeout_s=settings.get("request_timeout_s", 60),
+        first_token_timeout_s=settings.get("first_token_timeout_s", 60),
         now=lambda: NOON,
     )
 
@@ -101,7 +116,11 @@ def closings(store: Store) -> list[str]:
         return list(connection.execute(closing).scalars())
 
 
-async def play(shop: Shop, script: Sequence[list[Event] | BaseException | str]) -> str:
+def metric(gateway: Gateway, name: str, **labels: str) -> float | None:
+    return gateway.metrics.registry.get_sample_value(name, labels)
+
+
+async def play(shop: Shop, script: Script) -> str:
     gateway = gateway_of(shop, ScriptedEngine(script))
     try:
         return await collect(await gateway.generate(shop.principal, call()))
@@ -139,7 +158,7 @@ def test_a_finished_request_is_settled_before_the_client_has_its_end(shop: Shop)
     ids=["down", "too-long", "bug", "cancelled", "died-before-first-token", "ended-early", "silent"],
 )
 def test_a_failure_before_the_first_token_is_voided(
-    shop: Shop, script: Sequence[list[Event] | BaseException | str], error: type[BespokeError]
+    shop: Shop, script: Script, error: type[BespokeError]
 ) -> None:
     with pytest.raises(error):
         asyncio.run(play(shop, script))
@@ -207,6 +226,246 @@ def test_a_request_that_takes_too_long_is_stopped_and_billed_as_failed(shop: Sho
     assert [(event["status"], event["finish_reason"]) for event in events(shop.store)] == [
         ("failed", "timeout")
     ]
+
+
+@pytest.mark.parametrize(
+    "lost", [[EngineLost()], [[ACCEPTED], EngineLost()]], ids=["before accepted", "after accepted"]
+)
+def test_a_request_whose_replica_dies_before_the_first_token_is_retried_and_billed_once(
+    shop: Shop, lost: Script
+) -> None:
+    """Invariant 2 too: the event names the replica that did the work."""
+
+    async def scenario() -> None:
+        second: Script = [[Accepted("r2", "b2", 10)], *ANSWER[1:]]
+        engine = ScriptedEngine(lost, second)
+        gateway = gateway_of(shop, engine)
+        assert await collect(await gateway.generate(shop.principal, call())) == "Hello"
+        await gateway.drain()
+        assert engine.asked == ["req_1", "req_1-2"]
+        assert metric(gateway, "bespoke_requests_retried_total") == 1
+
+    asyncio.run(scenario())
+    (event,) = events(shop.store)
+    assert (event["request_id"], event["replica"], event["boot"]) == ("req_1", "r2", "b2")
+    assert (event["status"], event["prompt_tokens"], event["completion_tokens"]) == ("complete", 10, 2)
+    assert closings(shop.store) == ["settle"]
+    assert shop.ledger.account("acme").spent_nanos == event["cost_nanos"]
+
+
+def test_a_request_whose_replica_dies_after_a_token_is_not_retried_and_settled(shop: Shop) -> None:
+    async def scenario() -> None:
+        engine = ScriptedEngine([*ANSWER[:2], EngineLost()], ANSWER)
+        gateway = gateway_of(shop, engine)
+        generation = await gateway.generate(shop.principal, call())
+        with pytest.raises(EngineFailed):
+            await collect(generation)
+        await gateway.drain()
+        assert engine.asked == ["req_1"]
+
+    asyncio.run(scenario())
+    (event,) = events(shop.store)
+    assert (event["status"], event["replica"], event["completion_tokens"]) == ("failed", "r", 1)
+
+
+def test_a_lost_request_is_not_retried_for_a_client_that_is_gone(shop: Shop) -> None:
+    async def scenario() -> None:
+        engine = ScriptedEngine([[ACCEPTED], "hang", EngineLost()], ANSWER)
+        gateway = gateway_of(shop, engine)
+        generation = await gateway.generate(shop.principal, call())
+        generation.close()
+        await gateway.drain()
+        assert engine.asked == ["req_1"]
+
+    asyncio.run(scenario())
+    assert closings(shop.store) == ["void"]
+
+
+@pytest.mark.parametrize("second", [[EngineLost()], [[ACCEPTED], EngineLost()]])
+def test_a_request_that_is_lost_twice_is_voided_and_unavailable(shop: Shop, second: Script) -> None:
+    async def scenario() -> None:
+        engine = ScriptedEngine([EngineLost()], second, ANSWER)
+        gateway = gateway_of(shop, engine)
+        with pytest.raises(EngineLost) as lost:
+            await collect(await gateway.generate(shop.principal, call()))
+        assert status_of(lost.value)[0] == 503
+        await gateway.drain()
+        assert engine.asked == ["req_1", "req_1-2"]
+
+    asyncio.run(scenario())
+    assert closings(shop.store) == ["void"]
+    assert not events(shop.store)
+
+
+@pytest.mark.parametrize("refusal", [EngineUnavailable(), Overloaded()])
+def test_a_refused_request_is_not_retried(shop: Shop, refusal: BespokeError) -> None:
+    async def scenario() -> None:
+        engine = ScriptedEngine([refusal], ANSWER)
+        gateway = gateway_of(shop, engine)
+        with pytest.raises(type(refusal)):
+            await gateway.generate(shop.principal, call())
+        assert engine.asked == ["req_1"]
+
+    asyncio.run(scenario())
+    assert closings(shop.store) == ["void"]
+
+
+class DyingReplica:
+    """A handle, as RemoteEngine uses it, whose only replica dies after `batches`."""
+
+    def __init__(self, batches: list[list[Event]]) -> None:
+        self._batches = batches
+        self.stream = self
+
+    def options(self, **_options: object) -> "DyingReplica":
+        return self
+
+    def remote(self, _request: GenerationRequest) -> "DyingReplica":
+        return self
+
+    def __aiter__(self) -> "DyingReplica":
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        if not self._batches:
+            raise ConnectionResetError
+        return self._batches.pop(0)
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("batches", [[], [[ACCEPTED]], [[ACCEPTED], [Delta(0, "Hel", 1)]]])
+def test_a_replica_that_dies_is_told_apart_at_any_moment(batches: list[list[Event]]) -> None:
+    async def scenario() -> None:
+        engine = RemoteEngine(
+            DyingReplica(batches),
+            context_tokens_max=100,
+            accept_timeout_s=10,
+            classify=lambda error: EngineLost() if isinstance(error, ConnectionResetError) else None,
+        )
+        request = GenerationRequest("req_1", None, "Hello", Sampling(), cache_salt="acme")
+        async for _ in engine.stream(request):
+            pass
+
+    with pytest.raises(EngineLost):
+        asyncio.run(scenario())
+
+
+def test_an_abort_names_the_attempt_that_runs(shop: Shop) -> None:
+    async def scenario() -> None:
+        last: list[Event] = [Finished(10, 0, 1, aborted=True)]
+        engine = ScriptedEngine([[ACCEPTED], EngineLost()], [[ACCEPTED], "hang", last])
+        gateway = gateway_of(shop, engine)
+        generation = await gateway.generate(shop.principal, call())
+        async with asyncio.timeout(10):
+            await engine.hanging.wait()
+        generation.close()
+        await gateway.drain()
+        assert engine.aborts == ["req_1-2"]
+
+    asyncio.run(scenario())
+    assert [event["status"] for event in events(shop.store)] == ["disconnected"]
+
+
+def test_an_abort_between_two_attempts_waits_until_the_second_is_accepted(shop: Shop) -> None:
+    async def scenario() -> None:
+        end: list[Event] = [Finished(10, 0, 0, aborted=True)]
+        engine = ScriptedEngine([[ACCEPTED], EngineLost()], ["hang", [ACCEPTED], end])
+        gateway = gateway_of(shop, engine)
+        generation = await gateway.generate(shop.principal, call())
+        async with asyncio.timeout(10):
+            await engine.hanging.wait()
+        generation.close()
+        await asyncio.sleep(0)  # an abort would have begun
+        assert not engine.aborts
+        engine.aborted.set()  # the engine goes on to accept
+        await gateway.drain()
+
+    asyncio.run(scenario())
+    assert closings(shop.store) == ["void"]
+
+
+@pytest.mark.parametrize(("tokens", "closing"), [(0, "void"), (2, "settle")])
+def test_a_first_token_that_is_late_aborts_the_request_and_only_tokens_are_billed(
+    shop: Shop, tokens: int, closing: str
+) -> None:
+    async def scenario() -> None:
+        last: list[Event] = [Finished(10, 0, tokens, aborted=True)]
+        engine = ScriptedEngine([[ACCEPTED], "hang", last])
+        gateway = gateway_of(shop, engine, first_token_timeout_s=0.05)
+        generation = await gateway.generate(shop.principal, call())
+        with pytest.raises(EngineUnavailable, match="did not begin"):
+            await collect(generation)
+        await gateway.drain()
+        assert engine.aborts == ["req_1"]
+
+    asyncio.run(scenario())
+    assert closings(shop.store) == [closing]
+    assert [event["status"] for event in events(shop.store)] == (["failed"] if tokens else [])
+
+
+def test_a_late_first_token_is_given_up_even_if_the_engine_does_not_answer_the_abort(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_module, "_ABORT_GRACE_S", 0.05)
+
+    async def deaf(request_id: str) -> None:
+        pass
+
+    async def scenario() -> None:
+        engine = ScriptedEngine([[ACCEPTED], "hang"])
+        monkeypatch.setattr(engine, "abort", deaf)
+        gateway = gateway_of(shop, engine, first_token_timeout_s=0.05)
+        generation = await gateway.generate(shop.principal, call())
+        async with asyncio.timeout(10):
+            with pytest.raises(EngineUnavailable, match="did not begin"):
+                await collect(generation)
+        await gateway.drain()
+
+    asyncio.run(scenario())
+    assert closings(shop.store) == ["void"]
+
+
+def test_a_first_token_in_time_lets_the_rest_take_its_time(shop: Shop) -> None:
+    async def scenario() -> None:
+        engine = ScriptedEngine([*ANSWER[:2], "hang", ANSWER[2]])
+        gateway = gateway_of(shop, engine, first_token_timeout_s=0.01)
+        generation = await gateway.generate(shop.principal, call())
+        late = asyncio.get_running_loop().call_later(0.05, engine.aborted.set)
+        assert await collect(generation) == "Hello"
+        late.cancel()
+        await gateway.drain()
+        assert not engine.aborts
+
+    asyncio.run(scenario())
+    assert [event["status"] for event in events(shop.store)] == ["complete"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "label"),
+    [(None, "none"), (AdapterRef(1, "acme", "support", "0123456789abcdef"), "acme/support@0123456789abcdef")],
+    ids=["base", "adapter"],
+)
+def test_a_request_is_counted_under_its_adapters_version(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, adapter: AdapterRef | None, label: str
+) -> None:
+    monkeypatch.setattr(Catalogue, "resolve", lambda *_: Model("acme/support", "tiny", adapter))
+
+    async def scenario() -> None:
+        gateway = gateway_of(shop, ScriptedEngine(ANSWER))
+        await collect(await gateway.generate(shop.principal, call()))
+        await gateway.drain()
+        who = {"base": "tiny", "adapter": label}
+        assert metric(gateway, "bespoke_adapter_requests_total", status="complete", **who) == 1
+        classes = ("prompt", "cached_prompt", "completion")
+        counts = [
+            metric(gateway, "bespoke_adapter_tokens_total", **who, **{"class": kind}) for kind in classes
+        ]
+        assert counts == [6, 4, 2]
+        assert metric(gateway, "bespoke_adapter_time_to_first_token_seconds_count", **who) == 1
+
+    asyncio.run(scenario())
 
 
 def test_a_settlement_waits_for_the_store_to_come_back(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ import openai
 import psutil
 import pytest
 
-from serve.adapters import Catalogue, newest_published
+from serve.adapters import Catalogue, State, newest_published
 from serve.billing.ledger import Ledger
 from serve.billing.reconcile import reconcile
 from serve.billing.usage import Usage
 from serve.commands.usage import engine_counts
 from serve.tenants import Tenants, server_secret
-from tests.serve.conftest import NOON, TENANTS, TINY, Live, wait_until
+from tests.serve.conftest import NOON, TENANTS, TINY, Live, enter, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +38,9 @@ def ask(live: Live, tenant: str, model: str, text: str = "What is your name?", t
 
 
 def test_no_adapter_is_loaded_before_the_first_request_for_it(live: Live) -> None:
-    loaded = [
-        line for line in httpx.get(f"{live.url}/metrics").text.splitlines() if "adapters_loaded{" in line
-    ]
-    assert [line.rsplit(" ", 1)[1] for line in loaded] == ["0.0"]
+    lines = httpx.get(f"{live.url}/metrics").text.splitlines()
+    loaded = [line for line in lines if "adapters_resident{" in line and 'tier="disk"' not in line]
+    assert [line.rsplit(" ", 1)[1] for line in loaded] == ["0.0", "0.0"]
 
 
 def test_a_whole_answer_has_openais_shape_and_its_usage(live: Live) -> None:
@@ -304,14 +303,15 @@ def test_a_new_version_under_the_alias_is_served_at_once(live: Live) -> None:
     old = newest_published(live.settings.adapters_dir, LUMEN, "support")
     before = ask(live, LUMEN, f"{LUMEN}/support")
     new = retrained(live)
-    catalogue.promote(catalogue.register(new, at=NOON), at=NOON)
+    adapter = enter(catalogue, new, live.settings.home)
+    wait_until(lambda: catalogue.state(adapter) == State.READY)
     try:
         after = ask(live, LUMEN, f"{LUMEN}/support")
         assert after != before
         assert ask(live, LUMEN, f"{LUMEN}/support@{old.name}") == before
         assert ask(live, LUMEN, f"{LUMEN}/support@{new.name}") == after
     finally:
-        catalogue.promote(catalogue.register(old, at=NOON), at=NOON)
+        enter(catalogue, old, live.settings.home)
     assert ask(live, LUMEN, f"{LUMEN}/support") == before
 
 
@@ -325,12 +325,13 @@ def retrained(live: Live) -> Any:
     return run(again, bases=live.settings.bases_dir, adapters=live.settings.adapters_dir).directory
 
 
-def test_operations_endpoints_name_no_tenant(live: Live) -> None:
+def test_health_names_no_tenant_and_metrics_name_adapters_only_to_this_machine(live: Live) -> None:
     assert httpx.get(f"{live.url}/healthz").json() == {"status": "ok"}
     assert httpx.get(f"{live.url}/readyz").json() == {"status": "ready", "bases": [TINY]}
     metrics = httpx.get(f"{live.url}/metrics").text
     assert "bespoke_tokens_total" in metrics
-    assert not any(tenant in metrics for tenant in TENANTS)
+    named = {line.partition("{")[0] for line in metrics.splitlines() if any(name in line for name in TENANTS)}
+    assert all(name.startswith("bespoke_adapter_") for name in named)
 
 
 def test_only_loopback_is_bound(live: Live) -> None:
