@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup demo serve test check lock clean
+.PHONY: setup demo serve test check bench-adapters lock clean
 
 setup: .venv/.ready
 
@@ -24,6 +24,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-adapters: setup
+	@$(BIN)/bespoke base import configs/bases/smollm2-135m.yaml
+	@$(BIN)/python -m loadtests.bench.adapters
 
 lock: setup
 	bash scripts/lock.sh

@@ -36,17 +36,20 @@ def publish_random(
     seed: int,
     rank: int = 8,
     targets: tuple[str, ...] = ALL,
+    layers: int | None = None,
     size: float = 0.01,
 ) -> Path:
     """Publish a LoRA adapter for the base in `base_dir` and return its directory.
 
-    A is normal with variance 1 / in, B normal with deviation `size`: with 0.01 a 135M model still writes
-    words, but other ones than the base.
+    With `layers`, only that many of the last ones are adapted. A is normal with variance 1 / in, B normal
+    with deviation `size`: with 0.01 a 135M model still writes words, but other ones than the base.
     """
     random = np.random.default_rng(seed)
     tensors = {}
-    for module, (rows, columns) in decoder_linears(base_dir).items():
-        if module.rpartition(".")[2] in targets:
+    linears = decoder_linears(base_dir)
+    depth = 1 + max(_layer(module) for module in linears)
+    for module, (rows, columns) in linears.items():
+        if module.rpartition(".")[2] in targets and _layer(module) >= depth - (layers or depth):
             a = random.standard_normal((rank, columns), dtype=np.float32) / np.float32(np.sqrt(columns))
             b = random.standard_normal((rows, rank), dtype=np.float32) * np.float32(size)
             tensors[f"base_model.model.{module}.lora_A.weight"] = a
@@ -66,6 +69,10 @@ def publish_random(
         return publish(
             directory, adapters_dir, _card(directory, base_dir.name, tenant, name, seed, rank, targets)
         )
+
+
+def _layer(module: str) -> int:
+    return int(module.partition("layers.")[2].partition(".")[0])
 
 
 def _card(

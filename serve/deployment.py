@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +55,7 @@ CONTROL_CALLS = 64
 
 
 class EngineDeployment:
-    """One vLLM replica of one base. Serve restarts it when `check_health` raises."""
+    """One vLLM replica of one base. Its process ends with its engine, and Serve starts another."""
 
     async def __init__(self, settings: Settings, base: str) -> None:  # type: ignore[misc] # Serve awaits it
         _keep_replica_port_on(settings.host)
@@ -71,14 +71,16 @@ class EngineDeployment:
         self._following = asyncio.create_task(self._reconciler.follow())
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        async for batch in self._engine.stream(request):
-            yield batch
+        with _ending_with_the_engine():
+            async for batch in self._engine.stream(request):
+                yield batch
 
     async def abort(self, request_id: str) -> None:
         await self._engine.abort(request_id)
 
     async def counters(self) -> Counters:
-        return await self._engine.counters()
+        with _ending_with_the_engine():
+            return await self._engine.counters()
 
     async def reconcile(self) -> None:
         """Look at the catalogue now rather than within a second; for `handle.broadcast`."""
@@ -89,11 +91,26 @@ class EngineDeployment:
         return {ADAPTERS_STAT: self._engine.resident}
 
     async def check_health(self) -> None:
-        await self._engine.check_health()
+        with _ending_with_the_engine():
+            await self._engine.check_health()
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
             self._engine.shutdown()
+
+
+@contextlib.contextmanager
+def _ending_with_the_engine() -> Iterator[None]:
+    """End this process if its engine is dead.
+
+    Serve takes a replica that raises for a living one: for three health checks it would go on to get the
+    requests for its adapters, retried ones too. One whose process is gone gets none from that moment on.
+    """
+    try:
+        yield
+    except EngineLost:
+        log.critical("vLLM's core process has died; this replica ends too")
+        os._exit(1)
 
 
 @ray_serve.ingress()

@@ -18,7 +18,7 @@ from serve.api.errors import sse_event
 from serve.billing.pricing import Tokens
 from serve.engine.base import Delta
 from serve.errors import BespokeError, ClientGone
-from serve.gateway import Generation
+from serve.generation import Generation
 
 Json = dict[str, Any]
 T = TypeVar("T")

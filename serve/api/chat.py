@@ -9,7 +9,7 @@ from serve.api.answers import Json, answer
 from serve.api.context import Ctx, Inference
 from serve.api.wire import ChatCompletionRequest, parse
 from serve.engine.base import Delta
-from serve.gateway import Call, Generation
+from serve.generation import Call, Generation
 
 router = APIRouter()
 

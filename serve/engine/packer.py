@@ -29,6 +29,10 @@ class _Pack:
     task: asyncio.Task[Path]
     users: int = 0
 
+    @property
+    def failed(self) -> bool:
+        return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
+
 
 class Packer:
     """At most `capacity` adapters, the longest unused of which goes first; those in use never go.
@@ -60,7 +64,7 @@ class Packer:
     @property
     def held(self) -> list[int]:
         """Ids of the adapters in memory."""
-        return sorted(id for id, kept in self._packs.items() if kept.task.done())
+        return sorted(id for id, kept in self._packs.items() if kept.task.done() and not kept.failed)
 
     @asynccontextmanager
     async def hold(self, ref: AdapterRef) -> AsyncIterator[Path]:
@@ -70,7 +74,7 @@ class Packer:
         `preload` raises.
         """
         kept = self._packs.get(ref.id)
-        if kept is None or (kept.task.done() and (kept.task.cancelled() or kept.task.exception())):
+        if kept is None or kept.failed:
             kept = self._packs[ref.id] = _Pack(asyncio.create_task(self._load(ref)))
         kept.users += 1
         self._packs.move_to_end(ref.id)
@@ -78,6 +82,8 @@ class Packer:
             yield await asyncio.shield(kept.task)  # one client's disconnect must not undo another's load
         finally:
             kept.users -= 1
+            if kept.failed and self._packs.get(ref.id) is kept:
+                del self._packs[ref.id]
             self._evict()
 
     def drop(self, adapter: int) -> bool:
@@ -138,7 +144,10 @@ def read_verified(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     import torch
 
     card = read_card(directory)
-    weights, config = ((directory / name).read_bytes() for name in (WEIGHTS_NAME, ADAPTER_CONFIG_NAME))
+    # A bytearray, because PyTorch warns of buffers that it could write to and must not.
+    weights, config = (
+        bytearray((directory / name).read_bytes()) for name in (WEIGHTS_NAME, ADAPTER_CONFIG_NAME)
+    )
     for field, data in (("weights_sha256", weights), ("adapter_config_sha256", config)):
         if (found := sha256(data).hexdigest()) != getattr(card, field):
             raise CardMismatch(directory, field, getattr(card, field), found)

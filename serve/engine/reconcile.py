@@ -1,4 +1,4 @@
-"""One replica brought to what the catalogue wants: new versions probed, pinned ones kept, retired ones dropped.
+"""One replica brought to what the catalogue wants: new versions probed, pinned kept, retired ones dropped.
 
 Level-triggered: a replica looks at the catalogue's revision when it starts and once a second from then on,
 and acts on what it finds. So nothing is lost that was said while it, or a gateway, was away.

@@ -84,19 +84,26 @@ class Slots:
     def _admit(self) -> None:
         """Let in, oldest first, whoever has room now."""
         for waiter in list(self._line):
-            if self._has_room(waiter.adapter):
+            # One that was cancelled stays in the line until its task runs and takes itself out.
+            if self._has_room(waiter.adapter) and not waiter.admitted.cancelled():
                 self._line.remove(waiter)
                 self._running[waiter.adapter] += 1
                 waiter.admitted.set_result(None)
-        self._make_room()
+        if self._make_room():
+            self._admit()
 
-    def _make_room(self) -> None:
-        """Close an adapter for each one that has been waiting too long for a slot."""
+    def _make_room(self) -> bool:
+        """Close an adapter for each one that has been waiting too long for a slot; whether one reopened."""
         late_s = monotonic() - self._patience_s + 0.001  # timers may be early by a clock's tick
         late = {w.adapter for w in self._line if w.since_s <= late_s and w.adapter not in self._running}
         # A closed adapter with a line of its own is late too, but behind those for whom it was closed.
         for _ in range(len(late) - len(self._closing)):
             open_ = [adapter for adapter in self._running if adapter not in self._closing]
             if not open_:
-                return
+                return False
             self._closing.add(min(open_, key=lambda adapter: self._running[adapter]))
+        # Whoever it was closed for has given up, or has another's slot.
+        surplus = len(self._closing) - len(late)
+        for adapter in sorted(self._closing, key=lambda adapter: -self._running[adapter])[: max(surplus, 0)]:
+            self._closing.discard(adapter)
+        return surplus > 0

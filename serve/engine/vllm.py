@@ -28,7 +28,14 @@ from serve.engine.base import (
 )
 from serve.engine.packer import Packer
 from serve.engine.slots import Slots
-from serve.errors import BespokeError, ContextLengthExceeded, EngineFailed, EngineUnavailable, InvalidRequest
+from serve.errors import (
+    BespokeError,
+    ContextLengthExceeded,
+    EngineFailed,
+    EngineLost,
+    EngineUnavailable,
+    InvalidRequest,
+)
 from serve.lora_files import target_suffixes
 from serve.settings import EngineSettings
 from serve.vllm_plugin.packed import Layer, Layout
@@ -94,7 +101,7 @@ class VllmEngine:
     async def logprobs(self, adapter: AdapterRef | None) -> dict[int, float]:
         """Log-probabilities of the likeliest first tokens of an answer: what `probe` compares.
 
-        Billed to nobody, cached for nobody. Raises EngineUnavailable.
+        Billed to nobody, cached for nobody. Raises EngineUnavailable, EngineLost.
         """
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -114,7 +121,7 @@ class VllmEngine:
             raise
         except Exception as error:
             log.exception("the probe failed")
-            raise EngineUnavailable() from error
+            raise _lost_or(EngineUnavailable(), self._llm) from error
         raise EngineUnavailable()
 
     async def keep(self, wanted: frozenset[int], pinned: list[AdapterRef]) -> None:
@@ -166,7 +173,7 @@ class VllmEngine:
                 raise InvalidRequest(str(error)) from error
             except Exception as error:
                 log.exception("request %s was not accepted", request.request_id)
-                raise EngineUnavailable() from error
+                raise _lost_or(EngineUnavailable(), self._llm) from error
             tally = _Tally(len(prompt_ids))
             try:
                 yield [Accepted(self._replica, self._boot, len(prompt_ids))]
@@ -178,7 +185,7 @@ class VllmEngine:
             except Exception as error:
                 # Nothing of vLLM's own may travel to the gateway: unpickling it there would load torch.
                 log.exception("request %s failed in vLLM", request.request_id)
-                raise EngineFailed() from error
+                raise _lost_or(EngineFailed(), self._llm) from error
             finally:
                 if not tally.finished:
                     await self._llm.abort(outputs.request_id, internal=True)
@@ -238,7 +245,11 @@ class VllmEngine:
     async def _residency(self) -> Residency:
         if self._packer is None or self._slots is None:
             return Residency()
-        (worker, *_) = await self._llm.collective_rpc("bespoke_residency")
+        try:
+            (worker, *_) = await self._llm.collective_rpc("bespoke_residency")
+        except Exception as error:
+            log.exception("vLLM does not tell what it holds")
+            raise _lost_or(EngineUnavailable(), self._llm) from error
         return Residency(
             slots=len(worker["slots"]),
             memory=len(self._packer.held),
@@ -254,11 +265,9 @@ class VllmEngine:
         )
 
     async def check_health(self) -> None:
-        """Raises EngineUnavailable once vLLM's core process has died."""
-        try:
-            await self._llm.check_health()
-        except Exception as error:
-            raise EngineUnavailable() from error
+        """Raises EngineLost once vLLM's core process has died."""
+        if self._llm.errored:
+            raise EngineLost()
 
     def shutdown(self) -> None:
         self._llm.shutdown()
@@ -275,6 +284,11 @@ class VllmEngine:
         if not ids:
             raise InvalidRequest("The prompt is empty.", "prompt", "invalid_value")
         return list(ids)
+
+
+def _lost_or(error: BespokeError, llm: Any) -> BespokeError:
+    """EngineLost if vLLM's core process has died, so that the gateway tries another replica; else `error`."""
+    return EngineLost() if llm.errored else error
 
 
 async def _layout(llm: Any) -> Layout | None:
@@ -295,7 +309,8 @@ def _preload(llm: Any) -> Callable[[AdapterRef, Path], Awaitable[None]]:
             await llm.add_lora(LoRARequest(ref.model, ref.id, str(path)))
         except Exception as error:
             log.exception("%s cannot be loaded", ref.model)
-            raise EngineUnavailable(f"The adapter of '{ref.model}' could not be loaded.") from error
+            refusal = EngineUnavailable(f"The adapter of '{ref.model}' could not be loaded.")
+            raise _lost_or(refusal, llm) from error
 
     return preload
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from serve import gateway as gateway_module
+from serve import generation as generation_module
 from serve.adapters import AdapterRef, Catalogue, Model
 from serve.api.errors import status_of
 from serve.billing.ledger import CLOSING, transfers_table
@@ -35,7 +35,8 @@ from serve.errors import (
     Overloaded,
     StoreUnavailable,
 )
-from serve.gateway import Call, Gateway, Generation, prompt_tokens_max
+from serve.gateway import Gateway, prompt_tokens_max
+from serve.generation import Call, Generation
 from serve.metrics import Metrics
 from serve.tenants import Principal
 from tests.serve.conftest import NOON, TINY, Shop
@@ -117,7 +118,7 @@ def closings(store: Store) -> list[str]:
 
 
 def metric(gateway: Gateway, name: str, **labels: str) -> float | None:
-    return gateway.metrics.registry.get_sample_value(name, labels)
+    return gateway.terms.metrics.registry.get_sample_value(name, labels)
 
 
 async def play(shop: Shop, script: Script) -> str:
@@ -408,7 +409,7 @@ def test_a_first_token_that_is_late_aborts_the_request_and_only_tokens_are_bille
 def test_a_late_first_token_is_given_up_even_if_the_engine_does_not_answer_the_abort(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway_module, "_ABORT_GRACE_S", 0.05)
+    monkeypatch.setattr(generation_module, "_ABORT_GRACE_S", 0.05)
 
     async def deaf(request_id: str) -> None:
         pass
@@ -478,7 +479,7 @@ def test_a_settlement_waits_for_the_store_to_come_back(shop: Shop, monkeypatch: 
 
     async def scenario() -> str:
         gateway = gateway_of(shop, ScriptedEngine(ANSWER))
-        monkeypatch.setattr(gateway.ledger, "settle", flaky)
+        monkeypatch.setattr(gateway.terms.ledger, "settle", flaky)
         return await collect(await gateway.generate(shop.principal, call()))
 
     assert asyncio.run(scenario()) == "Hello"

