@@ -82,10 +82,6 @@ class EngineDeployment:
         with _ending_with_the_engine():
             return await self._engine.counters()
 
-    async def reconcile(self) -> None:
-        """Look at the catalogue now rather than within a second; for `handle.broadcast`."""
-        await self._reconciler.reconcile()
-
     async def record_routing_stats(self) -> dict[str, list[int]]:
         """What `AdapterRouter` knows of this replica; Serve asks for it."""
         return {ADAPTERS_STAT: self._engine.resident}

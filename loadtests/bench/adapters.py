@@ -248,10 +248,16 @@ def main() -> None:
         for name, (engine, plugin) in kinds.items():
             console.print(f"starting engine '{name}'")
             engines[name] = stack.enter_context(started(name, order | {"engine": engine}, log, plugin=plugin))
-        rates = throughput(engines, options.pairs, options.tokens)
-        cold_figures = cold(engines["ours"], options.pairs)
-        set_figures = working_set(engines["ours"], options.registered, options.pairs)
+        # Each part is told as it ends: a run that is broken off has not been for nothing.
+        rates = told(throughput(engines, options.pairs, options.tokens))
+        cold_figures = told(cold(engines["ours"], options.pairs))
+        set_figures = told(working_set(engines["ours"], options.registered, options.pairs))
     report(options, rates, cold_figures, set_figures)
+
+
+def told(figures: dict[str, Any]) -> dict[str, Any]:
+    console.print_json(json.dumps(figures))
+    return figures
 
 
 def report(

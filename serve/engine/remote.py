@@ -76,22 +76,34 @@ class RemoteEngine:
 
     async def abort(self, request_id: str) -> None:
         """Told to every replica: only the one that has the request acts on it."""
-        await self._broadcast("abort", request_id)
+        for result in await self._broadcast("abort", request_id):
+            # With a replica that died the request has ended too, and says so itself.
+            if isinstance(result, BespokeError) and not isinstance(result, EngineLost):
+                raise result
 
     async def counters(self) -> list[Counters]:
-        return list(await self._broadcast("counters"))
+        """Those of the replicas that answer; raises if none does."""
+        results = await self._broadcast("counters")
+        found = [result for result in results if isinstance(result, Counters)]
+        if not found:
+            raise results[0]
+        return found
 
     async def _broadcast(self, method: str, *args: object) -> list[Any]:
+        """Each replica's result, or what it raised in our terms. Raises EngineUnavailable without any."""
         try:
             response = self._handle.broadcast(method, *args)
-            results = await response.results_async(timeout_s=self._accept_timeout_s)
+            results = await response.results_async(timeout_s=self._accept_timeout_s, return_exceptions=True)
         except TimeoutError as error:
             raise EngineUnavailable() from error
         except Exception as error:
             raise self._translate(error, accepted=False) from error
         if not results:
             raise EngineUnavailable()
-        return list(results)
+        return [
+            self._translate(result, accepted=False) if isinstance(result, BaseException) else result
+            for result in results
+        ]
 
     def _translate(self, error: BaseException, *, accepted: bool) -> BespokeError:
         cause = getattr(error, "cause", error)  # ray wraps what a replica raised

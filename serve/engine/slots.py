@@ -53,7 +53,7 @@ class Slots:
         waiter = _Waiter(adapter, asyncio.get_running_loop().create_future(), monotonic())
         self._line.append(waiter)
         self._admit()  # those before it may be waiting for an adapter that closes, not for a slot
-        timer = asyncio.get_running_loop().call_later(self._patience_s, self._make_room)
+        timer = asyncio.get_running_loop().call_later(self._patience_s, self._admit)
         try:
             await waiter.admitted
         except asyncio.CancelledError:

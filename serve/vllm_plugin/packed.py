@@ -49,9 +49,8 @@ def pack(tensors: dict[str, Any], *, rank: int, scaling: float, layout: Layout, 
     present = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
     numbers = [n for n, layer in enumerate(layout.layers) if not present.isdisjoint(layer.parts)]
     # One buffer and one write: a small tensor costs more in calls than in bytes.
-    flat = torch.zeros(
-        sum(map(math.prod, _shapes(numbers, rank, layout))), dtype=getattr(torch, layout.dtype)
-    )
+    size = sum(map(math.prod, _shapes(numbers, rank, layout)))
+    flat = torch.zeros(size, dtype=getattr(torch, layout.dtype))
     for number, (whole_a, whole_b) in _views(flat, numbers, rank, layout).items():
         layer, edge = layout.layers[number], 0
         for i, (part, width) in enumerate(zip(layer.parts, layer.widths_out, strict=True)):

@@ -24,8 +24,8 @@ TINY, TENANT = "tiny", "lumen-bikes"
 SLOTS, MEMORY, RANK_MAX = 2, 4, 8
 # A tiny random model needs large weights before an adapter changes most of its tokens.
 SIZE = 0.5
-# Log-probabilities of one version's tokens differed by less than 1e-5 between batches. A token that leads by
-# so much more than that, when its version is alone, leads in every batch.
+# float32 sums of a few hundred terms differ by about 1e-5 with their order, all that a batch changes.
+# A token that leads by a hundred times that, when its version is alone, leads in every batch.
 LEAD_MIN = 1e-3
 SETTINGS = EngineSettings(
     dtype="float32",
