@@ -26,7 +26,7 @@ from serve.db import Store
 from serve.engine.base import Counters, Event, GenerationRequest
 from serve.engine.reconcile import Reconciler
 from serve.engine.remote import RemoteEngine
-from serve.engine.vllm import VllmEngine
+from serve.engine.vllm import VllmEngine, compute_on_one_thread
 from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError, Overloaded
 from serve.port import check_free
 from serve.settings import Settings
@@ -63,6 +63,7 @@ class EngineDeployment:
         self._engine = await VllmEngine.start(
             base, settings.bases_dir / base, settings.adapters_dir, settings.engine, replica
         )
+        compute_on_one_thread()
         store = Store(settings.store_url)
         store.migrate()
         catalogue = Catalogue(store, settings.bases)

@@ -21,7 +21,7 @@ from typing import Any
 
 from serve.adapters import AdapterRef
 from serve.engine.base import Delta, GenerationRequest, Message, Sampling
-from serve.engine.vllm import VllmEngine
+from serve.engine.vllm import VllmEngine, compute_on_one_thread
 from serve.settings import EngineSettings
 
 TOPICS = (
@@ -177,6 +177,7 @@ async def main() -> None:
     engine = await VllmEngine.start(
         order["base"], Path(order["base_dir"]), adapters_dir, EngineSettings(**order["engine"]), "bench"
     )
+    compute_on_one_thread()  # as the replica does
     driver = Driver(engine, adapters)
 
     def say(answer: dict[str, Any]) -> None:
