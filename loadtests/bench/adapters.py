@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("--registered", type=int, default=1000)
     parser.add_argument("--no-compiled", action="store_true", help="leave out the compiled engine")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines are ended as well
     base_dir = (options.home / "bases" / options.base).resolve()
     if not base_dir.is_dir():
         parser.error(f"there is no base in {base_dir}: bespoke base import configs/bases/{options.base}.yaml")
