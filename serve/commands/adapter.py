@@ -61,8 +61,8 @@ def index(tenant: Annotated[str | None, typer.Argument()] = None, home: HomeOpti
 @app.command()
 def show(model: VersionArgument, home: HomeOption = None) -> None:
     """All that is known of a version; if it was rejected, why."""
-    catalogue = _catalogue(settings_of(home))
-    entry = catalogue.entry(_find(catalogue, model))
+    catalogue, adapter = _registered(model, home)
+    entry = catalogue.entry(adapter)
     rank, size = _rank_and_size(entry)
     rows = table("model", entry.ref.model)
     for name, value in (
@@ -85,8 +85,7 @@ def show(model: VersionArgument, home: HomeOption = None) -> None:
 @app.command()
 def pin(model: VersionArgument, home: HomeOption = None) -> None:
     """Let every replica keep a version loaded."""
-    catalogue = _catalogue(settings_of(home))
-    adapter = _find(catalogue, model)
+    catalogue, adapter = _registered(model, home)
     catalogue.pin(adapter, True)
     console.print(f"every replica keeps {adapter.model} loaded", highlight=False)
 
@@ -94,8 +93,7 @@ def pin(model: VersionArgument, home: HomeOption = None) -> None:
 @app.command()
 def unpin(model: VersionArgument, home: HomeOption = None) -> None:
     """Let replicas unload a version when others need its place."""
-    catalogue = _catalogue(settings_of(home))
-    adapter = _find(catalogue, model)
+    catalogue, adapter = _registered(model, home)
     catalogue.pin(adapter, False)
     console.print(f"replicas may unload {adapter.model}", highlight=False)
 
@@ -103,8 +101,7 @@ def unpin(model: VersionArgument, home: HomeOption = None) -> None:
 @app.command()
 def retire(model: VersionArgument, home: HomeOption = None) -> None:
     """Serve a version no longer, for good. Not while its alias points to it."""
-    catalogue = _catalogue(settings_of(home))
-    adapter = _find(catalogue, model)
+    catalogue, adapter = _registered(model, home)
     catalogue.retire(adapter, now())
     console.print(f"{adapter.model} is served no longer", highlight=False)
 
@@ -133,11 +130,12 @@ def _published(settings: Settings, model: str) -> Path:
     return directory
 
 
-def _find(catalogue: Catalogue, model: str) -> AdapterRef:
+def _registered(model: str, home: Path | None) -> tuple[Catalogue, AdapterRef]:
     tenant, name, version = _parts(model)
     if not version:
         raise OperatorError(f"'{model}' names no version: say tenant/name@version.")
-    return catalogue.find(tenant, name, version)
+    catalogue = _catalogue(settings_of(home))
+    return catalogue, catalogue.find(tenant, name, version)
 
 
 def _parts(model: str) -> tuple[str, str, str]:

@@ -19,8 +19,7 @@ from serve.adapters import AdapterRef
 from serve.engine.packer import Packer, read_verified
 from serve.vllm_plugin.packed import Layer, Layout, Packed
 from tests.finetune.conftest import card_for
-from tests.serve.lora_samples import RANK, publish_sample
-from tests.serve.test_lora_files import write_adapter
+from tests.serve.lora_samples import RANK, publish_sample, write_adapter
 
 TENANT, CAPACITY = "acme", 2
 

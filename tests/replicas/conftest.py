@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,13 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.synthetic import publish_random
 from serve.adapters import AdapterRef, Catalogue, State
-from serve.billing.ledger import Ledger
-from serve.billing.pricing import Prices
 from serve.billing.usage import usage_table
 from serve.db import Store
 from serve.settings import EngineSettings, Settings
-from serve.tenants import Tenants, server_secret
-from tests.serve.conftest import CONFIGS, NOON, PLAN, TENANTS, TINY, Live, enter, wait_until
+from tests.serve.conftest import TENANTS, TINY, Live, enter, free_port, import_tiny, onboard, wait_until
 
 TENANT = TENANTS[0]
 NAMES = ("one", "two", "three", "four")
@@ -119,18 +115,13 @@ class Pair(Live):
 
 @pytest.fixture(scope="package")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    from quantize.base import import_base
-    from quantize.spec import BaseSpec, read_spec
     from serve.deployment import Service
 
     home = tmp_path_factory.mktemp("pair")
-    import_base(read_spec(CONFIGS / "bases" / "tiny.yaml", BaseSpec), home / "bases")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    import_tiny(home)
     settings = Settings(
         home=home,
-        port=port,
+        port=free_port(),
         bases=[TINY],
         engine_replicas=2,
         engine=EngineSettings(
@@ -138,14 +129,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         ),
     )
     with contextlib.closing(Store(settings.store_url)) as store:
-        store.migrate()
-        tenants, prices = Tenants(store, server_secret(home)), Prices(store)
-        tenants.create(TENANT, at=NOON)
-        Ledger(store).open_account(TENANT, 10**12)
-        prices.publish(PLAN, at=NOON)
-        prices.subscribe(TENANT, PLAN.name, at=NOON)
-        _, key = tenants.create_key(TENANT, at=NOON)
-        pair = Pair(f"http://127.0.0.1:{port}", settings, store, {TENANT: key}, ())
+        keys = onboard(store, home, [TENANT])
+        pair = Pair(f"http://127.0.0.1:{settings.port}", settings, store, keys, ())
         catalogue = Catalogue(store, [TINY])
         adapters = tuple(enter(catalogue, pair.publish(name, seed), home) for seed, name in enumerate(NAMES))
         with Service(settings):

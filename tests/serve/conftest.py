@@ -3,7 +3,7 @@
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -113,17 +113,42 @@ class Live:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """State with the tiny base and one tiny adapter per tenant, made by the real pipeline."""
     from finetune.job import load_job, run
-    from quantize.base import import_base
-    from quantize.spec import BaseSpec, read_spec
 
     home = tmp_path_factory.mktemp("home")
-    import_base(read_spec(CONFIGS / "bases" / "tiny.yaml", BaseSpec), home / "bases")
+    import_tiny(home)
     for tenant in TENANTS:
         job = load_job(CONFIGS / "demo" / f"{tenant}.yaml")
         recipe = job.recipe.model_copy(update={"top_layers": None})
         tiny = job.model_copy(update={"base": TINY, "recipe": recipe})
         run(tiny, bases=home / "bases", adapters=home / "adapters")
     return home
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def import_tiny(home: Path) -> None:
+    from quantize.base import import_base
+    from quantize.spec import BaseSpec, read_spec
+
+    import_base(read_spec(CONFIGS / "bases" / "tiny.yaml", BaseSpec), home / "bases")
+
+
+def onboard(store: Store, home: Path, names: Iterable[str]) -> dict[str, str]:
+    """Tenants that may buy, in a new store; a key of each."""
+    store.migrate()
+    tenants, prices, keys = Tenants(store, server_secret(home)), Prices(store), {}
+    prices.publish(PLAN, at=NOON)
+    for tenant in names:
+        tenants.create(tenant, at=NOON)
+        Ledger(store).open_account(tenant, 10**12)
+        prices.subscribe(tenant, PLAN.name, at=NOON)
+        _, keys[tenant] = tenants.create_key(tenant, at=NOON)
+    return keys
 
 
 def enter(catalogue: Catalogue, directory: Path, home: Path) -> AdapterRef:
@@ -139,29 +164,19 @@ def live(home: Path) -> Iterator[Live]:
     from serve.adapters import newest_published
     from serve.deployment import Service
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     settings = Settings(
         home=home,
-        port=port,
+        port=free_port(),
         bases=[TINY],
         accept_timeout_s=15,
         # Two slots for two adapters and the base: the batches in which vLLM's CPU LoRA mixes customers up.
         engine=EngineSettings(dtype="float32", max_model_len=1024, max_loras=2, enforce_eager=True),
     )
     store = Store(settings.store_url)
-    store.migrate()
-    tenants, prices = Tenants(store, server_secret(home)), Prices(store)
-    prices.publish(PLAN, at=NOON)
-    keys = {}
+    keys = onboard(store, home, TENANTS)
     for tenant in TENANTS:
-        tenants.create(tenant, at=NOON)
-        Ledger(store).open_account(tenant, 10**12)
-        prices.subscribe(tenant, "standard", at=NOON)
         catalogue = Catalogue(store, [TINY])
         enter(catalogue, newest_published(settings.adapters_dir, tenant, "support"), home)
-        _, keys[tenant] = tenants.create_key(tenant, at=NOON)
     with Service(settings) as service:
         yield Live(service.url, settings, store, keys)
     store.close()
