@@ -48,6 +48,8 @@ def import_base(spec: BaseSpec, bases_root: Path, on_progress: OnProgress = sile
             else:
                 model = checkpoint.random_llama(spec.random_llama, tokenizer)
             on_progress("writing the checkpoint", 0.9)
+            if spec.chat_template is not None:
+                tokenizer.chat_template = spec.chat_template
             checkpoint.save(model, tokenizer, draft)
             write_card(
                 draft,
@@ -57,6 +59,8 @@ def import_base(spec: BaseSpec, bases_root: Path, on_progress: OnProgress = sile
                     licence=spec.licence,
                     parameters=sum(parameter.numel() for parameter in model.parameters()),
                     scheme="bfloat16",
+                    tool_parser=spec.tool_parser,
+                    reasoning_parser=spec.reasoning_parser,
                     recipe_sha256=recipe,
                     libraries=library_versions(("torch", "transformers", "gguf", "safetensors")),
                     **facts_of(draft),

@@ -77,7 +77,10 @@ class QuantizationReport(_Frozen):
 
 
 class BaseCard(_Frozen):
-    """One base model on disk. Its bytes are those whose hashes the card holds, or it is not that base."""
+    """One base model on disk. Its bytes are those whose hashes the card holds, or it is not that base.
+
+    The parsers are names of vLLM's: how the model writes tool calls and reasoning, None if it does neither.
+    """
 
     schema_version: Literal[1] = 1
     name: BaseName
@@ -89,6 +92,8 @@ class BaseCard(_Frozen):
     hidden_size: Count
     layers: Count
     max_context_tokens: Count
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
     scheme: Literal["bfloat16", "bnb-nf4"]
     parent: BaseName | None = None
     parent_sha256: Sha256 | None = None

@@ -48,6 +48,8 @@ def quantize(
                 source=parent.source,
                 licence=parent.licence,
                 parameters=parent.parameters,
+                tool_parser=parent.tool_parser,
+                reasoning_parser=parent.reasoning_parser,
                 scheme=spec.scheme,
                 parent=parent.name,
                 parent_sha256=parent.weights_sha256,

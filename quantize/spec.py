@@ -42,12 +42,19 @@ class RandomLlama(Spec):
 
 
 class BaseSpec(Spec):
-    """Where a base comes from. With `random_llama`, only the tokenizer is taken from the GGUF."""
+    """Where a base comes from. With `random_llama`, only the tokenizer is taken from the GGUF.
+
+    `chat_template` replaces the tokenizer's: a Jinja file beside the YAML, and its text once it is read, so
+    that the recipe is whole. The parsers are names of vLLM's: how the model writes tool calls and reasoning.
+    """
 
     name: BaseName
     source: str
     licence: str
     gguf: GgufSource
+    chat_template: str | None = None
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
     random_llama: RandomLlama | None = None
 
 
@@ -74,6 +81,9 @@ def read_spec(path: Path, kind: type[SpecT]) -> SpecT:
     """Read a YAML file as `kind`. Raises SpecInvalid, with every problem in one message."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(name := content.get("chat_template"), str):
+            template = (path.parent / Path(name).name).read_text(encoding="utf-8")
+            content["chat_template"] = template.rstrip("\n")
         return kind.model_validate(content)
     except ValidationError as error:
         raise SpecInvalid(str(path), problems_of(error)) from None

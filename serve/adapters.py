@@ -21,6 +21,7 @@ import sqlalchemy as sa
 
 from finetune.card import AdapterCard, validate_name, verify
 from finetune.errors import FinetuneError
+from serve.audit import SYSTEM, record
 from serve.db import Store, UtcDateTime, metadata
 from serve.errors import CatalogueError, ModelNotFound, UnknownRecord
 from serve.lora_files import inspect
@@ -143,7 +144,9 @@ class Catalogue:
         self._store = store
         self._bases = bases
 
-    def register(self, directory: Path, *, at: datetime, base_dir: Path, max_rank: int) -> AdapterRef:
+    def register(
+        self, directory: Path, *, at: datetime, base_dir: Path, max_rank: int, actor: str = SYSTEM
+    ) -> AdapterRef:
         """Enter the published adapter in `directory` (`…/<tenant>/<name>/<version>`) as pending.
 
         Idempotent: a version that is known stays as it is.
@@ -164,12 +167,16 @@ class Catalogue:
                     return _ref(known)
                 inserted = connection.execute(adapters_table.insert().values(row | found))
                 assert inserted.inserted_primary_key is not None
+                adapter = AdapterRef(
+                    inserted.inserted_primary_key[0], card.tenant, card.adapter, card.version
+                )
                 _count_change(connection)
+                _record(connection, "register", adapter, actor, at)
         except sa.exc.IntegrityError as error:
             raise UnknownRecord(f"There is no tenant '{card.tenant}'.") from error
-        return AdapterRef(inserted.inserted_primary_key[0], card.tenant, card.adapter, card.version)
+        return adapter
 
-    def promote(self, adapter: AdapterRef, *, at: datetime) -> None:
+    def promote(self, adapter: AdapterRef, *, at: datetime, actor: str = SYSTEM) -> None:
         """Let the alias `tenant/name` mean `adapter` from now on; requests in flight keep theirs.
 
         A version that is pending takes over when it becomes ready; until then the alias means what it did.
@@ -180,6 +187,7 @@ class Catalogue:
             _require_standing(_row(connection, adapter), adapter)
             connection.execute(promotions_table.insert().values(adapter_id=adapter.id, promoted_at=at))
             _count_change(connection)
+            _record(connection, "promote", adapter, actor, at)
 
     def mark_ready(self, adapter: AdapterRef, at: datetime) -> bool:
         """An engine has shown that `adapter` takes effect. False if its state was decided before."""
@@ -198,7 +206,7 @@ class Catalogue:
                 _count_change(connection)
         return decided
 
-    def pin(self, adapter: AdapterRef, pinned: bool) -> None:
+    def pin(self, adapter: AdapterRef, pinned: bool, *, actor: str = SYSTEM) -> None:
         """Let every replica keep `adapter` loaded, or no longer. Idempotent.
 
         Raises CatalogueError for pinning a rejected or retired version, UnknownRecord for an unknown one.
@@ -209,8 +217,9 @@ class Catalogue:
                 _require_standing(row, adapter)
             if row.pinned != pinned:
                 _update(connection, adapter, pinned=pinned)
+                _record(connection, "pin" if pinned else "unpin", adapter, actor)
 
-    def retire(self, adapter: AdapterRef, at: datetime) -> None:
+    def retire(self, adapter: AdapterRef, at: datetime, *, actor: str = SYSTEM) -> None:
         """Serve `adapter` no longer, for good. Idempotent.
 
         Raises CatalogueError if its alias means it, or will once its probe has passed; UnknownRecord.
@@ -225,6 +234,7 @@ class Catalogue:
                     f"The alias '{alias}' points to {adapter.model}: promote another version first."
                 )
             _update(connection, adapter, retired_at=at)
+            _record(connection, "retire", adapter, actor, at)
 
     def find(self, tenant: str, name: str, version: str) -> AdapterRef:
         """The registered version, whatever its state. Raises UnknownRecord."""
@@ -357,6 +367,12 @@ def _unknown(adapter: AdapterRef) -> UnknownRecord:
 def _update(connection: sa.Connection, adapter: AdapterRef, **values: Any) -> None:
     connection.execute(adapters_table.update().where(adapters_table.c.id == adapter.id).values(values))
     _count_change(connection)
+
+
+def _record(
+    connection: sa.Connection, verb: str, adapter: AdapterRef, actor: str, at: datetime | None = None
+) -> None:
+    record(connection, f"adapter.{verb}", adapter.model, actor=actor, tenant=adapter.tenant, at=at)
 
 
 def _count_change(connection: sa.Connection) -> None:

@@ -3,26 +3,51 @@
 import asyncio
 import contextlib
 import logging
+import os
+import socket
 from collections.abc import AsyncIterator, Mapping
+from datetime import timedelta
 
 from fastapi import FastAPI
 
 from serve.adapters import Catalogue
-from serve.api import chat, completions, errors, models, operations
+from serve.admission import Admission
+from serve.api import (
+    admin,
+    batches,
+    chat,
+    completions,
+    embeddings,
+    errors,
+    files,
+    messages,
+    models,
+    openapi,
+    operations,
+    responses,
+)
+from serve.api.batch_input import InputBounds
+from serve.api.batch_worker import BatchWorker
 from serve.api.context import Context
-from serve.api.edge import Edge
+from serve.api.edge import Edge, body_bound
+from serve.api.intake import Intake
 from serve.api.wire import Limits
+from serve.batches import Batches
 from serve.db import Store
 from serve.engine.base import Engine
 from serve.errors import StoreUnavailable
+from serve.files import FileBounds, Files
 from serve.gateway import Gateway
+from serve.idempotency import Idempotency
 from serve.metrics import Metrics
+from serve.responses import Responses
 from serve.settings import Settings
 from serve.tenants import Tenants, server_secret
 
 log = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 30.0
+KEY_USE_INTERVAL_S = 5.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -32,43 +57,82 @@ def build_app(settings: Settings, engines: Mapping[str, Engine]) -> FastAPI:
     store.migrate()
     catalogue = Catalogue(store, list(engines))
     metrics = _metrics(settings)
+    admission = Admission(store, f"{socket.gethostname()}-{os.getpid()}")
+    idempotency = Idempotency(store, lease=timedelta(seconds=settings.request_timeout_s + 120))
     gateway = Gateway(
         store=store,
         catalogue=catalogue,
         engines=engines,
+        admission=admission,
         metrics=metrics,
         request_timeout_s=settings.request_timeout_s,
         first_token_timeout_s=settings.first_token_timeout_s,
     )
 
+    tenants = Tenants(store, server_secret(settings.home))
+
+    limits = settings.limits
+    bounds = FileBounds(limits.file_bytes, limits.files_per_tenant, limits.files_bytes_per_tenant)
+    stored = Files(store, settings.files_dir, bounds)
+    fields = Limits(
+        messages=limits.messages,
+        n=limits.n,
+        stop_sequences=limits.stop_sequences,
+        completion_tokens=limits.completion_tokens,
+        tools=limits.tools,
+        prompts=limits.prompts,
+    )
+    worker = BatchWorker(
+        store=store,
+        gateway=gateway,
+        tenants=tenants,
+        files=stored,
+        bounds=InputBounds(limits.batch_lines, limits.body_bytes, fields),
+        requests_in_flight=limits.batch_requests,
+        now=gateway.terms.now,
+    )
+
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        sweeper = asyncio.create_task(_sweep(gateway))
+        chores = [
+            asyncio.create_task(chore)
+            for chore in (
+                _sweep(gateway, idempotency, Responses(store)),
+                admission.follow(),
+                _note_key_use(tenants),
+            )
+        ]
+        worker.start()
         yield
-        sweeper.cancel()
+        await worker.stop()
+        for chore in chores:
+            chore.cancel()
         await gateway.drain()
+        await _flush_key_use(tenants)
+        await admission.close()
         store.close()
 
     app = FastAPI(title="Bespoke", docs_url=None, redoc_url=None, lifespan=lifespan)
-    limits = settings.limits
     app.state.context = Context(
         gateway=gateway,
-        tenants=Tenants(store, server_secret(settings.home)),
+        tenants=tenants,
         catalogue=catalogue,
         engines=engines,
         store=store,
         metrics=metrics,
-        limits=Limits(
-            messages=limits.messages,
-            n=limits.n,
-            stop_sequences=limits.stop_sequences,
-            completion_tokens=limits.completion_tokens,
-        ),
+        limits=fields,
+        idempotency=idempotency,
     )
-    for resource in (chat, completions, models, operations):
+    files.install(app, stored, Batches(store, stored, per_tenant=limits.batches_per_tenant))
+    routes = (chat, completions, responses, messages, embeddings, models, files, batches, operations, admin)
+    for resource in routes:
         app.include_router(resource.router)
     errors.install(app)
-    app.add_middleware(Edge, metrics=metrics, body_bytes_max=limits.body_bytes)
+    openapi.install(app)
+    sizes = {"body_bytes_max": limits.body_bytes, "file_bytes_max": limits.file_bytes}
+    slowest = limits.body_bytes / limits.body_timeout_s
+    app.add_middleware(Intake, body_bytes_max=body_bound(**sizes), bytes_per_s_min=slowest)
+    app.add_middleware(Edge, metrics=metrics, **sizes)
     return app
 
 
@@ -79,10 +143,25 @@ def _metrics(settings: Settings) -> Metrics:
     return Metrics(adapters_max=settings.metrics_adapters if private else 0, token=token)
 
 
-async def _sweep(gateway: Gateway) -> None:
+async def _sweep(gateway: Gateway, idempotency: Idempotency, stored: Responses) -> None:
     """Void the holds of gateways that died; every gateway may do it, the ledger lets one win."""
     while True:
         with contextlib.suppress(StoreUnavailable):
             if count := await gateway.void_expired():
                 log.warning("voided %d holds whose gateway died", count)
+            await asyncio.to_thread(idempotency.sweep, at=gateway.terms.now())
+            await asyncio.to_thread(stored.sweep, at=gateway.terms.now())
         await asyncio.sleep(SWEEP_INTERVAL_S)
+
+
+async def _note_key_use(tenants: Tenants) -> None:
+    """Write down when keys were last used, a few seconds late and many at a time."""
+    while True:
+        await asyncio.sleep(KEY_USE_INTERVAL_S)
+        await _flush_key_use(tenants)
+
+
+async def _flush_key_use(tenants: Tenants) -> None:
+    for door in (tenants.door, tenants.platform_door):
+        with contextlib.suppress(StoreUnavailable):  # kept for the next time
+            await asyncio.to_thread(door.flush)

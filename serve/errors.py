@@ -2,15 +2,22 @@
 
     BespokeError
     ├── InvalidRequest               the client's request breaks a rule
+    │   ├── BodyTimeout
     │   ├── BodyTooLarge
-    │   └── ContextLengthExceeded
+    │   ├── ContextLengthExceeded
+    │   ├── HeadersTooLarge
+    │   └── UnsupportedEncoding
     ├── Unauthenticated
     ├── PermissionDenied
+    ├── TenantSuspended              its keys are good, but it may not use the service now
     ├── NotFound                     a route, or another HTTP-level miss
     │   ├── MethodNotAllowed
-    │   └── ModelNotFound
+    │   ├── ModelNotFound
+    │   └── ResponseNotFound
+    ├── IdempotencyConflict          the first request with this Idempotency-Key still runs
     ├── InsufficientCredit
     ├── NotBillable                  the tenant has no price plan
+    ├── RateLimited                  a limit of the tenant or the key is used up
     ├── Unavailable                  try again later; carries `retry_after_s`
     │   ├── EngineUnavailable
     │   │   └── EngineLost           the replica died; another one may do
@@ -21,6 +28,7 @@
     └── OperatorError                the operator's input or state is wrong (command line)
         ├── AlreadyExists
         ├── CatalogueError
+        ├── Conflict                 the record's state forbids it
         ├── ReconciliationFailed
         └── UnknownRecord
 
@@ -63,6 +71,39 @@ class BodyTooLarge(InvalidRequest):
         return f"The request body is larger than the limit of {self.limit_bytes} bytes."
 
 
+class BodyTimeout(InvalidRequest):
+    def __init__(self, limit_s: float) -> None:
+        super().__init__("", None, "request_timeout")
+        self.args = (limit_s,)
+        self.limit_s = limit_s
+
+    @property
+    def message(self) -> str:
+        return f"The request body did not arrive within {self.limit_s:g} seconds."
+
+
+class HeadersTooLarge(InvalidRequest):
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__("", None, "headers_too_large")
+        self.args = (limit_bytes,)
+        self.limit_bytes = limit_bytes
+
+    @property
+    def message(self) -> str:
+        return f"The headers are larger than {self.limit_bytes} bytes."
+
+
+class UnsupportedEncoding(InvalidRequest):
+    def __init__(self, encoding: str) -> None:
+        super().__init__("", "Content-Encoding", "unsupported_encoding")
+        self.args = (encoding,)
+        self.encoding = encoding
+
+    @property
+    def message(self) -> str:
+        return f"Bodies may be sent as they are, or as gzip or deflate, not as '{self.encoding}'."
+
+
 class ContextLengthExceeded(InvalidRequest):
     """`prompt_tokens` + `completion_tokens` (the requested maximum) exceed the model's context."""
 
@@ -99,6 +140,11 @@ class PermissionDenied(BespokeError):
         return f"This API key lacks the scope '{self.scope}'."
 
 
+class TenantSuspended(BespokeError):
+    def __init__(self, message: str = "Your account is suspended.") -> None:
+        super().__init__(message)
+
+
 class NotFound(BespokeError):
     def __init__(self, message: str = "Not found.") -> None:
         super().__init__(message)
@@ -118,6 +164,25 @@ class ModelNotFound(NotFound):
     @property
     def message(self) -> str:
         return f"The model '{self.model}' does not exist or you do not have access to it."
+
+
+class ResponseNotFound(NotFound):
+    """Also raised for another tenant's response, as above."""
+
+    def __init__(self, response_id: str) -> None:
+        super().__init__(response_id)
+        self.response_id = response_id
+
+    @property
+    def message(self) -> str:
+        return f"Response with id '{self.response_id[:64]}' not found."
+
+
+class IdempotencyConflict(BespokeError):
+    def __init__(
+        self, message: str = "A request with this Idempotency-Key is still running; try again later."
+    ) -> None:
+        super().__init__(message)
 
 
 class InsufficientCredit(BespokeError):
@@ -147,6 +212,33 @@ class NotBillable(BespokeError):
     @property
     def message(self) -> str:
         return "Your account is not active: no price plan is in force for it."
+
+
+class RateLimited(BespokeError):
+    """A limit of the tenant or the key leaves no room for this request.
+
+    what: "requests", "tokens" (both per minute) or "concurrent requests". `retry_after_s` is None if waiting
+    does not help: the request alone is larger than the limit.
+    """
+
+    def __init__(self, what: str, limit: int, used: int, requested: int, retry_after_s: int | None) -> None:
+        super().__init__(what, limit, used, requested, retry_after_s)
+        self.what = what
+        self.limit = limit
+        self.used = used
+        self.requested = requested
+        self.retry_after_s = retry_after_s
+
+    @property
+    def message(self) -> str:
+        rates = {"requests": "requests per min (RPM)", "tokens": "tokens per min (TPM)"}
+        name = rates.get(self.what, self.what)
+        if self.retry_after_s is None:
+            return f"Request too large for {name}: Limit {self.limit}, Requested {self.requested}."
+        return (
+            f"Rate limit reached for {name}: Limit {self.limit}, Used {self.used}, "
+            f"Requested {self.requested}. Please try again in {self.retry_after_s}s."
+        )
 
 
 class Unavailable(BespokeError):
@@ -203,6 +295,10 @@ class UnknownRecord(OperatorError):
 
 
 class CatalogueError(OperatorError):
+    pass
+
+
+class Conflict(OperatorError):
     pass
 
 

@@ -1,25 +1,42 @@
 """The use case: a generation request is admitted, and handed to a task that sees it through.
 
-`Gateway.generate` reads as the request's life: resolve → price → hold → dispatch; `generation.py` has the
-rest: stream → settle.
+`Gateway.generate` reads as the request's life: resolve → price → admit → hold → dispatch; `generation.py`
+has the rest: stream → settle.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from serve.adapters import Catalogue
+from serve.adapters import Catalogue, Model
+from serve.admission import Admission
 from serve.billing.ledger import Hold, Ledger
-from serve.billing.pricing import Prices
+from serve.billing.pricing import Prices, PriceVersion, Rates
 from serve.db import Store
-from serve.engine.base import Engine, Message
-from serve.errors import NotBillable
+from serve.engine.base import Engine, Texts
+from serve.errors import ModelNotFound, NotBillable
 from serve.generation import Admitted, Call, Generation, Terms, detached
 from serve.metrics import Metrics
 from serve.tenants import Principal
 
 # A chat template adds a few tokens per message and at most a short default system prompt.
 _TEMPLATE_TOKENS, _MESSAGE_TOKENS = 64, 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Quote:
+    """What a call means, and its bounds in tokens, over all its prompts and samples."""
+
+    model: Model
+    price: PriceVersion
+    context_tokens_max: int
+    prompt_tokens_max: int
+    completion_tokens_max: int
+
+    @property
+    def tokens_max(self) -> int:
+        return self.prompt_tokens_max + self.completion_tokens_max
 
 
 class Gateway:
@@ -31,6 +48,7 @@ class Gateway:
         store: Store,
         catalogue: Catalogue,
         engines: Mapping[str, Engine],
+        admission: Admission,
         metrics: Metrics,
         request_timeout_s: float,
         first_token_timeout_s: float,
@@ -39,6 +57,7 @@ class Gateway:
         self._store = store
         self._catalogue = catalogue
         self._engines = engines
+        self._admission = admission
         self._prices = Prices(store)
         self.terms = Terms(Ledger(store), metrics, request_timeout_s, first_token_timeout_s, now)
         self._running: set[asyncio.Task[None]] = set()
@@ -47,7 +66,8 @@ class Gateway:
         """Admit `call`, dispatch it and return once the engine has accepted it.
 
         Raises:
-            ModelNotFound, NotBillable, InsufficientCredit, StoreUnavailable: nothing is held.
+            ModelNotFound, NotBillable, RateLimited, InsufficientCredit, StoreUnavailable, or what the call's
+                keeper raises: nothing is held.
             ContextLengthExceeded, EngineUnavailable, Overloaded: the hold is voided.
         """
         starting = asyncio.create_task(self._start(principal, call))
@@ -60,7 +80,15 @@ class Gateway:
         return generation
 
     async def _start(self, principal: Principal, call: Call) -> Generation:
-        admitted = await asyncio.to_thread(self._admit, principal, call)
+        quote = await asyncio.to_thread(self._quote, principal, call)
+        ticket = await self._admission.admit(principal.subjects, tokens=quote.tokens_max)
+        rates = quote.price.rates(adapter=quote.model.adapter is not None, batch=call.tier == "batch")
+        try:
+            hold = await asyncio.to_thread(self._hold, principal, call, quote, rates)
+        except BaseException:
+            ticket.release(0)
+            raise
+        admitted = Admitted(hold, quote.model, rates, quote.price, ticket, quote.context_tokens_max)
         generation = Generation(self.terms, principal, call, admitted, self._engines[admitted.model.base])
         task = asyncio.create_task(generation.run(), context=detached())
         self._running.add(task)
@@ -76,35 +104,49 @@ class Gateway:
         while self._running:
             await asyncio.wait(set(self._running))
 
-    def _admit(self, principal: Principal, call: Call) -> Admitted:
-        at = self.terms.now()
+    def _quote(self, principal: Principal, call: Call) -> _Quote:
+        """What the request means and may cost at most. Nothing is reserved yet."""
         with self._store.read() as connection:
             model = self._catalogue.resolve(connection, principal.tenant, call.model)
-            price = self._prices.at(connection, principal.tenant, at)
+            price = self._prices.at(connection, principal.tenant, self.terms.now())
+        if not principal.may_use(call.model):
+            raise ModelNotFound(call.model)
         if price is None:
             raise NotBillable(principal.tenant)
-        context = self._engines[model.base].context_tokens_max
-        completion = min(call.sampling.completion_tokens_max or context, context)
-        rates = price.rates(adapter=model.adapter is not None)
-        most = rates.cost_nanos_max(prompt_tokens_max(call.prompt, context), completion * call.sampling.n)
+        limits = [subject.limits.context_tokens for subject in principal.subjects]
+        own = self._engines[model.base].context_tokens_max
+        context = min([own, *(limit for limit in limits if limit is not None)])
+        prompt = prompt_tokens_max(call, context)
+        completion = min(call.sampling.completion_tokens_max or context, context) * call.choices
+        return _Quote(model, price, context, prompt, completion)
+
+    def _hold(self, principal: Principal, call: Call, quote: _Quote, rates: Rates) -> Hold:
+        at = self.terms.now()
+        most = rates.cost_nanos_max(quote.prompt_tokens_max, quote.completion_tokens_max)
         hold = Hold(call.request_id, principal.tenant, most)
         # The lease outlasts every way in which a live gateway can still close the request itself.
         lease = timedelta(seconds=self.terms.request_timeout_s + 120)
         with self._store.write() as connection:
+            if call.keeper is not None:
+                call.keeper.claim(connection, at)
             self.terms.ledger.hold(connection, hold, at=at, lease=lease)
-        return Admitted(hold, model, price)
+        return hold
 
 
-def prompt_tokens_max(prompt: tuple[Message, ...] | str, context_tokens: int) -> int:
+def prompt_tokens_max(call: Call, context_tokens: int) -> int:
     """An upper bound on the prompt's tokens without a tokenizer.
 
-    Byte-level and byte-fallback tokenizers make at most one token of each UTF-8 byte.
+    Byte-level and byte-fallback tokenizers make at most one token of each UTF-8 byte. What a template makes
+    of tools is not known here: they count as a whole context.
     """
-    if isinstance(prompt, str):
-        bound = len(prompt.encode()) + 1
-    else:
-        bound = _TEMPLATE_TOKENS + sum(len(m.content.encode()) + _MESSAGE_TOKENS for m in prompt)
-    return min(bound, context_tokens)
+    if isinstance(call.prompt, Texts):
+        texts = call.prompt.prompts
+        sizes = (len(text.encode()) if isinstance(text, str) else len(text) for text in texts)
+        return sum(min(size + 1, context_tokens) for size in sizes)
+    if call.toolbox is not None or any(message.tool_calls for message in call.prompt):
+        return context_tokens
+    sizes = (len((message.content or "").encode()) + _MESSAGE_TOKENS for message in call.prompt)
+    return min(_TEMPLATE_TOKENS + sum(sizes), context_tokens)
 
 
 def _close_when_started(starting: "asyncio.Task[Generation]") -> None:

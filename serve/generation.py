@@ -13,12 +13,27 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from time import monotonic
+from typing import Protocol
+
+import sqlalchemy as sa
 
 from serve.adapters import Model
+from serve.admission import Standing, Ticket
+from serve.answer import Answer
 from serve.billing.ledger import Hold, Ledger
 from serve.billing.pricing import PriceVersion, Rates, Tokens
 from serve.billing.usage import Status, UsageEvent
-from serve.engine.base import Accepted, Delta, Engine, Finished, GenerationRequest, Message, Sampling
+from serve.engine.base import (
+    Accepted,
+    Delta,
+    Engine,
+    Finished,
+    GenerationRequest,
+    Prompt,
+    Sampling,
+    Texts,
+    Toolbox,
+)
 from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, StoreUnavailable
 from serve.metrics import Metrics
 from serve.tenants import Principal
@@ -30,15 +45,44 @@ _ABORT_GRACE_S = 30.0
 _CLOSE_RETRY_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 10.0)
 
 
+class Keeper(Protocol):
+    """Whoever keeps a request's outcome does so in the very transactions that open and close its hold."""
+
+    def claim(self, connection: sa.Connection, at: datetime) -> None:
+        """With the hold. What it raises refuses the request, and nothing is held."""
+
+    def keep(self, connection: sa.Connection, generation: "Generation") -> None:
+        """With the settlement: `generation.answer` is complete, and paid for."""
+
+    def release(self, connection: sa.Connection) -> None:
+        """With the void: there was no answer, and a new attempt is welcome."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a client asked for, validated and bounded, in the gateway's own terms."""
+    """What a client asked for, validated and bounded, in the gateway's own terms.
+
+    With `whole` the answer is gathered (`Generation.answer`), which a `keeper` needs. A `persistent` one goes
+    on when its client leaves, who will come back for the answer. `tier` is default or batch: at which of the
+    plan's prices.
+    """
 
     request_id: str
     model: str
-    prompt: tuple[Message, ...] | str
+    prompt: Prompt
     sampling: Sampling
     length_param: str
+    toolbox: Toolbox | None = None
+    reasoning_effort: str | None = None
+    whole: bool = False
+    keeper: Keeper | None = None
+    persistent: bool = False
+    tier: str = "default"
+
+    @property
+    def choices(self) -> int:
+        prompts = len(self.prompt.prompts) if isinstance(self.prompt, Texts) else 1
+        return prompts * self.sampling.n
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +91,10 @@ class Admitted:
 
     hold: Hold
     model: Model
+    rates: Rates
     price: PriceVersion
-
-    @property
-    def rates(self) -> Rates:
-        return self.price.rates(adapter=self.model.adapter is not None)
+    ticket: Ticket
+    context_tokens_max: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +126,7 @@ class Generation:
         self.call = call
         self.model = admitted.model
         self.tokens = Tokens()
+        self.answer = Answer(call.choices) if call.whole else None
         self.created_at = terms.now()
         self._terms = terms
         self._principal = principal
@@ -92,6 +136,7 @@ class Generation:
         self._version = admitted.model.adapter.model if admitted.model.adapter else None
         self._served_by: Accepted | None = None
         self._last: list[Delta] = []
+        self._reasons: list[str] = []
         self._finished: Finished | None = None
         self._accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
         self._deltas: asyncio.Queue[list[Delta] | BespokeError | None] = asyncio.Queue()
@@ -100,6 +145,11 @@ class Generation:
         self._stopped: str | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._done = False
+
+    @property
+    def standing(self) -> Standing | None:
+        """What is left of the caller's limits."""
+        return self._admitted.ticket.standing
 
     async def wait_accepted(self) -> None:
         try:
@@ -117,7 +167,8 @@ class Generation:
 
     def close(self) -> None:
         """The client is gone or has everything: stop the engine if it still runs. Never blocks."""
-        self._stop("disconnected")
+        if not self.call.persistent:
+            self._stop("disconnected")
 
     async def run(self) -> None:
         """Stream from the engine to its end, whatever the client does, then settle or void."""
@@ -126,6 +177,7 @@ class Generation:
         failure = await self._listen()
         self._done = True
         await self._settle_or_void(failure)
+        self._admitted.ticket.release(self.tokens.prompt + self.tokens.completion)
         metrics.in_progress.dec()
         if not self._accepted.done():
             self._accepted.set_exception(failure or EngineUnavailable())
@@ -183,6 +235,8 @@ class Generation:
                     case Finished():
                         self._finished = event
             self._count()
+            if self.answer is not None:
+                self.answer.take(self._last)
             if self._last and self._finished is None:
                 self._deltas.put_nowait(self._last)
 
@@ -211,6 +265,10 @@ class Generation:
             self.call.sampling,
             cache_salt=self._principal.tenant,
             length_param=self.call.length_param,
+            toolbox=self.call.toolbox,
+            reasoning_effort=self.call.reasoning_effort,
+            whole=self.call.whole,
+            context_tokens_max=self._admitted.context_tokens_max,
         )
 
     def _accept(self, event: Accepted) -> None:
@@ -222,6 +280,7 @@ class Generation:
             self._abort()
 
     def _count(self) -> None:
+        self._reasons += [delta.finish_reason for delta in self._last if delta.finish_reason]
         if self._last and self._first_token_s is None:
             self._first_token_s = monotonic()
             waited_s = self._first_token_s - self._started_s
@@ -259,6 +318,7 @@ class Generation:
     async def _settle_or_void(self, failure: BespokeError | None) -> None:
         """Close the hold, however long the store is away (up to the lease, which then takes over)."""
         ledger, hold, at = self._terms.ledger, self._admitted.hold, self._terms.now()
+        keeper = self.call.keeper
         base, version = self.model.base, self._version
         if self._served_by is None or self.tokens.completion == 0:
             reason = type(failure).__name__ if failure else (self._stopped or "no tokens")
@@ -266,14 +326,20 @@ class Generation:
             self._terms.metrics.closed(base, version, "void")
 
             def close() -> bool:
-                return ledger.void(hold, reason, at=at)
+                return ledger.void(hold, reason, at=at, also=keeper.release if keeper else None)
         else:
             event = self._event(self._served_by, failure, at)
             self._terms.metrics.closed(base, version, event.status.value)
             self._terms.metrics.tokens(base, version, event.tokens)
 
+            also: Callable[[sa.Connection], None] | None = None
+            if keeper is not None:
+                # What was cut short is billed, and is no answer to give again.
+                whole = event.status is Status.COMPLETE
+                also = _guarded(lambda connection: keeper.keep(connection, self)) if whole else keeper.release
+
             def close() -> bool:
-                return ledger.settle(hold, event, at=at)
+                return ledger.settle(hold, event, at=at, also=also)
 
         for delay_s in (*_CLOSE_RETRY_S, None):
             try:
@@ -286,12 +352,12 @@ class Generation:
                 await asyncio.sleep(delay_s)
 
     def _event(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> UsageEvent:
-        reasons = [delta.finish_reason for delta in self._last if delta.finish_reason]
+        reasons = self._reasons
         status: Status
         reason: str | None
         if failure is not None:
             status, reason = Status.FAILED, self._stopped or "error"
-        elif self._stopped and not reasons:
+        elif self._stopped and len(reasons) < self.call.choices:
             status, reason = Status.DISCONNECTED, "abort"
         else:
             status, reason = Status.COMPLETE, reasons[0] if reasons else None
@@ -307,6 +373,7 @@ class Generation:
             replica=served_by.replica,
             boot=served_by.boot,
             samples=self.call.sampling.n,
+            tier=self.call.tier,
             tokens=self.tokens,
             cost_nanos=self._admitted.rates.cost_nanos(self.tokens),
             status=status,
@@ -315,3 +382,18 @@ class Generation:
             latency_ms=round((monotonic() - self._started_s) * 1000),
             created_at=at,
         )
+
+
+def _guarded(keep: Callable[[sa.Connection], None]) -> Callable[[sa.Connection], None]:
+    """`keep`, whose own failure leaves the settlement as it is: a bug there must not unsettle a request."""
+
+    def guarded(connection: sa.Connection) -> None:
+        try:
+            with connection.begin_nested():
+                keep(connection)
+        except sa.exc.OperationalError:
+            raise  # the store is away: the whole settlement is tried again
+        except Exception:
+            log.exception("an answer could not be kept")
+
+    return guarded

@@ -46,6 +46,15 @@ class LimitSettings(BaseSettings):
     n: int = Field(8, ge=1, le=64)
     stop_sequences: int = Field(4, ge=1)
     completion_tokens: int = Field(2048, ge=1)
+    tools: int = Field(128, ge=1)
+    prompts: int = Field(32, ge=1, le=64)
+    body_timeout_s: float = Field(30.0, gt=0)
+    file_bytes: int = Field(16 << 20, ge=1024)
+    files_per_tenant: int = Field(1000, ge=1)
+    files_bytes_per_tenant: int = Field(1 << 30, ge=1024)
+    batch_lines: int = Field(10_000, ge=1)
+    batches_per_tenant: int = Field(20, ge=1)  # that have not ended
+    batch_requests: int = Field(8, ge=1)  # in flight, of all batches of a gateway
     ongoing_requests: int = Field(128, ge=1)
     queued_requests: int = Field(256, ge=1)
 
@@ -78,6 +87,10 @@ class Settings(BaseSettings):
     @property
     def adapters_dir(self) -> Path:
         return self.home / "adapters"
+
+    @property
+    def files_dir(self) -> Path:
+        return self.home / "files"
 
     @property
     def invoices_dir(self) -> Path:

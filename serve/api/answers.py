@@ -1,31 +1,28 @@
 """Two ways to answer a generation request: all at once, or as server-sent events.
 
-Both watch the connection: a client that goes away closes the generation, which stops the engine and
-bills what was generated. `Shape` is the wire format (chat or text completion); see its modules.
-SSE: html.spec.whatwg.org/multipage/server-sent-events.html.
+`Shape` is the wire format (chat or text completion); see its modules.
 """
 
-import asyncio
-import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Iterable
+from typing import Protocol
 
 from fastapi import Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
+from serve.answer import Choice
+from serve.api.connection import EventStream, Json, dumps, start, unless_gone
+from serve.api.context import Context
 from serve.api.errors import sse_event
+from serve.api.once import answer_once
 from serve.billing.pricing import Tokens
 from serve.engine.base import Delta
-from serve.errors import BespokeError, ClientGone
-from serve.generation import Generation
-
-Json = dict[str, Any]
-T = TypeVar("T")
+from serve.errors import BespokeError
+from serve.generation import Call, Generation
+from serve.tenants import Principal
 
 
 class Shape(Protocol):
-    """One resource's wire format."""
+    """One resource's wire format, for one answer."""
 
     def opening(self, generation: Generation) -> Iterable[Json]:
         """Choices to send before any text."""
@@ -33,7 +30,7 @@ class Shape(Protocol):
     def choice(self, delta: Delta) -> Json:
         """A streamed piece of one choice."""
 
-    def whole(self, index: int, text: str, finish_reason: str | None) -> Json:
+    def whole(self, choice: Choice, generation: Generation) -> Json:
         """A finished choice."""
 
     def envelope(self, generation: Generation, choices: list[Json], *, streamed: bool) -> Json:
@@ -49,51 +46,40 @@ def usage(tokens: Tokens) -> Json:
     }
 
 
+def whole_body(generation: Generation, shape: Shape) -> Json:
+    """The complete answer of a generation that has gathered it (`Call.whole`)."""
+    assert generation.answer is not None
+    choices = [shape.whole(choice, generation) for choice in generation.answer.choices]
+    return shape.envelope(generation, choices, streamed=False) | {"usage": usage(generation.tokens)}
+
+
 async def answer(
     request: Request,
-    start: Callable[[], Coroutine[Any, Any, Generation]],
+    ctx: Context,
+    who: Principal,
+    call: Call,
     shape: Shape,
     *,
     stream: bool,
     include_usage: bool,
 ) -> Response:
     """Start the generation and answer it. A client that leaves while it waits cancels it."""
-    if stream:
-        generation = await _unless_gone(request, start())
-        return EventStream(generation, _events(generation, shape, include_usage))
-    return await _unless_gone(request, _whole(start, shape))
-
-
-async def _whole(start: Callable[[], Coroutine[Any, Any, Generation]], shape: Shape) -> Response:
-    generation = await start()
-    texts = [""] * generation.call.sampling.n
-    reasons: list[str | None] = [None] * generation.call.sampling.n
-    try:
-        async for batch in generation:
-            for delta in batch:
-                texts[delta.index] += delta.text
-                reasons[delta.index] = delta.finish_reason or reasons[delta.index]
-    finally:
-        generation.close()
-    choices = [
-        shape.whole(index, text, reason)
-        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-    ]
-    body = shape.envelope(generation, choices, streamed=False)
-    return JSONResponse(body | {"usage": usage(generation.tokens)})
+    if not stream:
+        return await answer_once(request, ctx, who, call, lambda generation: whole_body(generation, shape))
+    generation = await unless_gone(request, start(request, ctx, who, call))
+    return EventStream(generation, _events(generation, shape, include_usage))
 
 
 async def _events(generation: Generation, shape: Shape, include_usage: bool) -> AsyncIterator[bytes]:
     blank = {"usage": None} if include_usage else {}
 
     def event(choices: list[Json], extra: Json) -> bytes:
-        body = shape.envelope(generation, choices, streamed=True) | extra
-        return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+        return b"data: " + dumps(shape.envelope(generation, choices, streamed=True) | extra) + b"\n\n"
 
     opening = b"".join(event([choice], blank) for choice in shape.opening(generation))
     try:
         async for batch in generation:
-            yield opening + b"".join(event([shape.choice(delta)], blank) for delta in batch)
+            yield opening + b"".join(event([shape.choice(one)], blank) for one in batch if _says(one))
             opening = b""
     except BespokeError as error:
         yield sse_event(error)
@@ -102,52 +88,6 @@ async def _events(generation: Generation, shape: Shape, include_usage: bool) -> 
     yield closing + b"data: [DONE]\n\n"
 
 
-class EventStream(Response):
-    """Sends events as they come. However it ends, the generation is closed."""
-
-    def __init__(self, generation: Generation, events: AsyncIterator[bytes]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        del self.headers["content-length"]
-        self._generation = generation
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-
-        async def stream() -> None:
-            await send(start)
-            async for piece in self._events:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-        try:
-            await _first(asyncio.create_task(stream()), asyncio.create_task(_gone(receive)))
-        finally:
-            self._generation.close()
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client leaves first (raises ClientGone)."""
-    task = asyncio.create_task(work)
-    if not await _first(task, asyncio.create_task(_gone(request.receive))):
-        raise ClientGone()
-    return task.result()
-
-
-async def _first(work: "asyncio.Task[Any]", gone: "asyncio.Task[None]") -> bool:
-    """True if `work` was done first, and then raises what it raised; whatever is left is cancelled."""
-    try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            work.result()
-            return True
-        return False
-    finally:
-        for task in (work, gone):
-            task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def _says(delta: Delta) -> bool:
+    """Some tokens add nothing yet: half a character, the middle of a tool call."""
+    return bool(delta.text or delta.finish_reason or delta.tool_calls or delta.reasoning or delta.logprobs)

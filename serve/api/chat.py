@@ -5,31 +5,44 @@ from collections.abc import Iterable
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from serve.api.answers import Json, answer
+from serve.answer import Choice
+from serve.api.answers import answer
+from serve.api.connection import Json
 from serve.api.context import Ctx, Inference
-from serve.api.wire import ChatCompletionRequest, parse
-from serve.engine.base import Delta
+from serve.api.conversation import ChatCompletionRequest
+from serve.api.objects import ChatCompletion, ChatCompletionChunk, generation_responses, json_body
+from serve.api.wire import Limits, parse
+from serve.engine.base import Delta, TokenLogprob, ToolCall
 from serve.generation import Call, Generation
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses=generation_responses(ChatCompletion, ChatCompletionChunk),
+    openapi_extra=json_body(ChatCompletionRequest),
+)
 async def create(request: Request, who: Inference, ctx: Ctx) -> Response:
     body = parse(ChatCompletionRequest, await request.body())
-    call = Call(
-        request_id=request.state.request_id,
-        model=body.model,
-        prompt=body.prompt(ctx.limits),
-        sampling=body.sampling(ctx.limits),
-        length_param=body.length_param,
-    )
+    call = call_of(body, request.state.request_id, ctx.limits)
     return await answer(
-        request,
-        lambda: ctx.gateway.generate(who, call),
-        ChatShape(),
-        stream=bool(body.stream),
-        include_usage=body.include_usage,
+        request, ctx, who, call, ChatShape(), stream=bool(body.stream), include_usage=body.include_usage
+    )
+
+
+def call_of(body: ChatCompletionRequest, request_id: str, limits: Limits) -> Call:
+    """Raises InvalidRequest for what is beyond the installation's bounds."""
+    return Call(
+        request_id=request_id,
+        model=body.model,
+        prompt=body.prompt(limits),
+        sampling=body.sampling(limits),
+        length_param=body.length_param,
+        toolbox=body.toolbox(limits),
+        reasoning_effort=body.reasoning_effort,
+        whole=not body.stream,
     )
 
 
@@ -37,22 +50,41 @@ class ChatShape:
     """chat.completion and chat.completion.chunk objects."""
 
     def opening(self, generation: Generation) -> Iterable[Json]:
-        for index in range(generation.call.sampling.n):
+        for index in range(generation.call.choices):
             delta = {"role": "assistant", "content": ""}
             yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def choice(self, delta: Delta) -> Json:
-        content = {"content": delta.text} if delta.text else {}
+        fields: Json = {}
+        if delta.reasoning:
+            fields["reasoning_content"] = delta.reasoning
+        if delta.text:
+            fields["content"] = delta.text
+        if delta.tool_calls:
+            fields["tool_calls"] = [_piece(call) for call in delta.tool_calls]
         return {
             "index": delta.index,
-            "delta": content,
-            "logprobs": None,
+            "delta": fields,
+            "logprobs": _logprobs(delta.logprobs),
             "finish_reason": delta.finish_reason,
         }
 
-    def whole(self, index: int, text: str, finish_reason: str | None) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
+    def whole(self, choice: Choice, generation: Generation) -> Json:
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in choice.tool_calls
+        ]
+        message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+        if calls:
+            message |= {"content": choice.text or None, "tool_calls": calls}
+        if choice.reasoning:
+            message["reasoning_content"] = choice.reasoning
+        return {
+            "index": choice.index,
+            "message": message,
+            "logprobs": _logprobs(choice.logprobs) if generation.call.sampling.logprobs is not None else None,
+            "finish_reason": choice.finish_reason,
+        }
 
     def envelope(self, generation: Generation, choices: list[Json], *, streamed: bool) -> Json:
         return {
@@ -62,3 +94,27 @@ class ChatShape:
             "model": generation.model.name,
             "choices": choices,
         }
+
+
+def _piece(call: ToolCall) -> Json:
+    function: Json = {"arguments": call.arguments}
+    if call.name is None:
+        return {"index": call.index, "function": function}
+    return {
+        "index": call.index,
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name} | function,
+    }
+
+
+def _logprobs(tokens: Iterable[TokenLogprob]) -> Json | None:
+    content = [
+        _entry(one.token, one.logprob or 0.0) | {"top_logprobs": [_entry(*other) for other in one.top]}
+        for one in tokens
+    ]
+    return {"content": content, "refusal": None} if content else None
+
+
+def _entry(token: str, logprob: float) -> Json:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode(errors="replace"))}

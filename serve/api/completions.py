@@ -1,49 +1,133 @@
 """POST /v1/completions — platform.openai.com/docs/api-reference/completions."""
 
 from collections.abc import Iterable
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from pydantic import Field, field_validator, model_validator
 from starlette.responses import Response
 
-from serve.api.answers import Json, answer
+from serve.answer import Choice
+from serve.api.answers import answer
+from serve.api.bounds import bound
+from serve.api.connection import Json
 from serve.api.context import Ctx, Inference
-from serve.api.wire import CompletionRequest, parse
-from serve.engine.base import Delta
+from serve.api.objects import TextCompletion, generation_responses, json_body
+from serve.api.wire import CHOICES_MAX, GenerationBody, Limits, parse
+from serve.engine.base import Delta, Sampling, Texts, TokenLogprob
+from serve.errors import InvalidRequest
 from serve.generation import Call, Generation
 
 router = APIRouter()
 
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's
 
-@router.post("/v1/completions")
+
+class CompletionRequest(GenerationBody):
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool | None = None
+    best_of: int | None = Field(None, ge=1)
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_not_empty(cls, prompt: Any) -> Any:
+        if not prompt or (isinstance(prompt, list) and any(one in ("", []) for one in prompt)):
+            raise ValueError("the prompt is empty")
+        return prompt
+
+    @model_validator(mode="after")
+    def _best_is_all(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise InvalidRequest(
+                "'best_of' is not supported with a value other than 'n'.", "best_of", "unsupported_parameter"
+            )
+        return self
+
+    def texts(self, limits: Limits) -> Texts:
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return Texts((prompt,))
+        if isinstance(prompt[0], int):
+            return Texts((tuple(prompt),))
+        bound("prompt", len(prompt), limits.prompts, "prompts")
+        bound("n", len(prompt) * (self.n or 1), CHOICES_MAX, "choices over all prompts")
+        return Texts(tuple(one if isinstance(one, str) else tuple(one) for one in prompt))
+
+    def sampling(self, limits: Limits) -> Sampling:
+        return self.sampling_with(
+            limits,
+            completion_tokens_max=self.max_tokens or COMPLETION_TOKENS_DEFAULT,
+            length_param="max_tokens",
+            logprobs=self.logprobs,
+            echo=bool(self.echo),
+        )
+
+
+@router.post(
+    "/v1/completions",
+    response_model=TextCompletion,
+    responses=generation_responses(TextCompletion, TextCompletion),
+    openapi_extra=json_body(CompletionRequest),
+)
 async def create(request: Request, who: Inference, ctx: Ctx) -> Response:
     body = parse(CompletionRequest, await request.body())
-    call = Call(
-        request_id=request.state.request_id,
-        model=body.model,
-        prompt=body.prompt,
-        sampling=body.sampling(ctx.limits),
-        length_param="max_tokens",
-    )
+    call = call_of(body, request.state.request_id, ctx.limits)
     return await answer(
-        request,
-        lambda: ctx.gateway.generate(who, call),
-        CompletionShape(),
-        stream=bool(body.stream),
-        include_usage=body.include_usage,
+        request, ctx, who, call, CompletionShape(), stream=bool(body.stream), include_usage=body.include_usage
+    )
+
+
+def call_of(body: CompletionRequest, request_id: str, limits: Limits) -> Call:
+    """Raises InvalidRequest for what is beyond the installation's bounds."""
+    return Call(
+        request_id=request_id,
+        model=body.model,
+        prompt=body.texts(limits),
+        sampling=body.sampling(limits),
+        length_param="max_tokens",
+        whole=not body.stream,
     )
 
 
 class CompletionShape:
     """text_completion objects; a streamed one has the same shape as a whole one."""
 
+    def __init__(self) -> None:
+        self._offsets: dict[
+            int, int
+        ] = {}  # by choice: how many characters its log-probabilities have covered
+
     def opening(self, generation: Generation) -> Iterable[Json]:
         return ()
 
     def choice(self, delta: Delta) -> Json:
-        return self.whole(delta.index, delta.text, delta.finish_reason)
+        return self._json(delta.index, delta.text, delta.logprobs, delta.finish_reason)
 
-    def whole(self, index: int, text: str, finish_reason: str | None) -> Json:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    def whole(self, choice: Choice, generation: Generation) -> Json:
+        return self._json(choice.index, choice.text, choice.logprobs, choice.finish_reason)
+
+    def _json(
+        self, index: int, text: str, logprobs: Iterable[TokenLogprob], finish_reason: str | None
+    ) -> Json:
+        told = self._logprobs(index, list(logprobs))
+        return {"index": index, "text": text, "logprobs": told, "finish_reason": finish_reason}
+
+    def _logprobs(self, index: int, tokens: list[TokenLogprob]) -> Json | None:
+        if not tokens:
+            return None
+        offsets, at = [], self._offsets.get(index, 0)
+        for one in tokens:
+            offsets.append(at)
+            at += len(one.token)
+        self._offsets[index] = at
+        return {
+            "tokens": [one.token for one in tokens],
+            "token_logprobs": [one.logprob for one in tokens],
+            "top_logprobs": [dict(one.top) if one.logprob is not None else None for one in tokens],
+            "text_offset": offsets,
+        }
 
     def envelope(self, generation: Generation, choices: list[Json], *, streamed: bool) -> Json:
         return {

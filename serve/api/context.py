@@ -8,13 +8,16 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from serve.adapters import Catalogue
+from serve.api.document import KEY_REQUIRED
 from serve.api.wire import Limits
 from serve.db import Store
 from serve.engine.base import Engine
 from serve.errors import PermissionDenied, Unauthenticated
 from serve.gateway import Gateway
+from serve.idempotency import Idempotency
 from serve.metrics import Metrics
 from serve.tenants import Principal, Tenants
+from serve.tenants.door import Door, Who
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,7 @@ class Context:
     store: Store
     metrics: Metrics
     limits: Limits
+    idempotency: Idempotency
 
 
 def context(request: Request) -> Context:
@@ -33,16 +37,39 @@ def context(request: Request) -> Context:
     return found
 
 
-def principal(scope: str) -> Callable[[Request], Awaitable[Principal]]:
+async def shared(request: Request) -> Context:
+    """`context` as a dependency: a plain function would be sent to a thread."""
+    return context(request)
+
+
+def bearer(request: Request) -> str:
+    """The key that came with the request: as OpenAI's clients send it or, without that, as Anthropic's do.
+
+    Raises Unauthenticated if there is none.
+    """
+    authorization = request.headers.get("authorization")
+    if authorization is None:
+        kind, key = "bearer", request.headers.get("x-api-key", "")
+    else:
+        kind, _, key = authorization.partition(" ")
+    if kind.lower() != "bearer" or not key.strip():
+        raise Unauthenticated(
+            "You didn't provide an API key. Send it in the Authorization header: 'Bearer YOUR_KEY'."
+        )
+    return key.strip()
+
+
+async def admit(door: Door[Who], key: str) -> Who:
+    """Whose key it is. Raises Unauthenticated, TenantSuspended, StoreUnavailable."""
+    who = door.known(key)
+    return await asyncio.to_thread(door.authenticate, key) if who is None else who
+
+
+def principal(scope: str) -> Callable[..., Awaitable[Principal]]:
     """A dependency: the caller, who must hold `scope`. It runs before the body is read."""
 
-    async def authenticated(request: Request) -> Principal:
-        kind, _, key = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not key:
-            raise Unauthenticated(
-                "You didn't provide an API key. Send it in the Authorization header: 'Bearer YOUR_KEY'."
-            )
-        who = await asyncio.to_thread(context(request).tenants.authenticate, key.strip())
+    async def authenticated(request: Request, _documented: Annotated[object, KEY_REQUIRED]) -> Principal:
+        who = await admit(context(request).tenants.door, bearer(request))
         if scope not in who.scopes:
             raise PermissionDenied(scope)
         return who
@@ -50,5 +77,8 @@ def principal(scope: str) -> Callable[[Request], Awaitable[Principal]]:
     return authenticated
 
 
-Ctx = Annotated[Context, Depends(context)]
+Ctx = Annotated[Context, Depends(shared)]
 Inference = Annotated[Principal, Depends(principal("inference"))]
+Files = Annotated[Principal, Depends(principal("files"))]
+FineTuning = Annotated[Principal, Depends(principal("fine-tuning"))]
+BillingRead = Annotated[Principal, Depends(principal("billing-read"))]

@@ -5,12 +5,14 @@ Plain ASGI (asgi.readthedocs.io), because it must see streams as they are.
 
 import logging
 import uuid
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.admission import Quota, Standing
 from serve.api.errors import render
 from serve.errors import BodyTooLarge
 from serve.metrics import Metrics
@@ -18,11 +20,28 @@ from serve.metrics import Metrics
 log = logging.getLogger(__name__)
 
 
+UPLOAD_ROUTE, FORM_BYTES = ("POST", "/v1/files"), 64 * 1024
+
+
+def body_bound(body_bytes_max: int, file_bytes_max: int) -> Callable[[Scope], int]:
+    """The most bytes that a request's body may have: an upload has a file, and the form around it."""
+
+    def of(scope: Scope) -> int:
+        is_upload = (scope["method"], scope["path"]) == UPLOAD_ROUTE
+        return file_bytes_max + FORM_BYTES if is_upload else body_bytes_max
+
+    return of
+
+
 class Edge:
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, body_bytes_max: int) -> None:
+    """`body_bytes_max` bounds every body but an upload's, which may hold a file of `file_bytes_max`."""
+
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, body_bytes_max: int, file_bytes_max: int = 0
+    ) -> None:
         self._app = app
         self._metrics = metrics
-        self._body_bytes_max = body_bytes_max
+        self._body_bytes_max = body_bound(body_bytes_max, file_bytes_max)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,14 +51,14 @@ class Edge:
         # Ours, never the client's: it is the ledger's key.
         request_id = scope.setdefault("state", {})["request_id"] = f"req_{uuid.uuid4().hex}"
         status = 500
-        received_bytes = 0
+        received_bytes, most = 0, self._body_bytes_max(scope)
 
         async def bounded_receive() -> Message:
             nonlocal received_bytes
             message = await receive()
             received_bytes += len(message.get("body", b""))
-            if received_bytes > self._body_bytes_max:
-                raise BodyTooLarge(self._body_bytes_max)
+            if received_bytes > most:
+                raise BodyTooLarge(most)
             return message
 
         async def stamped_send(message: Message) -> None:
@@ -49,12 +68,14 @@ class Edge:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["openai-processing-ms"] = str(round((monotonic() - started_s) * 1000))
+                for name, value in rate_limits(scope["state"].get("standing")).items():
+                    headers[name] = value
             await send(message)
 
         try:
             declared = Headers(scope=scope).get("content-length", "0")
-            if declared.isdigit() and int(declared) > self._body_bytes_max:
-                await render(BodyTooLarge(self._body_bytes_max))(scope, receive, stamped_send)
+            if declared.isdigit() and int(declared) > most:
+                await render(BodyTooLarge(most), scope["path"])(scope, receive, stamped_send)
             else:
                 await self._app(scope, bounded_receive, stamped_send)
         finally:
@@ -68,6 +89,18 @@ class Edge:
                 (monotonic() - started_s) * 1e3,
                 request_id,
             )
+
+
+def rate_limits(standing: Standing | None) -> dict[str, str]:
+    """How the caller stands with its limits: platform.openai.com/docs/guides/rate-limits, headers."""
+    headers = {}
+    for what in ("requests", "tokens"):
+        quota: Quota | None = getattr(standing, what, None)
+        if quota is not None:
+            headers[f"x-ratelimit-limit-{what}"] = str(quota.limit)
+            headers[f"x-ratelimit-remaining-{what}"] = str(quota.remaining)
+            headers[f"x-ratelimit-reset-{what}"] = f"{quota.reset_s:g}s"
+    return headers
 
 
 def _route(scope: Scope) -> str:

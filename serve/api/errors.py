@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
@@ -18,17 +19,28 @@ log = logging.getLogger(__name__)
 # Most specific class first is not needed: the look-up walks each error's own class hierarchy.
 STATUS: dict[type[errors.BespokeError], tuple[int, str, str | None]] = {
     errors.InvalidRequest: (400, "invalid_request_error", None),
+    errors.BodyTimeout: (408, "invalid_request_error", "request_timeout"),
+    errors.HeadersTooLarge: (431, "invalid_request_error", "headers_too_large"),
+    errors.UnsupportedEncoding: (415, "invalid_request_error", "unsupported_encoding"),
     errors.BodyTooLarge: (413, "invalid_request_error", "request_too_large"),
     errors.Unauthenticated: (401, "invalid_request_error", "invalid_api_key"),
     errors.PermissionDenied: (403, "invalid_request_error", "insufficient_permissions"),
+    errors.TenantSuspended: (403, "invalid_request_error", "tenant_suspended"),
     errors.NotFound: (404, "invalid_request_error", "not_found"),
     errors.MethodNotAllowed: (405, "invalid_request_error", "method_not_allowed"),
     errors.ModelNotFound: (404, "invalid_request_error", "model_not_found"),
+    errors.ResponseNotFound: (404, "invalid_request_error", None),
+    errors.IdempotencyConflict: (409, "invalid_request_error", "idempotency_key_in_use"),
     errors.InsufficientCredit: (429, "insufficient_quota", "insufficient_quota"),
+    errors.RateLimited: (429, "requests", "rate_limit_exceeded"),
     errors.NotBillable: (429, "insufficient_quota", "billing_not_active"),
     errors.Unavailable: (503, "server_error", "service_unavailable"),
     errors.ClientGone: (499, "invalid_request_error", "client_closed_request"),
     errors.EngineFailed: (500, "server_error", "engine_failed"),
+    errors.AlreadyExists: (409, "invalid_request_error", "already_exists"),
+    errors.UnknownRecord: (404, "invalid_request_error", "not_found"),
+    errors.CatalogueError: (409, "invalid_request_error", "conflict"),
+    errors.Conflict: (409, "invalid_request_error", "conflict"),
     errors.OperatorError: (500, "server_error", "internal_error"),
     errors.BespokeError: (500, "server_error", "internal_error"),
 }
@@ -41,25 +53,62 @@ def status_of(error: errors.BespokeError) -> tuple[int, str, str | None]:
 
 def body_of(error: errors.BespokeError) -> dict[str, Any]:
     """The OpenAI-shaped body; also what an SSE error event carries."""
-    _, kind, code = status_of(error)
+    status, kind, code = status_of(error)
     param = None
     if isinstance(error, errors.InvalidRequest):
         param, code = error.param, error.code or code
     elif isinstance(error, errors.ModelNotFound):
         param = "model"
-    hidden = isinstance(error, errors.OperatorError) or type(error) is errors.BespokeError
+    elif isinstance(error, errors.RateLimited) and error.what == "tokens":
+        kind = "tokens"
+    hidden = type(error) is errors.BespokeError or (isinstance(error, errors.OperatorError) and status == 500)
     message = "The server had an error while processing your request." if hidden else error.message
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def render(error: errors.BespokeError) -> Response:
+def anthropic_body_of(error: errors.BespokeError) -> dict[str, Any]:
+    """The same in the shape of Anthropic's API; the field that is wrong joins the message.
+
+    docs.anthropic.com/en/api/errors. Statuses stay ours: their clients take a 503 as they take a 529.
+    """
+    status, _, _ = status_of(error)
+    plain = body_of(error)["error"]
+    message, param = plain["message"], plain["param"]
+    unpaid = isinstance(error, errors.InsufficientCredit | errors.NotBillable)
+    kind = "billing_error" if unpaid else ANTHROPIC_TYPES.get(status, "invalid_request_error")
+    text = message if param is None or param in message else f"{param}: {message}"
+    return {"type": "error", "error": {"type": kind, "message": text}}
+
+
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+# Routes that answer errors in another API's shape.
+DIALECTS = {"/v1/messages": anthropic_body_of}
+
+
+def render(error: errors.BespokeError, path: str = "") -> Response:
+    """The answer to a request for `path` that ended in `error`."""
     status, _, _ = status_of(error)
     headers = {}
     if isinstance(error, errors.Unavailable):
         headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, errors.IdempotencyConflict):
+        headers["Retry-After"] = "1"
+    if isinstance(error, errors.RateLimited):
+        if error.retry_after_s is None:
+            headers["x-should-retry"] = "false"  # OpenAI's clients heed it
+        else:
+            headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(body_of(error), status, headers=headers)
+    return JSONResponse(DIALECTS.get(path, body_of)(error), status, headers=headers)
 
 
 def sse_event(error: errors.BespokeError) -> bytes:
@@ -67,13 +116,29 @@ def sse_event(error: errors.BespokeError) -> bytes:
     return b"data: " + json.dumps(body_of(error)).encode() + b"\n\n"
 
 
+def invalid_request(error: RequestValidationError) -> errors.InvalidRequest:
+    """The first thing that FastAPI found wrong, in our words; what was sent is not repeated."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return errors.InvalidRequest("The body is not valid JSON.", None, "invalid_value")
+    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    text = f"{param}: {first['msg']}" if param else f"The body: {first['msg']}"
+    return errors.InvalidRequest(text, param, "invalid_value")
+
+
 def install(app: FastAPI) -> None:
     @app.exception_handler(errors.BespokeError)
-    async def bespoke_error(_request: Request, error: errors.BespokeError) -> Response:
-        return render(error)
+    async def bespoke_error(request: Request, error: errors.BespokeError) -> Response:
+        return render(error, request.url.path)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return render(invalid_request(error), request.url.path)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, errors.BespokeError):  # FastAPI wraps what reading a body raises
+            return render(error.__cause__, request.url.path)
         if error.status_code == 405:
             known: errors.BespokeError = errors.MethodNotAllowed(
                 f"Method {request.method} is not allowed here."
@@ -82,7 +147,7 @@ def install(app: FastAPI) -> None:
             known = errors.NotFound(f"Invalid URL ({request.method} {request.url.path}).")
         else:
             known = errors.InvalidRequest(str(error.detail))
-        response = render(known)
+        response = render(known, request.url.path)
         response.headers.update(error.headers or {})
         return response
 
@@ -90,4 +155,4 @@ def install(app: FastAPI) -> None:
     async def unexpected(request: Request, error: Exception) -> Response:
         # The path only: bodies hold prompts and headers hold keys.
         log.error("unexpected error at %s %s", request.method, request.url.path, exc_info=error)
-        return render(errors.BespokeError())
+        return render(errors.BespokeError(), request.url.path)

@@ -5,26 +5,29 @@ import asyncio
 from fastapi import APIRouter
 
 from serve.adapters import Model
-from serve.api.answers import Json
+from serve.api.connection import Json
 from serve.api.context import Ctx, Inference
+from serve.api.document import errors
+from serve.api.objects import Model as OneModel
+from serve.api.objects import ModelList
 from serve.errors import ModelNotFound
 
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", response_model=ModelList, responses=errors(401, 403, 429, 503))
 async def index(who: Inference, ctx: Ctx) -> Json:
     models = await asyncio.to_thread(ctx.catalogue.models, who.tenant)
-    return {"object": "list", "data": [_wire(model, who.tenant) for model in models]}
+    return {"object": "list", "data": [_wire(one, who.tenant) for one in models if who.may_use(one.name)]}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", response_model=OneModel, responses=errors(401, 403, 404, 429, 503))
 async def show(name: str, who: Inference, ctx: Ctx) -> Json:
     def resolve() -> Model:
         with ctx.store.read() as connection:
             return ctx.catalogue.resolve(connection, who.tenant, name)
 
-    if len(name) > 160:
+    if len(name) > 160 or not who.may_use(name):
         raise ModelNotFound(name[:160])
     return _wire(await asyncio.to_thread(resolve), who.tenant)
 

@@ -8,10 +8,12 @@ import hmac
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
-from serve.api.answers import Json
+from serve.api.connection import Json
 from serve.api.context import Context, Ctx
+from serve.api.document import errors
+from serve.api.objects import Readiness, Status
 from serve.engine.base import Counters
 from serve.errors import EngineUnavailable, Unauthenticated
 from serve.metrics import render
@@ -19,13 +21,13 @@ from serve.metrics import render
 router = APIRouter()
 
 
-@router.get("/healthz")
+@router.get("/healthz", response_model=Status)
 async def healthz() -> Json:
     """This process answers. Says nothing about what is behind it."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", response_model=Readiness, responses=errors(500, 503))
 async def readyz(ctx: Ctx) -> Json:
     """The store answers and every base has a live engine; else 503 with Retry-After."""
     await asyncio.to_thread(_ping, ctx)
@@ -33,7 +35,11 @@ async def readyz(ctx: Ctx) -> Json:
     return {"status": "ready", "bases": sorted(ctx.engines)}
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses=errors(401, 500),
+)
 async def metrics(request: Request, ctx: Ctx) -> Response:
     """Raises Unauthenticated if there is a metrics token and the request does not bear it."""
     if ctx.metrics.token is not None:

@@ -4,52 +4,46 @@ Fields we do not know are ignored, as OpenAI's SDKs send new ones all the time. 
 change the answer but are not implemented are refused by name: silence would be a wrong answer.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+import re
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from serve.engine.base import Message, Sampling
+from serve.api.bounds import bound
+from serve.engine.base import JsonFormat, Sampling
 from serve.errors import InvalidRequest
 
-# vLLM's own extensions that reach into the engine or another tenant's cache.
-HARMFUL = frozenset(
-    {
-        "chat_template",
-        "chat_template_kwargs",
-        "cache_salt",
-        "prompt_embeds",
-        "prompt_token_ids",
-        "lora_request",
-    }
-    | {
-        "mm_processor_kwargs",
-        "kv_transfer_params",
-        "vllm_xargs",
-        "documents",
-        "priority",
-        "add_generation_prompt",
-    }
-)
+# vLLM's own extensions: they reach into the engine or another tenant's cache, or get around a bound.
+# fmt: off
+HARMFUL = frozenset({
+    "add_generation_prompt", "add_special_tokens", "allowed_token_ids", "bad_words", "cache_salt",
+    "chat_template", "chat_template_kwargs", "continue_final_message", "documents", "ec_transfer_params",
+    "guided_choice", "guided_grammar", "guided_json", "guided_regex", "ignore_eos", "include_reasoning",
+    "include_stop_str_in_output", "kv_transfer_params", "length_penalty", "logprob_token_ids",
+    "lora_request", "media_io_kwargs", "min_tokens", "mm_payload", "mm_processor_kwargs", "priority",
+    "prompt_embeds", "prompt_logprobs", "prompt_token_ids", "repetition_detection", "request_id",
+    "return_mm_kwargs", "return_prompt_text", "return_token_ids", "return_token_offsets",
+    "return_tokens_as_token_ids", "routed_experts_prompt_start", "session_id", "skip_special_tokens",
+    "spaces_between_special_tokens", "stop_token_ids", "stream_interval", "structured_outputs",
+    "thinking_token_budget", "truncate_prompt_tokens", "truncation_side", "use_beam_search", "vllm_xargs",
+    "watermarking",
+})
+# fmt: on
 # Known OpenAI fields, each with the values that ask for nothing we lack.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "suffix": (None, ""),
-    "echo": (None, False),
-    "best_of": (None, 1),
-    "web_search_options": (None,),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "suffix": ("",),
+    "web_search_options": (),
 }
+LOGIT_BIASES_MAX = 1024
+CHOICES_MAX = 64
 
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -62,27 +56,15 @@ class Limits(BaseModel):
     n: int
     stop_sequences: int
     completion_tokens: int
+    tools: int
+    prompts: int
 
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class TextPart(BaseModel):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    def message(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return Message("system" if self.role == "developer" else self.role, text)
-
-
-class _Generation(BaseModel):
+class GenerationBody(BaseModel):
     """What chat and text completions have in common."""
 
     model: str = Field(min_length=1, max_length=160)
@@ -96,22 +78,16 @@ class _Generation(BaseModel):
     stop: str | list[str] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias] | None = None
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name in data.keys() & HARMFUL:
-                raise InvalidRequest(
-                    f"The parameter '{name}' is not accepted.", name, "unsupported_parameter"
-                )
-            for name in data.keys() & UNSUPPORTED.keys():
-                if data[name] not in UNSUPPORTED[name]:
-                    raise InvalidRequest(
-                        f"The parameter '{name}' is not supported with this value.",
-                        name,
-                        "unsupported_parameter",
-                    )
+            refuse(data)
         return data
 
     @field_validator("stop")
@@ -122,7 +98,7 @@ class _Generation(BaseModel):
         return stop
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> "_Generation":
+    def _stream_options_need_stream(self) -> "GenerationBody":
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "The 'stream_options' parameter is only allowed when 'stream' is enabled.", "stream_options"
@@ -133,12 +109,22 @@ class _Generation(BaseModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _sampling(self, completion_tokens_max: int | None, name: str, limits: Limits) -> Sampling:
-        stop = tuple(_as_list(self.stop))
-        n = self.n or 1
-        _bound("n", n, limits.n)
-        _bound("stop", len(stop), limits.stop_sequences, "stop sequences")
-        _bound(name, completion_tokens_max or 1, limits.completion_tokens)
+    def sampling_with(
+        self,
+        limits: Limits,
+        *,
+        completion_tokens_max: int | None,
+        length_param: str,
+        logprobs: int | None = None,
+        echo: bool = False,
+        format: JsonFormat | None = None,
+    ) -> Sampling:
+        """Raises InvalidRequest for what is beyond the installation's bounds."""
+        stop, n = tuple(_as_list(self.stop)), self.n or 1
+        bound("n", n, limits.n)
+        bound("stop", len(stop), limits.stop_sequences, "stop sequences")
+        bound("logit_bias", len(self.logit_bias or ()), LOGIT_BIASES_MAX, "tokens")
+        bound(length_param, completion_tokens_max or 1, limits.completion_tokens)
         return Sampling(
             completion_tokens_max=completion_tokens_max,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -148,45 +134,29 @@ class _Generation(BaseModel):
             stop=stop,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            logprobs=logprobs,
+            echo=echo,
+            format=format,
+            top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
         )
 
 
-class ChatCompletionRequest(_Generation):
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-
-    @property
-    def length_param(self) -> str:
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-
-    def prompt(self, limits: Limits) -> tuple[Message, ...]:
-        _bound("messages", len(self.messages), limits.messages, "messages")
-        return tuple(message.message() for message in self.messages)
-
-    def sampling(self, limits: Limits) -> Sampling:
-        return self._sampling(self.max_completion_tokens or self.max_tokens, self.length_param, limits)
+Body = TypeVar("Body", bound=BaseModel)
 
 
-class CompletionRequest(_Generation):
-    prompt: str
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _one_prompt(cls, prompt: Any) -> Any:
-        return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
-
-    @field_validator("prompt")
-    @classmethod
-    def _prompt_not_empty(cls, prompt: str) -> str:
-        if not prompt:
-            raise ValueError("the prompt is empty")
-        return prompt
-
-    def sampling(self, limits: Limits) -> Sampling:
-        return self._sampling(self.max_tokens or 16, "max_tokens", limits)  # 16 is OpenAI's default
-
-
-Body = TypeVar("Body", bound=_Generation)
+def refuse(data: dict[str, Any]) -> None:
+    """Raises InvalidRequest for a field that could harm or asks for what we lack. Null asks for nothing."""
+    for name in sorted(data.keys() & HARMFUL):
+        if data[name] is not None:
+            raise InvalidRequest(f"The parameter '{name}' is not accepted.", name, "unsupported_parameter")
+    for name in sorted(data.keys() & UNSUPPORTED.keys()):
+        if data[name] is not None and data[name] not in UNSUPPORTED[name]:
+            raise InvalidRequest(
+                f"The parameter '{name}' is not supported with this value.", name, "unsupported_parameter"
+            )
 
 
 def parse(kind: type[Body], body: bytes) -> Body:
@@ -206,22 +176,13 @@ def parse(kind: type[Body], body: bytes) -> Body:
 
 
 def _path(error: ErrorDetails) -> list[str]:
-    """Positions in lists stay, names of union branches go: messages.0.content, not ….content.str."""
-    return [str(part) for part in error["loc"] if isinstance(part, int) or part in _FIELDS]
-
-
-def _bound(param: str, value: int, limit: int, noun: str = "") -> None:
-    if value > limit:
-        what = f"At most {limit} {noun} are allowed" if noun else f"'{param}' must be at most {limit}"
-        raise InvalidRequest(f"{what}; you sent {value}.", param, "invalid_value")
+    """Fields and positions stay, names of union branches go: messages.0.content, not ….content.str."""
+    return [str(part) for part in error["loc"] if isinstance(part, int) or not _BRANCH.match(part)]
 
 
 def _as_list(stop: str | list[str] | None) -> list[str]:
     return [stop] if isinstance(stop, str) else stop or []
 
 
-_FIELDS = {
-    name
-    for model in (ChatCompletionRequest, CompletionRequest, ChatMessage, StreamOptions, TextPart)
-    for name in model.model_fields
-}
+# Our fields are snake_case; pydantic names a union's branches after types: str, list[TextPart], TextPart.
+_BRANCH = re.compile(r"^(str|int|float|bool|dict|list|[A-Z].*|.*[\[\]-].*)$")

@@ -1,4 +1,4 @@
-"""Invoices: a month of one tenant's usage events, summed by model and price.
+"""Invoices: a month of one tenant's usage events, summed by model, price and tier.
 
 An invoice is computed from the events alone, so running a month again gives the same lines to the
 nano. Each run that differs from the one before is a new revision; revisions are never changed.
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict
 
 from serve.billing.pricing import Prices, PriceVersion
-from serve.billing.usage import Usage, UsageTotal
+from serve.billing.usage import Usage, UsageTotal, label_of
 from serve.db import Store, UtcDateTime, metadata
 from serve.errors import OperatorError, UnknownRecord
 
@@ -32,7 +32,7 @@ invoices_table = sa.Table(
 
 
 class InvoiceLine(BaseModel):
-    """One model under one price version. `amount_nanos` is the sum of the events' own costs."""
+    """One model and tier under one price version. `amount_nanos` is the sum of the events' own costs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,6 +46,11 @@ class InvoiceLine(BaseModel):
     cached_prompt_nanos_per_mtok: int
     completion_nanos_per_mtok: int
     amount_nanos: int
+    tier: str = "default"
+
+    @property
+    def label(self) -> str:
+        return label_of(self.model, self.tier)
 
 
 class InvoiceDocument(BaseModel):
@@ -138,7 +143,7 @@ def period_name(period: str) -> str:
 
 
 def _line(total: UsageTotal, price: PriceVersion) -> InvoiceLine:
-    rates, tokens = price.rates(adapter=total.adapter), total.tokens
+    rates, tokens = price.rates(adapter=total.adapter, batch=total.tier == "batch"), total.tokens
     return InvoiceLine(
         model=total.model,
         price=price.label,
@@ -148,4 +153,5 @@ def _line(total: UsageTotal, price: PriceVersion) -> InvoiceLine:
         completion_tokens=tokens.completion,
         **rates.model_dump(),
         amount_nanos=total.cost_nanos,
+        tier=total.tier,
     )

@@ -18,6 +18,7 @@ CSV_COLUMNS = (
     "period",
     "model",
     "price",
+    "tier",
     "requests",
     "class",
     "tokens",
@@ -35,13 +36,13 @@ def write_csv(invoice: Invoice, path: Path) -> None:
     writer.writerow(CSV_COLUMNS)
     head = [invoice.number, document.tenant, document.period]
     for line in document.lines:
-        first = True
+        first, what = True, [line.model, line.price, line.tier]
         for name, tokens, rate in _classes(line):
             requests = line.requests if first else ""
-            writer.writerow([*head, line.model, line.price, requests, name, tokens, usd(rate), ""])
+            writer.writerow([*head, *what, requests, name, tokens, usd(rate), ""])
             first = False
-        writer.writerow([*head, line.model, line.price, "", "subtotal", "", "", usd(line.amount_nanos)])
-    writer.writerow([*head, "", "", "", "total", "", "", usd(document.total_nanos)])
+        writer.writerow([*head, *what, "", "subtotal", "", "", usd(line.amount_nanos)])
+    writer.writerow([*head, "", "", "", "", "total", "", "", usd(document.total_nanos)])
     path.write_text(out.getvalue(), encoding="utf-8")
 
 
@@ -119,7 +120,7 @@ def _line_items(pdf: FPDF, invoice: Invoice) -> None:
             rows = list(_classes(line))
             for position, (name, tokens, rate) in enumerate(rows):
                 first, last = position == 0, position == len(rows) - 1
-                model = f"{line.model}\n{line.price}, {line.requests} requests" if first else ""
+                model = f"{line.label}\n{line.price}, {line.requests} requests" if first else ""
                 table.row([model, name, f"{tokens:,}", usd(rate), usd(line.amount_nanos) if last else ""])
         if not invoice.document.lines:
             table.row(["No usage in this period", "", "", "", usd(0)])

@@ -9,16 +9,19 @@ closing, whatever retries or races; and the hold's conditional UPDATE reserves o
 there, whatever runs beside it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
+from serve.audit import SYSTEM, record
 from serve.billing.usage import UsageEvent, usage_table
 from serve.db import Store, UtcDateTime, metadata
 from serve.errors import InsufficientCredit, UnknownRecord
 
 OPENING, CLOSING = 1, 2
+Also = Callable[[sa.Connection], None]
 
 accounts_table = sa.Table(
     "accounts",
@@ -76,7 +79,7 @@ class Ledger:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def open_account(self, tenant: str, credit_nanos: int) -> None:
+    def open_account(self, tenant: str, credit_nanos: int, *, actor: str = SYSTEM) -> None:
         """Give `tenant` an account, or set its credit; the past is untouched. Idempotent.
 
         Raises UnknownRecord for an unknown tenant.
@@ -91,6 +94,8 @@ class Ledger:
                 if changed.rowcount == 0:
                     row = {"tenant_id": tenant, "credit_nanos": credit_nanos}
                     connection.execute(accounts_table.insert().values(**row, spent_nanos=0, held_nanos=0))
+                said = {"credit_nanos": credit_nanos}
+                record(connection, "tenant.credit", tenant, said, actor=actor, tenant=tenant)
         except sa.exc.IntegrityError as error:
             raise UnknownRecord(f"There is no tenant '{tenant}'.") from error
 
@@ -132,21 +137,27 @@ class Ledger:
             )
         )
 
-    def settle(self, hold: Hold, event: UsageEvent, *, at: datetime) -> bool:
+    def settle(self, hold: Hold, event: UsageEvent, *, at: datetime, also: Also | None = None) -> bool:
         """Charge `event.cost_nanos`, give back the rest of the hold, record the event: one transaction.
 
-        False if the request was closed before, by whomever; then nothing changes.
+        `also` is what else the transaction does. False if the request was closed before, by whomever; then
+        nothing changes.
         """
         with self._store.write() as connection:
             if not self._close(connection, hold, "settle", event.cost_nanos, None, at):
                 return False
             connection.execute(usage_table.insert().values(event.row()))
+            if also is not None:
+                also(connection)
             return True
 
-    def void(self, hold: Hold, reason: str, *, at: datetime) -> bool:
+    def void(self, hold: Hold, reason: str, *, at: datetime, also: Also | None = None) -> bool:
         """Give back the whole hold. False if the request was closed before; then nothing changes."""
         with self._store.write() as connection:
-            return self._close(connection, hold, "void", 0, reason, at)
+            closed = self._close(connection, hold, "void", 0, reason, at)
+            if closed and also is not None:
+                also(connection)
+            return closed
 
     def void_expired(self, *, at: datetime, limit: int = 100) -> int:
         """Void holds whose lease ran out: their gateway died. Returns how many; any process may call."""

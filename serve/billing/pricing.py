@@ -16,6 +16,7 @@ import sqlalchemy as sa
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve.audit import SYSTEM, record
 from serve.db import Store, UtcDateTime, metadata
 from serve.errors import UnknownRecord
 
@@ -81,13 +82,29 @@ class Rates(BaseModel):
         return -(-micro // 1_000_000)
 
 
+class BatchRates(BaseModel):
+    """Prices of what runs as a batch, when there is room for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: Rates
+    adapter: Rates
+
+
 class PricePlan(BaseModel):
+    """`batch` may be left out: a batch then costs what a direct request does."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern="^[a-z0-9][a-z0-9-]{0,62}$")
     currency: Literal["USD"]
     base: Rates
     adapter: Rates
+    batch: BatchRates | None = None
+
+    def rates(self, *, adapter: bool, batch: bool = False) -> Rates:
+        prices = self.batch if batch and self.batch is not None else self
+        return prices.adapter if adapter else prices.base
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +115,8 @@ class PriceVersion:
     version: int
     plan: PricePlan
 
-    def rates(self, *, adapter: bool) -> Rates:
-        return self.plan.adapter if adapter else self.plan.base
+    def rates(self, *, adapter: bool, batch: bool = False) -> Rates:
+        return self.plan.rates(adapter=adapter, batch=batch)
 
     @property
     def label(self) -> str:
@@ -117,9 +134,10 @@ class Prices:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def publish(self, plan: PricePlan, *, at: datetime) -> PriceVersion:
+    def publish(self, plan: PricePlan, *, at: datetime, actor: str = SYSTEM) -> PriceVersion:
         """Store `plan` as a new version; the same text again is the same version."""
-        document = json.dumps(plan.model_dump(), sort_keys=True)
+        # Without what is absent: a plan from before batch prices is still the version it was.
+        document = json.dumps(plan.model_dump(exclude_none=True), sort_keys=True)
         sha256 = hashlib.sha256(document.encode()).hexdigest()
         by_name = plans_table.c.name == plan.name
         with self._store.write() as connection:
@@ -133,9 +151,11 @@ class Prices:
             row = {"name": plan.name, "version": version, "sha256": sha256, "document": document}
             inserted = connection.execute(plans_table.insert().values(**row, created_at=at))
             assert inserted.inserted_primary_key is not None
-            return PriceVersion(inserted.inserted_primary_key[0], version, plan)
+            made = PriceVersion(inserted.inserted_primary_key[0], version, plan)
+            record(connection, "price.publish", made.label, plan.model_dump(), actor=actor, at=at)
+            return made
 
-    def subscribe(self, tenant: str, plan: str, *, at: datetime) -> PriceVersion:
+    def subscribe(self, tenant: str, plan: str, *, at: datetime, actor: str = SYSTEM) -> PriceVersion:
         """Put `tenant` on the newest version of `plan`, from `at` on.
 
         Raises UnknownRecord for an unknown tenant or plan.
@@ -148,6 +168,8 @@ class Prices:
                     raise UnknownRecord(f"There is no price plan '{plan}'.")
                 values = {"tenant_id": tenant, "plan_id": row.id, "effective_at": at}
                 connection.execute(subscriptions_table.insert().values(values))
+                label = _version(row).label
+                record(connection, "price.assign", label, actor=actor, tenant=tenant, at=at)
                 return _version(row)
         except sa.exc.IntegrityError as error:
             raise UnknownRecord(f"There is no tenant '{tenant}'.") from error

@@ -39,8 +39,10 @@ usage_table = sa.Table(
     sa.Column("ttft_ms", sa.Integer, nullable=False),
     sa.Column("latency_ms", sa.Integer, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("tier", sa.String(8), nullable=False, server_default="default"),
     sa.CheckConstraint("cached_tokens <= prompt_tokens", name="cached_in_prompt"),
     sa.CheckConstraint("cost_nanos >= 0", name="cost_not_negative"),
+    sa.CheckConstraint("tier IN ('default', 'batch')", name="tier_known"),
     sa.Index("ix_usage_events_tenant_id_created_at", "tenant_id", "created_at"),
 )
 
@@ -51,6 +53,7 @@ class UsageEvent:
 
     `samples` is the request's `n`: the engine reads the prompt once per sample and counts it so,
     the customer pays for it once. `replica` and `boot` name the engine process that did the work.
+    `tier` is default or batch: at which of the plan's prices.
     """
 
     request_id: str
@@ -70,6 +73,7 @@ class UsageEvent:
     ttft_ms: int
     latency_ms: int
     created_at: datetime
+    tier: str = "default"
 
     def row(self) -> dict[str, object]:
         return {
@@ -92,12 +96,13 @@ class UsageEvent:
             "ttft_ms": self.ttft_ms,
             "latency_ms": self.latency_ms,
             "created_at": self.created_at,
+            "tier": self.tier,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class UsageTotal:
-    """Totals of one tenant's model under one price version."""
+    """Totals of one tenant's model and tier under one price version."""
 
     tenant: str
     model: str
@@ -106,6 +111,16 @@ class UsageTotal:
     requests: int
     tokens: Tokens
     cost_nanos: int
+    tier: str = "default"
+
+    @property
+    def label(self) -> str:
+        return label_of(self.model, self.tier)
+
+
+def label_of(model: str, tier: str) -> str:
+    """How people read what was bought."""
+    return model if tier == "default" else f"{model} ({tier})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +142,7 @@ class Usage:
     def totals(
         self, *, tenant: str | None = None, start: datetime | None = None, end: datetime | None = None
     ) -> list[UsageTotal]:
-        """Totals by tenant, model and price version over start ≤ created_at < end."""
+        """Totals by tenant, model, price version and tier over start ≤ created_at < end."""
         c = usage_table.c
         adapter = c.adapter_version.is_not(None)
         query = (
@@ -136,14 +151,15 @@ class Usage:
                 c.model,
                 adapter.label("adapter"),
                 c.plan_id,
+                c.tier,
                 sa.func.count().label("requests"),
                 sa.func.sum(c.prompt_tokens).label("prompt"),
                 sa.func.sum(c.cached_tokens).label("cached"),
                 sa.func.sum(c.completion_tokens).label("completion"),
                 sa.func.sum(c.cost_nanos).label("cost_nanos"),
             )
-            .group_by(c.tenant_id, c.model, adapter, c.plan_id)
-            .order_by(c.tenant_id, c.model, c.plan_id)
+            .group_by(c.tenant_id, c.model, adapter, c.plan_id, c.tier)
+            .order_by(c.tenant_id, c.model, c.plan_id, c.tier.desc())
         )
         if tenant is not None:
             query = query.where(c.tenant_id == tenant)
@@ -161,6 +177,7 @@ class Usage:
                     row.requests,
                     Tokens(int(row.prompt), int(row.cached), int(row.completion)),
                     int(row.cost_nanos),
+                    row.tier,
                 )
                 for row in connection.execute(query)
             ]

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from finetune.card import read_card
 from serve.adapters import AdapterRef, Catalogue, Entry, State, newest_published
+from serve.audit import command_actor
 from serve.commands.parts import HomeOption, ProfileOption, console, now, open_store, settings_of, table
 from serve.errors import OperatorError, UnknownRecord
 from serve.settings import Settings
@@ -36,7 +37,7 @@ def promote(model: PublishedArgument, config: ProfileOption = None, home: HomeOp
     settings = settings_of(home, config)
     catalogue = _catalogue(settings)
     adapter = _register(catalogue, settings, model)
-    catalogue.promote(adapter, at=now())
+    catalogue.promote(adapter, at=now(), actor=command_actor())
     ready = catalogue.state(adapter) == State.READY
     means = "now means" if ready else "will mean, once an engine has probed it,"
     console.print(f"[bold]{adapter.tenant}/{adapter.name}[/] {means} {adapter.model}", highlight=False)
@@ -86,7 +87,7 @@ def show(model: VersionArgument, home: HomeOption = None) -> None:
 def pin(model: VersionArgument, home: HomeOption = None) -> None:
     """Let every replica keep a version loaded."""
     catalogue, adapter = _registered(model, home)
-    catalogue.pin(adapter, True)
+    catalogue.pin(adapter, True, actor=command_actor())
     console.print(f"every replica keeps {adapter.model} loaded", highlight=False)
 
 
@@ -94,7 +95,7 @@ def pin(model: VersionArgument, home: HomeOption = None) -> None:
 def unpin(model: VersionArgument, home: HomeOption = None) -> None:
     """Let replicas unload a version when others need its place."""
     catalogue, adapter = _registered(model, home)
-    catalogue.pin(adapter, False)
+    catalogue.pin(adapter, False, actor=command_actor())
     console.print(f"replicas may unload {adapter.model}", highlight=False)
 
 
@@ -102,7 +103,7 @@ def unpin(model: VersionArgument, home: HomeOption = None) -> None:
 def retire(model: VersionArgument, home: HomeOption = None) -> None:
     """Serve a version no longer, for good. Not while its alias points to it."""
     catalogue, adapter = _registered(model, home)
-    catalogue.retire(adapter, now())
+    catalogue.retire(adapter, now(), actor=command_actor())
     console.print(f"{adapter.model} is served no longer", highlight=False)
 
 
@@ -117,6 +118,7 @@ def _register(catalogue: Catalogue, settings: Settings, model: str) -> AdapterRe
         at=now(),
         base_dir=settings.bases_dir / read_card(directory).base,
         max_rank=settings.engine.max_lora_rank,
+        actor=command_actor(),
     )
 
 

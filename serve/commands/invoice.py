@@ -48,7 +48,7 @@ def show(invoice: Invoice) -> None:
             line.cached_prompt_tokens,
             line.completion_tokens,
         )
-        rows.add_row(line.model, line.price, *(f"{c:,}" for c in counts), usd(line.amount_nanos))
+        rows.add_row(line.label, line.price, *(f"{c:,}" for c in counts), usd(line.amount_nanos))
     rows.add_section()
     rows.add_row("total, exact", "", "", "", "", "", usd(document.total_nanos))
     rows.add_row("amount due", "", "", "", "", "", cents(document.total_nanos), style="bold")

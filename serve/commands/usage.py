@@ -30,7 +30,7 @@ def show(
     rows = table("tenant", "model", ">requests", ">prompt", ">of it cached", ">completion", ">cost USD")
     for total in totals:
         counts = (total.requests, total.tokens.prompt, total.tokens.cached, total.tokens.completion)
-        rows.add_row(total.tenant, total.model, *(f"{count:,}" for count in counts), usd(total.cost_nanos))
+        rows.add_row(total.tenant, total.label, *(f"{count:,}" for count in counts), usd(total.cost_nanos))
     console.print(rows)
 
 

@@ -13,8 +13,19 @@ from serve.adapters import AdapterRef
 
 
 @dataclass(frozen=True, slots=True)
+class JsonFormat:
+    """The answer is JSON: of `schema` (JSON Schema as JSON text), or any object if it is None."""
+
+    schema: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose tokens. `completion_tokens_max` None means: as many as the context allows."""
+    """How to choose tokens. `completion_tokens_max` None means: as many as the context allows.
+
+    `logprobs` is how many alternatives to each token are told, None for no log-probabilities at all. With
+    `echo` the prompt comes first in each choice; its tokens are not counted as completion.
+    """
 
     completion_tokens_max: int | None = None
     temperature: float = 1.0
@@ -24,28 +35,102 @@ class Sampling:
     stop: tuple[str, ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    echo: bool = False
+    format: JsonFormat | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A model's wish to call a function: whole in a conversation, piecewise in a stream.
+
+    Pieces with one `index` belong together: `id` and `name` come once, `arguments` (JSON text) adds up.
+    """
+
+    index: int = 0
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """One turn. An assistant's may hold tool calls instead of content; a tool's answers `tool_call_id`."""
+
     role: str
-    content: str
+    content: str | None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. `parameters` is JSON Schema as JSON text."""
+
+    name: str
+    description: str | None = None
+    parameters: str | None = None
+    strict: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Toolbox:
+    """The tools of a request. `choice` is auto, none or required; `function` the one to call."""
+
+    tools: tuple[Tool, ...]
+    choice: str = "auto"
+    function: str | None = None
+    parallel: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Prompts that are continued as they stand, each given as text or as token ids."""
+
+    prompts: tuple[str | tuple[int, ...], ...]
+
+
+Prompt = tuple[Message, ...] | Texts
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """`prompt` is a conversation, or plain text that is continued as it stands.
+    """`prompt` is a conversation, or texts that are continued as they stand.
 
+    Choices are numbered prompt by prompt: choice i·n + j is the j-th sample of the i-th text.
     `cache_salt` keeps the prefix cache of one tenant from being probed by another.
     `length_param` is the client's own name for `completion_tokens_max`, for error messages.
+    With `whole` nobody reads the answer before it is complete: each choice comes in one piece, and the
+    counts as they arise. `context_tokens_max` narrows the engine's own context.
     """
 
     request_id: str
     adapter: AdapterRef | None
-    prompt: tuple[Message, ...] | str
+    prompt: Prompt
     sampling: Sampling
     cache_salt: str
     length_param: str = "max_tokens"
+    toolbox: Toolbox | None = None
+    reasoning_effort: str | None = None
+    whole: bool = False
+    context_tokens_max: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with its natural-log probability; None for a prompt's first, which follows nothing.
+
+    `top` holds the likeliest tokens at its place with theirs.
+    """
+
+    token: str
+    logprob: float | None
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +144,19 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New text of one choice and the number of tokens behind it (a token may add no text yet)."""
+    """What is new in one choice and the number of tokens behind it (a token may add no text yet).
+
+    `stop_sequence` is the one of the request's that ended the choice.
+    """
 
     index: int
     text: str
     tokens: int
     finish_reason: str | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    stop_sequence: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,27 +14,28 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError
+from quantize.card import read_card
 from serve.adapters import AdapterRef
 from serve.engine import scratch
 from serve.engine.base import (
     Accepted,
     Counters,
-    Delta,
     Event,
-    Finished,
     GenerationRequest,
     Message,
     Residency,
+    Sampling,
+    Texts,
 )
 from serve.engine.packer import Packer
+from serve.engine.reading import Reader
+from serve.engine.rendering import Rendered, Renderer, refusal_of
 from serve.engine.slots import Slots
 from serve.errors import (
     BespokeError,
-    ContextLengthExceeded,
     EngineFailed,
     EngineLost,
     EngineUnavailable,
-    InvalidRequest,
 )
 from serve.lora_files import target_suffixes
 from serve.settings import EngineSettings
@@ -52,15 +53,23 @@ class VllmEngine:
     """One AsyncLLM, its adapters and its counters. Make it with `start`."""
 
     def __init__(
-        self, llm: Any, base: str, replica: str, packer: Packer | None = None, slots: Slots | None = None
+        self,
+        llm: Any,
+        renderer: Renderer,
+        base: str,
+        replica: str,
+        packer: Packer | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self._llm = llm
+        self._renderer = renderer
         self._base = base
         self._replica = replica
         self._boot = uuid.uuid4().hex
         self._packer = packer
         self._slots = slots
         self._probed = (0, 0)
+        self._parts: dict[str, int] = {}
         self.served = 0  # adapter versions that this base should serve
 
     @classmethod
@@ -70,13 +79,20 @@ class VllmEngine:
         """Load the base and prove with one real request that it answers. Takes tens of seconds."""
         _prepare_environment(settings)
         from vllm import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         targets = target_suffixes(base_dir) if settings.max_loras else []
         args = AsyncEngineArgs(model=str(base_dir), served_model_name=base, **_engine_args(settings, targets))
-        llm = AsyncLLM.from_engine_args(args)
+        config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        # A small model may write free whitespace until its tokens are spent. Both grammar backends that
+        # `auto` chooses between know the switch; vLLM's check of the arguments overlooks that.
+        config.structured_outputs_config.disable_any_whitespace = True
+        llm = AsyncLLM.from_vllm_config(config)
+        card = read_card(base_dir)
+        renderer = Renderer(llm, tool_parser=card.tool_parser, reasoning_parser=card.reasoning_parser)
         if not settings.max_loras:
-            engine = cls(llm, base, replica)
+            engine = cls(llm, renderer, base, replica)
         else:
             packer = Packer(
                 await _layout(llm) if settings.device == "cpu" else None,
@@ -85,13 +101,15 @@ class VllmEngine:
                 capacity=settings.max_cpu_loras,
                 preload=_preload(llm),
             )
-            engine = cls(llm, base, replica, packer, Slots(settings.max_loras, settings.slot_patience_s))
+            engine = cls(
+                llm, renderer, base, replica, packer, Slots(settings.max_loras, settings.slot_patience_s)
+            )
         await engine.logprobs(None)
         return engine
 
     @property
     def context_tokens_max(self) -> int:
-        return int(self._llm.model_config.max_model_len)
+        return self._renderer.context_tokens_max
 
     @property
     def resident(self) -> list[int]:
@@ -103,15 +121,12 @@ class VllmEngine:
 
         Billed to nobody, cached for nobody. Raises EngineUnavailable, EngineLost.
         """
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-        prompt_ids = await asyncio.to_thread(self._tokenize, _PROBE)
         number = f"probe-{uuid.uuid4().hex}"
-        prompt = {"prompt_token_ids": prompt_ids, "cache_salt": number}
-        params = SamplingParams(
-            temperature=0.0, max_tokens=1, logprobs=_PROBE_LOGPROBS, output_kind=RequestOutputKind.FINAL_ONLY
-        )
-        self._probed = (self._probed[0] + len(prompt_ids), self._probed[1] + 1)
+        sampling = Sampling(completion_tokens_max=1, temperature=0.0, logprobs=_PROBE_LOGPROBS)
+        probe = GenerationRequest(number, adapter, _PROBE, sampling, cache_salt=number)
+        rendered = await self._renderer.render(probe)
+        ((prompt,), (params,)) = rendered.inputs, rendered.params
+        self._probed = (self._probed[0] + rendered.prompt_tokens, self._probed[1] + 1)
         try:
             async with self._lora(adapter) as lora:
                 async for output in self._llm.generate(prompt, params, number, lora_request=lora):
@@ -160,65 +175,70 @@ class VllmEngine:
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         """See `serve.engine.base.Engine.stream`."""
-        prompt_ids = await asyncio.to_thread(self._tokenize, request.prompt)
-        params = self._params(request, len(prompt_ids))
+        rendered = await self._renderer.render(request)
+        reader = self._reader(request, rendered)
         async with contextlib.AsyncExitStack() as held:
             try:
                 lora = await held.enter_async_context(self._lora(request.adapter))
-                prompt = {"prompt_token_ids": prompt_ids, "cache_salt": request.cache_salt}
-                outputs = await self._llm.add_request(request.request_id, prompt, params, lora_request=lora)
+                outputs = await held.enter_async_context(self._added(request, rendered, lora, reader))
             except BespokeError:
                 raise
-            except ValueError as error:  # vLLM's own validation, should ours have let something pass
-                raise InvalidRequest(str(error)) from error
             except Exception as error:
+                if refusal := refusal_of(error):  # vLLM's validation: what only it can know
+                    raise refusal from error
                 log.exception("request %s was not accepted", request.request_id)
                 raise _lost_or(EngineUnavailable(), self._llm) from error
-            tally = _Tally(len(prompt_ids))
             try:
-                yield [Accepted(self._replica, self._boot, len(prompt_ids))]
-                while not tally.finished:
-                    # `get_nowait` first: under load the queue is seldom empty and a task switch is saved.
-                    batch = tally.read(outputs.get_nowait() or await outputs.get())
+                yield [Accepted(self._replica, self._boot, rendered.prompt_tokens)]
+                async for part, output in _merged(outputs):
+                    batch = reader.read(part, output)
                     if batch:
                         yield batch
             except Exception as error:
                 # Nothing of vLLM's own may travel to the gateway: unpickling it there would load torch.
                 log.exception("request %s failed in vLLM", request.request_id)
                 raise _lost_or(EngineFailed(), self._llm) from error
-            finally:
-                if not tally.finished:
-                    await self._llm.abort(outputs.request_id, internal=True)
-                outputs.close()
 
-    def _params(self, request: GenerationRequest, prompt_tokens: int) -> Any:
-        """vLLM's SamplingParams. Raises ContextLengthExceeded, InvalidRequest."""
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
+    def _reader(self, request: GenerationRequest, rendered: Rendered) -> Reader:
+        tokenizer, sampling = self._renderer.tokenizer, request.sampling
+        prompts = [each["prompt_token_ids"] for each in rendered.inputs]
+        echo = []
+        if sampling.echo and isinstance(request.prompt, Texts):
+            given = zip(request.prompt.prompts, prompts, strict=True)
+            echo = [text if isinstance(text, str) else tokenizer.decode(ids) for text, ids in given]
+        return Reader(
+            tokenizer,
+            prompts,
+            request=rendered.request,
+            samples=sampling.n,
+            parser=lambda: self._renderer.parser(rendered),
+            whole=request.whole,
+            logprobs=sampling.logprobs,
+            echo=echo,
+        )
 
-        sampling = request.sampling
-        room = self.context_tokens_max - prompt_tokens
-        wanted = sampling.completion_tokens_max
-        if room < (wanted or 1):
-            param = request.length_param if wanted and room > 0 else "messages"
-            raise ContextLengthExceeded(self.context_tokens_max, prompt_tokens, wanted or 1, param)
+    @contextlib.asynccontextmanager
+    async def _added(
+        self, request: GenerationRequest, rendered: Rendered, lora: Any, reader: Reader
+    ) -> AsyncIterator[list[Any]]:
+        """vLLM's queues of outputs, one for each prompt; what `reader` has not seen the end of is aborted."""
+        queues: list[Any] = []
+        self._parts[request.request_id] = len(rendered.inputs)
         try:
-            return SamplingParams(
-                n=sampling.n,
-                # vLLM refuses several greedy samples; its lowest temperature is as good as greedy.
-                temperature=max(sampling.temperature, 0.01) if sampling.n > 1 else sampling.temperature,
-                top_p=sampling.top_p,
-                seed=sampling.seed,
-                stop=list(sampling.stop),
-                presence_penalty=sampling.presence_penalty,
-                frequency_penalty=sampling.frequency_penalty,
-                max_tokens=wanted or room,
-                output_kind=RequestOutputKind.DELTA,
-            )
-        except ValueError as error:
-            raise InvalidRequest(str(error)) from error
+            for part, (prompt, params) in enumerate(zip(rendered.inputs, rendered.params, strict=True)):
+                name = _part(request.request_id, part)
+                queues.append(await self._llm.add_request(name, prompt, params, lora_request=lora))
+            yield queues
+        finally:
+            del self._parts[request.request_id]
+            if not reader.finished:
+                await self._llm.abort([queue.request_id for queue in queues], internal=True)
+            for queue in queues:
+                queue.close()
 
     async def abort(self, request_id: str) -> None:
-        await self._llm.abort(request_id)
+        parts = self._parts.get(request_id, 0)
+        await self._llm.abort([_part(request_id, part) for part in range(parts)])
 
     async def counters(self) -> Counters:
         """vLLM's own counters, read from its Prometheus registry."""
@@ -274,17 +294,6 @@ class VllmEngine:
         if self._packer is not None:
             self._packer.close()
 
-    def _tokenize(self, prompt: tuple[Message, ...] | str) -> list[int]:
-        tokenizer = self._llm.get_tokenizer()
-        if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt)
-        else:
-            messages = [{"role": message.role, "content": message.content} for message in prompt]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        if not ids:
-            raise InvalidRequest("The prompt is empty.", "prompt", "invalid_value")
-        return list(ids)
-
 
 def _lost_or(error: BespokeError, llm: Any) -> BespokeError:
     """EngineLost if vLLM's core process has died, so that the gateway tries another replica; else `error`."""
@@ -315,33 +324,33 @@ def _preload(llm: Any) -> Callable[[AdapterRef, Path], Awaitable[None]]:
     return preload
 
 
-class _Tally:
-    """Turns vLLM's outputs of one request into events and counts as it goes."""
+async def _merged(queues: list[Any]) -> AsyncIterator[tuple[int, Any]]:
+    """Each output with the number of its queue, as they come, until all queues have finished."""
+    if len(queues) == 1:
+        finished = False
+        while not finished:
+            # `get_nowait` first: under load the queue is seldom empty and a task switch is saved.
+            output = queues[0].get_nowait() or await queues[0].get()
+            finished = output.finished
+            yield 0, output
+        return
+    waiting = {asyncio.create_task(queue.get()): part for part, queue in enumerate(queues)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                part, output = waiting.pop(task), task.result()
+                if not output.finished:
+                    waiting[asyncio.create_task(queues[part].get())] = part
+                yield part, output
+    finally:
+        for task in waiting:
+            task.cancel()
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self.finished = False
-        self._prompt_tokens = prompt_tokens
-        self._cached_tokens = 0
-        self._completion_tokens = 0
-        self._aborted = False
 
-    def read(self, output: Any) -> list[Event]:
-        """The events in one RequestOutput (of kind DELTA); its last one ends with Finished."""
-        batch: list[Event] = []
-        self._cached_tokens = max(self._cached_tokens, output.num_cached_tokens or 0)
-        for choice in output.outputs:
-            count = len(choice.token_ids)
-            self._completion_tokens += count
-            aborted = choice.finish_reason == "abort"
-            self._aborted = self._aborted or aborted
-            if choice.text or count or (choice.finish_reason and not aborted):
-                reason = None if aborted else choice.finish_reason
-                batch.append(Delta(choice.index, choice.text, count, reason))
-        if output.finished:
-            self.finished = True
-            cached = min(self._cached_tokens, self._prompt_tokens)
-            batch.append(Finished(self._prompt_tokens, cached, self._completion_tokens, self._aborted))
-        return batch
+def _part(request_id: str, part: int) -> str:
+    """What vLLM calls the request for one of several prompts."""
+    return f"{request_id}.{part}" if part else request_id
 
 
 def compute_on_one_thread() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from loadtests.synthetic import publish_random
 from serve.adapters import AdapterRef
-from serve.engine.base import Counters, Delta, Event, Finished, GenerationRequest, Sampling
+from serve.engine.base import Counters, Delta, Event, Finished, GenerationRequest, Sampling, Texts
 from serve.engine.vllm import VllmEngine
 from serve.settings import EngineSettings
 
@@ -86,7 +86,7 @@ class Host:
         """The id of a greedy request, and its events. Without a `salt` it shares nobody's prefix cache."""
         request_id = f"request-{next(_numbers)}"
         sampling = Sampling(completion_tokens_max=tokens, temperature=0.0)
-        request = GenerationRequest(request_id, adapter, prompt, sampling, salt or request_id)
+        request = GenerationRequest(request_id, adapter, Texts((prompt,)), sampling, salt or request_id)
         return request_id, self.engine.stream(request)
 
     async def answer(
@@ -109,7 +109,7 @@ class Host:
         params = SamplingParams(
             temperature=0.0, max_tokens=tokens, logprobs=2, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        request = {"prompt_token_ids": self.engine._tokenize(prompt), "cache_salt": number}
+        request = {"prompt_token_ids": self.engine._renderer.tokenizer.encode(prompt), "cache_salt": number}
         async with self.engine._lora(adapter) as lora:
             async for output in self.engine._llm.generate(request, params, number, lora_request=lora):
                 (choice,) = output.outputs

@@ -23,7 +23,7 @@ from serve.tenants import Principal, Tenants, server_secret
 
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = "tiny"
+TINY, TINY_TWO = "tiny", "other-tiny"
 TENANTS = ("lumen-bikes", "tidewater-tea")
 
 RATES = Rates(
@@ -96,6 +96,10 @@ class Live:
             timeout=120,
         )
 
+    @property
+    def tenants(self) -> Tenants:
+        return Tenants(self.store, server_secret(self.settings.home))
+
     def wait_idle(self) -> None:
         wait_until(lambda: not Ledger(self.store).open_holds())
 
@@ -135,7 +139,11 @@ def import_tiny(home: Path) -> None:
     from quantize.base import import_base
     from quantize.spec import BaseSpec, read_spec
 
-    import_base(read_spec(CONFIGS / "bases" / "tiny.yaml", BaseSpec), home / "bases")
+    spec = read_spec(CONFIGS / "bases" / "tiny.yaml", BaseSpec)
+    import_base(spec, home / "bases")
+    assert spec.random_llama is not None
+    other = spec.random_llama.model_copy(update={"seed": 1})
+    import_base(spec.model_copy(update={"name": TINY_TWO, "random_llama": other}), home / "bases")
 
 
 def onboard(store: Store, home: Path, names: Iterable[str]) -> dict[str, str]:
@@ -147,7 +155,7 @@ def onboard(store: Store, home: Path, names: Iterable[str]) -> dict[str, str]:
         tenants.create(tenant, at=NOON)
         Ledger(store).open_account(tenant, 10**12)
         prices.subscribe(tenant, PLAN.name, at=NOON)
-        _, keys[tenant] = tenants.create_key(tenant, at=NOON)
+        _, keys[tenant] = tenants.create_key(tenant, at=NOON, scopes=frozenset({"inference", "files"}))
     return keys
 
 
@@ -167,7 +175,8 @@ def live(home: Path) -> Iterator[Live]:
     settings = Settings(
         home=home,
         port=free_port(),
-        bases=[TINY],
+        bases=[TINY, TINY_TWO],
+        gateway_replicas=3,  # so that nothing works only where it was begun
         accept_timeout_s=15,
         # Two slots for two adapters and the base: the batches in which vLLM's CPU LoRA mixes customers up.
         engine=EngineSettings(dtype="float32", max_model_len=1024, max_loras=2, enforce_eager=True),
@@ -175,7 +184,7 @@ def live(home: Path) -> Iterator[Live]:
     store = Store(settings.store_url)
     keys = onboard(store, home, TENANTS)
     for tenant in TENANTS:
-        catalogue = Catalogue(store, [TINY])
+        catalogue = Catalogue(store, settings.bases)
         enter(catalogue, newest_published(settings.adapters_dir, tenant, "support"), home)
     with Service(settings) as service:
         yield Live(service.url, settings, store, keys)

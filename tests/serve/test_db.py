@@ -8,8 +8,12 @@ from alembic.migration import MigrationContext
 
 # Every module that declares tables, so that the metadata is whole.
 import serve.adapters
+import serve.admission.leases
+import serve.batches
 import serve.billing.invoice
 import serve.billing.ledger
+import serve.limits
+import serve.responses
 import serve.tenants  # noqa: F401
 from serve.adapters import Catalogue, State
 from serve.db import Store, _alembic_config, metadata
@@ -55,7 +59,9 @@ def test_the_store_itself_refuses_an_unknown_state_and_a_second_revision(
     store: Store, statement: str
 ) -> None:
     with store.write() as connection:
-        connection.exec_driver_sql("INSERT INTO tenants VALUES ('acme', '2026-01-01 00:00:00')")
+        connection.exec_driver_sql(
+            "INSERT INTO tenants (id, created_at) VALUES ('acme', '2026-01-01 00:00:00')"
+        )
         connection.exec_driver_sql(
             "INSERT INTO adapters (tenant_id, name, version, base, registered_at) "
             "VALUES ('acme', 'support', 'a', 'tiny', '2026-01-01 00:00:00')"
@@ -73,7 +79,7 @@ def test_sqlite_runs_in_wal_mode_and_syncs_every_commit(store: Store) -> None:
 def test_a_write_that_fails_is_rolled_back(store: Store) -> None:
     def half_a_write() -> None:
         with store.write() as connection:
-            connection.exec_driver_sql("INSERT INTO tenants VALUES ('acme', '2026-01-01')")
+            connection.exec_driver_sql("INSERT INTO tenants (id, created_at) VALUES ('acme', '2026-01-01')")
             raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import sqlalchemy as sa
 
 from serve import generation as generation_module
 from serve.adapters import AdapterRef, Catalogue, Model
+from serve.admission import Admission
 from serve.api.errors import status_of
 from serve.billing.ledger import CLOSING, transfers_table
 from serve.billing.usage import usage_table
@@ -22,6 +24,7 @@ from serve.engine.base import (
     GenerationRequest,
     Message,
     Sampling,
+    Texts,
 )
 from serve.engine.remote import RemoteEngine
 from serve.errors import (
@@ -90,6 +93,7 @@ def gateway_of(shop: Shop, engine: ScriptedEngine, **settings: float) -> Gateway
         store=shop.store,
         catalogue=Catalogue(shop.store, ["tiny"]),
         engines={"tiny": engine},
+        admission=Admission(shop.store, "test"),
         metrics=Metrics(adapters_max=1),
         request_timeout_s=settings.get("request_timeout_s", 60),
         first_token_timeout_s=settings.get("first_token_timeout_s", 60),
@@ -345,7 +349,7 @@ def test_a_replica_that_dies_is_told_apart_at_any_moment(batches: list[list[Even
             accept_timeout_s=10,
             classify=lambda error: EngineLost() if isinstance(error, ConnectionResetError) else None,
         )
-        request = GenerationRequest("req_1", None, "Hello", Sampling(), cache_salt="acme")
+        request = GenerationRequest("req_1", None, Texts(("Hello",)), Sampling(), cache_salt="acme")
         async for _ in engine.stream(request):
             pass
 
@@ -521,5 +525,8 @@ def test_the_bound_on_prompt_tokens_is_never_below_the_tokenizers_count(home: Pa
 
     tokenizer = AutoTokenizer.from_pretrained(home / "bases" / TINY)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
-    assert len(chat["input_ids"]) <= prompt_tokens_max((Message("user", text),), 10_000)
-    assert len(tokenizer.encode(text)) <= prompt_tokens_max(text, 10_000)
+    hello = call()
+    assert len(chat["input_ids"]) <= prompt_tokens_max(
+        replace(hello, prompt=(Message("user", text),)), 10_000
+    )
+    assert len(tokenizer.encode(text)) <= prompt_tokens_max(replace(hello, prompt=Texts((text,))), 10_000)

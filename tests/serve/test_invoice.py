@@ -1,26 +1,27 @@
 import csv
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from pypdf import PdfReader
 
-from serve.billing.invoice import Invoices, period_bounds
+from serve.billing.invoice import Invoices, invoices_table, period_bounds
 from serve.billing.invoice_files import write_csv, write_pdf
 from serve.billing.ledger import Hold
 from serve.billing.money import nanos_of_usd, usd
-from serve.billing.pricing import Tokens
+from serve.billing.pricing import BatchRates, Prices, Rates, Tokens
 from serve.billing.usage import Status, UsageEvent
 from serve.errors import OperatorError, UnknownRecord
-from tests.serve.conftest import NOON, Shop
+from tests.serve.conftest import NOON, PLAN, Shop
 
 MONTH = "2026-11"
 
 
-def buy(shop: Shop, number: int, *, adapter: bool, days: int = 0) -> int:
+def buy(shop: Shop, number: int, *, adapter: bool, days: int = 0, tier: str = "default") -> int:
     """One settled request; returns its cost."""
     tokens = Tokens(100 + number, 20, 30 + number)
-    cost = shop.price.rates(adapter=adapter).cost_nanos(tokens)
+    cost = shop.price.rates(adapter=adapter, batch=tier == "batch").cost_nanos(tokens)
     at = NOON + timedelta(days=days)
     hold = Hold(f"r{number}", "acme", cost)
     with shop.store.write() as connection:
@@ -43,6 +44,7 @@ def buy(shop: Shop, number: int, *, adapter: bool, days: int = 0) -> int:
         ttft_ms=1,
         latency_ms=2,
         created_at=at,
+        tier=tier,
     )
     assert shop.ledger.settle(hold, event, at=at)
     return cost
@@ -82,6 +84,36 @@ def test_the_files_say_what_the_invoice_says(shop: Shop, tmp_path: Path) -> None
     text = "".join(page.extract_text() for page in PdfReader(tmp_path / "i.pdf").pages)
     for expected in ("acme-2026-11-r1", "November 2026", "acme/support", usd(invoice.document.total_nanos)):
         assert expected in text
+
+
+def test_batches_are_lines_of_their_own_at_their_own_rates(shop: Shop, tmp_path: Path) -> None:
+    half = Rates(**{name: nanos // 2 for name, nanos in PLAN.adapter.model_dump().items()})
+    plan = PLAN.model_copy(update={"batch": BatchRates(base=half, adapter=half)})
+    prices = Prices(shop.store)
+    cheaper = replace(shop, price=prices.publish(plan, at=NOON))
+    direct, batch = buy(cheaper, 0, adapter=True), buy(cheaper, 1, adapter=True, tier="batch")
+    invoice = Invoices(shop.store).create("acme", MONTH, at=NOON)
+    lines = invoice.document.lines
+    assert [(line.label, line.amount_nanos) for line in lines] == [
+        ("acme/support", direct),
+        ("acme/support (batch)", batch),
+    ]
+    assert [line.completion_nanos_per_mtok for line in lines] == [400_000_000, 200_000_000]
+    write_csv(invoice, tmp_path / "i.csv")
+    rows = list(csv.DictReader((tmp_path / "i.csv").open()))
+    subtotals = {row["tier"]: row["amount_usd"] for row in rows if row["class"] == "subtotal"}
+    assert subtotals == {"default": usd(direct), "batch": usd(batch)}
+    write_pdf(invoice, tmp_path / "i.pdf")
+    assert "(batch)" in "".join(page.extract_text() for page in PdfReader(tmp_path / "i.pdf").pages)
+
+
+def test_an_invoice_from_before_there_were_tiers_is_still_the_same(shop: Shop) -> None:
+    buy(shop, 1, adapter=True)
+    first = Invoices(shop.store).create("acme", MONTH, at=NOON)
+    with shop.store.write() as connection:
+        old = first.document.model_dump_json().replace(',"tier":"default"', "")
+        connection.execute(invoices_table.update().values(document=old))
+    assert Invoices(shop.store).create("acme", MONTH, at=NOON + timedelta(hours=1)) == first
 
 
 def test_a_month_without_usage_is_an_empty_invoice(shop: Shop, tmp_path: Path) -> None:

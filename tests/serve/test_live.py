@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +19,7 @@ from serve.billing.reconcile import reconcile
 from serve.billing.usage import Usage
 from serve.commands.usage import engine_counts
 from serve.tenants import Tenants, server_secret
-from tests.serve.conftest import NOON, TENANTS, TINY, Live, enter, wait_until
+from tests.serve.conftest import NOON, TENANTS, TINY, TINY_TWO, Live, enter, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,8 @@ def ask(live: Live, tenant: str, model: str, text: str = "What is your name?", t
 def test_no_adapter_is_loaded_before_the_first_request_for_it(live: Live) -> None:
     lines = httpx.get(f"{live.url}/metrics").text.splitlines()
     loaded = [line for line in lines if "adapters_resident{" in line and 'tier="disk"' not in line]
-    assert [line.rsplit(" ", 1)[1] for line in loaded] == ["0.0", "0.0"]
+    assert len(loaded) == 2 * 2  # bases, tiers
+    assert {line.rsplit(" ", 1)[1] for line in loaded} == {"0.0"}
 
 
 def test_a_whole_answer_has_openais_shape_and_its_usage(live: Live) -> None:
@@ -125,8 +127,8 @@ def test_a_usage_event_names_the_immutable_version_behind_an_alias(live: Live) -
 def test_models_lists_the_bases_and_the_tenants_own_adapters_only(live: Live) -> None:
     for tenant in TENANTS:
         names = [model.id for model in live.client(tenant).models.list()]
-        assert names[:2] == [TINY, f"{tenant}/support"]
-        assert all(name == TINY or name.startswith(f"{tenant}/") for name in names)
+        assert names[:3] == [TINY, TINY_TWO, f"{tenant}/support"]
+        assert all(name in (TINY, TINY_TWO) or name.startswith(f"{tenant}/") for name in names)
     assert live.client(LUMEN).models.retrieve(f"{LUMEN}/support").owned_by == LUMEN
 
 
@@ -154,12 +156,13 @@ def test_without_a_live_key_the_answer_is_401(live: Live, header: str | None) ->
     assert answer.headers["x-request-id"].startswith("req_")
 
 
-def test_a_revoked_key_is_refused_by_the_next_request(live: Live) -> None:
+def test_a_revoked_key_is_refused_within_two_seconds(live: Live) -> None:
     tenants = Tenants(live.store, server_secret(live.settings.home))
     key, secret = tenants.create_key(LUMEN, at=NOON)
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key=secret, max_retries=0)
     client.models.list()
     tenants.revoke_key(key.id, at=NOON)
+    time.sleep(2)
     with pytest.raises(openai.AuthenticationError):
         client.models.list()
 
@@ -327,7 +330,7 @@ def retrained(live: Live) -> Any:
 
 def test_health_names_no_tenant_and_metrics_name_adapters_only_to_this_machine(live: Live) -> None:
     assert httpx.get(f"{live.url}/healthz").json() == {"status": "ok"}
-    assert httpx.get(f"{live.url}/readyz").json() == {"status": "ready", "bases": [TINY]}
+    assert httpx.get(f"{live.url}/readyz").json() == {"status": "ready", "bases": [TINY, TINY_TWO]}
     metrics = httpx.get(f"{live.url}/metrics").text
     assert "bespoke_tokens_total" in metrics
     named = {line.partition("{")[0] for line in metrics.splitlines() if any(name in line for name in TENANTS)}
@@ -398,7 +401,7 @@ def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_event_and_comes
 
 
 def kill_engine() -> None:
-    (engine,) = replicas("engine")
+    (engine,) = replicas(f"engine-{TINY}")
     engine.kill()
 
 

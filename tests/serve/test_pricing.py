@@ -1,16 +1,18 @@
 """Invariant 4: money is integers and is rounded once, per event."""
 
+import json
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from serve.billing.money import cents, nanos_of_usd, usd
-from serve.billing.pricing import Prices, Rates, Tokens, read_plan
+from serve.billing.pricing import BatchRates, PricePlan, Prices, Rates, Tokens, plans_table, read_plan
 from serve.errors import UnknownRecord
 from tests.serve.conftest import CONFIGS, NOON, PLAN, Shop
 
@@ -69,6 +71,30 @@ def test_the_price_in_force_is_the_one_at_the_requests_time(shop: Shop) -> None:
             prices.at(connection, "acme", NOON + timedelta(minutes=minutes)) for minutes in (-1, 0, 59, 60)
         ]
     assert [version and version.version for version in versions] == [None, 1, 1, 2]
+
+
+def test_a_batch_has_prices_of_its_own_or_else_the_ordinary_ones(shop: Shop) -> None:
+    cheap = PLAN.base.model_copy(update={"prompt_nanos_per_mtok": 1})
+    plan = PLAN.model_copy(update={"batch": BatchRates(base=cheap, adapter=PLAN.adapter)})
+    assert plan.rates(adapter=False, batch=True) == cheap
+    assert plan.rates(adapter=False) == PLAN.base
+    assert shop.price.rates(adapter=False, batch=True) == shop.price.rates(adapter=False)
+
+
+def test_a_plan_without_batch_prices_is_stored_as_it_was_before_there_were_any(shop: Shop) -> None:
+    rates = PLAN.base.model_dump()
+    before = {"name": "standard", "currency": "USD", "base": rates, "adapter": rates}
+    with shop.store.read() as connection:
+        document = connection.execute(sa.select(plans_table.c.document)).scalar_one()
+    assert document == json.dumps(before, sort_keys=True)
+    assert PricePlan.model_validate_json(document) == PLAN
+
+
+def test_our_own_batch_prices_are_half() -> None:
+    plan = read_plan(CONFIGS / "prices" / "standard.yaml")
+    for adapter in (False, True):
+        half = plan.rates(adapter=adapter, batch=True).model_dump()
+        assert {name: 2 * nanos for name, nanos in half.items()} == plan.rates(adapter=adapter).model_dump()
 
 
 def test_an_unknown_plan_or_tenant_is_named(shop: Shop) -> None:

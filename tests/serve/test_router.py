@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import serve.deployment as deployment  # before anything else imports ray
 from serve.adapters import AdapterRef
-from serve.engine.base import GenerationRequest, Sampling
+from serve.engine.base import GenerationRequest, Sampling, Texts
 from serve.router import AdapterRouter, Candidate, rank
 
 SLACK = 4
@@ -218,7 +218,7 @@ async def observe(handle: Any) -> dict[str, Any]:
 
     async def start(adapter: int | None, prompt: str = "") -> tuple[str, Any]:
         ref = None if adapter is None else AdapterRef(adapter, "acme", "support", "0" * 16)
-        answer = streaming.remote(GenerationRequest("r", ref, prompt, Sampling(), ""))
+        answer = streaming.remote(GenerationRequest("r", ref, Texts((prompt,)), Sampling(), ""))
         return await anext(answer), answer
 
     async def ask(adapter: int | None) -> str:

@@ -1,0 +1,103 @@
+"""/admin/v1/tenants/{tenant}/adapters: registered versions, and which one an alias means."""
+
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import Field
+
+from serve.adapters import AdapterRef, Entry, State
+from serve.api.admin.access import By
+from serve.api.admin.access import router as admin_router
+from serve.api.admin.shapes import (
+    After,
+    Identified,
+    Limit,
+    Listing,
+    listing,
+    maybe_seconds,
+    now,
+    seconds,
+    slice_page,
+)
+from serve.api.context import Context, Ctx
+
+router: APIRouter = admin_router("adapters")
+
+VERSION = "/tenants/{tenant}/adapters/{name}/versions/{version}"
+
+
+class AdapterWire(Identified):
+    object: Literal["adapter"] = "adapter"
+    id: str = Field(description="The model name of this version: tenant/name@version.")
+    base: str
+    state: State
+    reason: str | None = Field(description="Why it was rejected.")
+    pinned: bool
+    alias: Literal["now", "next"] | None = Field(
+        description="Whether tenant/name means this version now, or will once it is probed."
+    )
+    rank: int | None
+    bytes: int | None
+    registered_at: int
+    probed_at: int | None
+    retired_at: int | None
+
+
+@router.get("/tenants/{tenant}/adapters")
+def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[AdapterWire]:
+    """Every version ever registered, by name and age."""
+    ctx.tenants.get(tenant)
+    entries = ctx.catalogue.entries(tenant)
+    return listing(slice_page(entries, lambda entry: entry.ref.model, after, limit), _wire)
+
+
+@router.post(VERSION + "/promote")
+def promote(tenant: str, name: str, version: str, by: By, ctx: Ctx) -> AdapterWire:
+    """Let the alias mean this version from now on, or once it is probed."""
+    adapter = ctx.catalogue.find(tenant, name, version)
+    ctx.catalogue.promote(adapter, at=now(), actor=by.actor)
+    return _now(ctx, adapter)
+
+
+@router.post(VERSION + "/pin")
+def pin(tenant: str, name: str, version: str, by: By, ctx: Ctx) -> AdapterWire:
+    """Let every replica keep it loaded."""
+    adapter = ctx.catalogue.find(tenant, name, version)
+    ctx.catalogue.pin(adapter, True, actor=by.actor)
+    return _now(ctx, adapter)
+
+
+@router.post(VERSION + "/unpin")
+def unpin(tenant: str, name: str, version: str, by: By, ctx: Ctx) -> AdapterWire:
+    """Let replicas unload it when others need its place."""
+    adapter = ctx.catalogue.find(tenant, name, version)
+    ctx.catalogue.pin(adapter, False, actor=by.actor)
+    return _now(ctx, adapter)
+
+
+@router.post(VERSION + "/retire")
+def retire(tenant: str, name: str, version: str, by: By, ctx: Ctx) -> AdapterWire:
+    """Serve it no longer, for good. Not while its alias points to it."""
+    adapter = ctx.catalogue.find(tenant, name, version)
+    ctx.catalogue.retire(adapter, now(), actor=by.actor)
+    return _now(ctx, adapter)
+
+
+def _now(ctx: Context, adapter: AdapterRef) -> AdapterWire:
+    return _wire(ctx.catalogue.entry(adapter))
+
+
+def _wire(entry: Entry) -> AdapterWire:
+    return AdapterWire(
+        id=entry.ref.model,
+        base=entry.base,
+        state=entry.state,
+        reason=entry.reason,
+        pinned=entry.pinned,
+        alias=entry.alias,
+        rank=entry.rank,
+        bytes=entry.bytes,
+        registered_at=seconds(entry.registered_at),
+        probed_at=maybe_seconds(entry.probed_at),
+        retired_at=maybe_seconds(entry.retired_at),
+    )

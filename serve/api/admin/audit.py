@@ -1,0 +1,55 @@
+"""/admin/v1/audit: who did what, newest first."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import Field
+
+from serve.api.admin.access import router as admin_router
+from serve.api.admin.shapes import Identified, Limit, Listing, PlainName, listing, seconds
+from serve.api.context import Ctx
+from serve.audit import Audit, Entry
+from serve.tenants import Page
+
+router: APIRouter = admin_router("audit")
+
+Cursor = Annotated[
+    str | None,
+    Query(pattern="^audit_[0-9]{1,18}$", description="The id of the last item of the page before."),
+]
+Action = Annotated[str | None, Query(pattern=r"^[a-z_]{1,20}\.[a-z_]{1,11}$", examples=["key.create"])]
+
+
+class AuditWire(Identified):
+    object: Literal["audit"] = "audit"
+    at: int
+    actor: str = Field(description="platform:<key id>, key:<key id>, command:<user> or system.")
+    action: str
+    tenant: str | None
+    subject: str
+    details: dict[str, Any]
+
+
+@router.get("/audit")
+def index(
+    ctx: Ctx,
+    after: Cursor = None,
+    limit: Limit = 20,
+    tenant: PlainName | None = None,
+    action: Action = None,
+) -> Listing[AuditWire]:
+    before = None if after is None else int(after.removeprefix("audit_"))
+    found = Audit(ctx.store).entries(tenant=tenant, action=action, before=before, limit=limit + 1)
+    return listing(Page(found[:limit], len(found) > limit), _wire)
+
+
+def _wire(entry: Entry) -> AuditWire:
+    return AuditWire(
+        id=f"audit_{entry.id}",
+        at=seconds(entry.at),
+        actor=entry.actor,
+        action=entry.action,
+        tenant=entry.tenant,
+        subject=entry.subject,
+        details=dict(entry.details),
+    )

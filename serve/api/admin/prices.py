@@ -1,0 +1,71 @@
+"""/admin/v1/prices, and which of them a tenant pays."""
+
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from serve.api.admin.access import By
+from serve.api.admin.access import router as admin_router
+from serve.api.admin.shapes import (
+    After,
+    Body,
+    Identified,
+    Limit,
+    Listing,
+    PlainName,
+    listing,
+    now,
+    seconds,
+    slice_page,
+)
+from serve.api.context import Ctx
+from serve.billing.pricing import PricePlan, Prices, PriceVersion
+
+router: APIRouter = admin_router("prices")
+
+
+class PriceWire(Identified):
+    """One immutable version of a plan."""
+
+    object: Literal["price"] = "price"
+    version: int
+    plan: PricePlan
+
+
+class NewSubscription(Body):
+    plan: PlainName
+
+
+class SubscriptionWire(BaseModel):
+    object: Literal["subscription"] = "subscription"
+    tenant: str
+    price: PriceWire
+    effective_at: int
+
+
+@router.post("/prices", status_code=201)
+def publish(body: PricePlan, by: By, ctx: Ctx) -> PriceWire:
+    """Store a plan as a new version; an unchanged plan stays the version it is."""
+    return _wire(Prices(ctx.store).publish(body, at=now(), actor=by.actor))
+
+
+@router.get("/prices")
+def index(ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[PriceWire]:
+    return listing(slice_page(Prices(ctx.store).versions(), _id, after, limit), _wire)
+
+
+@router.put("/tenants/{tenant}/subscription")
+def subscribe(tenant: str, body: NewSubscription, by: By, ctx: Ctx) -> SubscriptionWire:
+    """Put a tenant on the newest version of a plan, from now on."""
+    at = now()
+    version = Prices(ctx.store).subscribe(tenant, body.plan, at=at, actor=by.actor)
+    return SubscriptionWire(tenant=tenant, price=_wire(version), effective_at=seconds(at))
+
+
+def _id(version: PriceVersion) -> str:
+    return f"{version.plan.name}@{version.version}"
+
+
+def _wire(version: PriceVersion) -> PriceWire:
+    return PriceWire(id=_id(version), version=version.version, plan=version.plan)

@@ -1,0 +1,46 @@
+"""POST /v1/embeddings — platform.openai.com/docs/api-reference/embeddings.
+
+The bases here generate text; none makes embeddings. A clear answer is better than an unknown URL.
+"""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from serve.adapters import Model
+from serve.api.context import Ctx, Inference
+from serve.api.document import errors
+from serve.api.objects import json_body
+from serve.api.wire import parse
+from serve.errors import InvalidRequest, ModelNotFound
+
+router = APIRouter()
+
+
+class EmbeddingRequest(BaseModel):
+    model: str = Field(min_length=1, max_length=160)
+    input: Any
+
+
+@router.post(
+    "/v1/embeddings",
+    status_code=400,
+    responses=errors(400, 401, 403, 404, 413, 503),
+    openapi_extra=json_body(EmbeddingRequest),
+)
+async def create(request: Request, who: Inference, ctx: Ctx) -> None:
+    """Raises ModelNotFound for a model that the caller cannot see, InvalidRequest for every other."""
+    body = parse(EmbeddingRequest, await request.body())
+
+    def resolve() -> Model:
+        with ctx.store.read() as connection:
+            return ctx.catalogue.resolve(connection, who.tenant, body.model)
+
+    if not who.may_use(body.model):
+        raise ModelNotFound(body.model)
+    await asyncio.to_thread(resolve)
+    raise InvalidRequest(
+        f"The model '{body.model}' generates text and makes no embeddings.", "model", "unsupported_model"
+    )

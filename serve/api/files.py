@@ -1,0 +1,217 @@
+"""/v1/files — platform.openai.com/docs/api-reference/files."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.responses import FileResponse
+from pydantic import BaseModel
+
+from serve.api.context import Ctx
+from serve.api.context import Files as Who
+from serve.api.document import errors
+from serve.api.uploads import Upload
+from serve.batches import Batches
+from serve.errors import InvalidRequest, Overloaded
+from serve.files import PURPOSES, Draft, File, Files
+
+router = APIRouter()
+
+UPLOADS_AT_ONCE = 4  # of one tenant, in one gateway
+EXPIRES_AFTER_S = range(3600, 30 * 86400 + 1)
+
+FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": list(PURPOSES)},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": EXPIRES_AFTER_S.start,
+                            "maximum": EXPIRES_AFTER_S.stop - 1,
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+class FileObject(BaseModel):
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None = None
+    filename: str
+    purpose: str
+    status: Literal["processed"] = "processed"
+
+
+class FileList(BaseModel):
+    object: Literal["list"] = "list"
+    data: Sequence[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileDeleted(BaseModel):
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+def install(app: FastAPI, files: Files, batches: Batches) -> None:
+    """What the routes of files and batches work on."""
+    app.state.files = files
+    app.state.batches = batches
+    app.state.uploading = Counter[str]()
+
+
+async def stored_files(request: Request) -> Files:
+    found: Files = request.app.state.files
+    return found
+
+
+async def stored_batches(request: Request) -> Batches:
+    found: Batches = request.app.state.batches
+    return found
+
+
+Stored = Annotated[Files, Depends(stored_files)]
+StoredBatches = Annotated[Batches, Depends(stored_batches)]
+
+
+@router.post(
+    "/v1/files",
+    response_model=FileObject,
+    responses=errors(400, 401, 403, 413, 503),
+    openapi_extra=FORM,
+)
+async def create(request: Request, who: Who, ctx: Ctx, files: Stored) -> FileObject:
+    """The caller is known, and has room, before the body is read."""
+    at = ctx.gateway.terms.now()
+    await asyncio.to_thread(files.check_room, who.tenant, at=at)
+    uploading: Counter[str] = request.app.state.uploading
+    if uploading[who.tenant] >= UPLOADS_AT_ONCE:
+        raise Overloaded("Too many uploads at once; please retry.")
+    uploading[who.tenant] += 1
+    try:
+        draft = await asyncio.to_thread(files.draft, who.tenant, bytes_max=files.bounds.file_bytes)
+        try:
+            upload = Upload(request.headers.get("content-type", ""), draft)
+            await upload.read(request.stream())
+            purpose, expires_at = _purpose(upload.fields), _expires_at(upload.fields, at)
+        except BaseException:
+            draft.discard()
+            raise
+        return _wire(await asyncio.to_thread(_add, files, draft, who.tenant, purpose, upload, at, expires_at))
+    finally:
+        uploading[who.tenant] -= 1
+        if not uploading[who.tenant]:
+            del uploading[who.tenant]
+
+
+@router.get("/v1/files", response_model=FileList, responses=errors(400, 401, 403, 503))
+async def index(
+    who: Who,
+    ctx: Ctx,
+    files: Stored,
+    purpose: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    after: Annotated[str | None, Query(max_length=64)] = None,
+    order: Literal["asc", "desc"] = "desc",
+) -> FileList:
+    page = await asyncio.to_thread(
+        files.page,
+        who.tenant,
+        at=ctx.gateway.terms.now(),
+        purpose=purpose,
+        after=after,
+        limit=limit,
+        newest_first=order == "desc",
+    )
+    data = [_wire(file) for file in page.items]
+    ends = (data[0].id, data[-1].id) if data else (None, None)
+    return FileList(data=data, first_id=ends[0], last_id=ends[1], has_more=page.has_more)
+
+
+@router.get("/v1/files/{file_id}", response_model=FileObject, responses=errors(401, 403, 404, 503))
+async def show(file_id: str, who: Who, ctx: Ctx, files: Stored) -> FileObject:
+    return _wire(await asyncio.to_thread(files.get, who.tenant, file_id, at=ctx.gateway.terms.now()))
+
+
+@router.get(
+    "/v1/files/{file_id}/content",
+    response_class=FileResponse,
+    responses=errors(401, 403, 404, 503) | {200: {"content": {"application/octet-stream": {}}}},
+)
+async def content(file_id: str, who: Who, ctx: Ctx, files: Stored) -> FileResponse:
+    """As it was sent. Never as something that a browser would run."""
+    file = await asyncio.to_thread(files.get, who.tenant, file_id, at=ctx.gateway.terms.now())
+    path = await asyncio.to_thread(files.path_of, who.tenant, file.id)
+    safe = {"x-content-type-options": "nosniff", "cache-control": "private, no-store"}
+    return FileResponse(path, media_type="application/octet-stream", filename=file.filename, headers=safe)
+
+
+@router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=errors(401, 403, 404, 409, 503))
+async def delete(file_id: str, who: Who, ctx: Ctx, files: Stored, batches: StoredBatches) -> FileDeleted:
+    """409 while a batch reads it."""
+    at, readers = ctx.gateway.terms.now(), batches.readers(file_id)
+    await asyncio.to_thread(files.delete, who.tenant, file_id, at=at, in_use=readers)
+    return FileDeleted(id=file_id)
+
+
+def _add(
+    files: Files,
+    draft: Draft,
+    tenant: str,
+    purpose: str,
+    upload: Upload,
+    at: datetime,
+    expires_at: datetime | None,
+) -> File:
+    return files.add(
+        draft, tenant, purpose=purpose, filename=upload.filename or "", at=at, expires_at=expires_at
+    )
+
+
+def _purpose(fields: dict[str, str]) -> str:
+    purpose = fields.get("purpose")
+    if purpose not in PURPOSES:
+        raise InvalidRequest(f"'purpose' must be one of: {', '.join(PURPOSES)}.", "purpose", "invalid_value")
+    return purpose
+
+
+def _expires_at(fields: dict[str, str], at: datetime) -> datetime | None:
+    seconds, anchor = fields.get("expires_after[seconds]"), fields.get("expires_after[anchor]")
+    if seconds is None and anchor is None:
+        return None
+    if anchor != "created_at" or not (seconds or "").isdecimal() or int(seconds or 0) not in EXPIRES_AFTER_S:
+        most = EXPIRES_AFTER_S.stop - 1
+        text = f"'expires_after' needs anchor created_at and {EXPIRES_AFTER_S.start} to {most} seconds."
+        raise InvalidRequest(text, "expires_after", "invalid_value")
+    return at + timedelta(seconds=int(seconds or 0))
+
+
+def _wire(file: File) -> FileObject:
+    return FileObject(
+        id=file.id,
+        bytes=file.bytes,
+        created_at=int(file.created_at.timestamp()),
+        expires_at=int(file.expires_at.timestamp()) if file.expires_at else None,
+        filename=file.filename,
+        purpose=file.purpose,
+    )

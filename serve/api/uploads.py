@@ -1,0 +1,115 @@
+"""multipart/form-data with one file, written to disk as it comes (RFC 7578).
+
+A field is bounded here, the file by its draft, the number of parts by `PARTS_MAX`.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from serve.errors import InvalidRequest
+from serve.files import Draft
+
+FIELD_BYTES_MAX = 1024
+HEADER_BYTES_MAX = 4096
+PARTS_MAX = 16
+
+
+class Upload:
+    """`fields` are the texts, `filename` is None until there is a file. `read` raises what the draft does."""
+
+    def __init__(self, content_type: str, draft: Draft) -> None:
+        """Raises InvalidRequest if the body is not a form."""
+        kind, options = parse_options_header(content_type)
+        boundary = options.get(b"boundary")
+        if kind != b"multipart/form-data" or not boundary or len(boundary) > 200:
+            raise InvalidRequest("Send the file as multipart/form-data.", "file", "invalid_content_type")
+        self.fields: dict[str, str] = {}
+        self.filename: str | None = None
+        self._draft = draft
+        self._parts = 0
+        self._in_file = False
+        self._name = ""
+        self._value = bytearray()
+        self._header: tuple[bytearray, bytearray] = (bytearray(), bytearray())
+        self._disposition = b""
+        self._pieces: list[bytes] = []
+        self._ended = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._on_part,
+                "on_header_field": lambda data, start, end: self._on_header(0, data[start:end]),
+                "on_header_value": lambda data, start, end: self._on_header(1, data[start:end]),
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_headers,
+                "on_part_data": lambda data, start, end: self._on_data(data[start:end]),
+                "on_part_end": self._on_part_end,
+                "on_end": self._on_end,
+            },
+        )
+
+    async def read(self, body: AsyncIterator[bytes]) -> None:
+        """Raises InvalidRequest for a malformed form, or one without a file."""
+        try:
+            async for piece in body:
+                self._parser.write(piece)
+                if self._pieces:
+                    await asyncio.to_thread(self._flush)
+        except FormParserError as error:
+            raise InvalidRequest("The form is malformed.", None, "invalid_value") from error
+        if not self._ended:
+            raise InvalidRequest("The form ends too early.", None, "invalid_value")
+        if self.filename is None:
+            raise InvalidRequest("'file' is missing.", "file", "missing_required_parameter")
+
+    def _flush(self) -> None:
+        for piece in self._pieces:
+            self._draft.write(piece)
+        self._pieces.clear()
+
+    def _on_part(self) -> None:
+        self._parts += 1
+        if self._parts > PARTS_MAX:
+            raise InvalidRequest(f"The form may have {PARTS_MAX} parts.", None, "invalid_value")
+        self._in_file, self._name, self._disposition = False, "", b""
+        self._value.clear()
+
+    def _on_header(self, which: int, data: bytes) -> None:
+        self._header[which].extend(data)
+        if len(self._header[which]) > HEADER_BYTES_MAX:
+            raise InvalidRequest("A part's header is too long.", None, "invalid_value")
+
+    def _on_header_end(self) -> None:
+        name, value = self._header
+        if name.lower() == b"content-disposition":
+            self._disposition = bytes(value)
+        name.clear()
+        value.clear()
+
+    def _on_headers(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        self._name = options.get(b"name", b"").decode(errors="replace")
+        if self._name != "file":
+            return
+        if self.filename is not None:
+            raise InvalidRequest("Send one file at a time.", "file", "invalid_value")
+        self._in_file = True
+        self.filename = options.get(b"filename", b"").decode(errors="replace")
+
+    def _on_data(self, data: bytes) -> None:
+        if self._in_file:
+            self._pieces.append(data)
+            return
+        self._value.extend(data)
+        if len(self._value) > FIELD_BYTES_MAX:
+            raise InvalidRequest(f"'{self._name[:64]}' is too long.", self._name[:64], "invalid_value")
+
+    def _on_part_end(self) -> None:
+        if not self._in_file:
+            self.fields[self._name] = self._value.decode(errors="replace")
+
+    def _on_end(self) -> None:
+        self._ended = True

@@ -1,0 +1,50 @@
+"""`bespoke platform`: the operator's own keys, which open the admin API and nothing else."""
+
+import typer
+from rich.markup import escape
+
+from serve.audit import command_actor
+from serve.commands.key import ExpiresOption, duration, minute
+from serve.commands.parts import HomeOption, console, now, settings_of, table
+from serve.commands.tenant import tenants_of
+
+app = typer.Typer(no_args_is_help=True)
+key_app = typer.Typer(no_args_is_help=True)
+app.add_typer(key_app, name="key", help="Create, list and revoke platform keys.")
+
+
+@app.callback()
+def root() -> None:
+    """Platform keys, for the admin API."""
+
+
+@key_app.command()
+def create(name: str, expires: ExpiresOption = None, home: HomeOption = None) -> None:
+    """Create a platform key. It is shown once: only a keyed hash of it is stored."""
+    at = now()
+    try:
+        expires_at = at + duration(expires) if expires else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    key, secret = tenants_of(settings_of(home)).platform_keys.create(
+        name, at=at, expires_at=expires_at, actor=command_actor()
+    )
+    console.print(f"created [bold]{key.id}[/] for {escape(name)}; shown only now:", highlight=False)
+    console.print(secret, highlight=False, soft_wrap=True)
+
+
+@key_app.command("list")
+def index(home: HomeOption = None) -> None:
+    """Platform keys, without their secrets."""
+    rows = table("key", "name", "ends in", "created", "expires", "last used", "revoked")
+    for key in tenants_of(settings_of(home)).platform_keys.page().items:
+        times = (key.created_at, key.expires_at, key.last_used_at, key.revoked_at)
+        rows.add_row(key.id, escape(key.name), f"…{key.hint}", *(minute(at) for at in times))
+    console.print(rows)
+
+
+@key_app.command()
+def revoke(key: str, home: HomeOption = None) -> None:
+    """Revoke a platform key by its id; every gateway refuses it within two seconds."""
+    tenants_of(settings_of(home)).platform_keys.revoke(key, at=now(), actor=command_actor())
+    console.print(f"revoked [bold]{key}[/]")

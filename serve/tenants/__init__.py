@@ -1,0 +1,28 @@
+"""Tenants, their projects and keys; the operator's platform keys; who is asking."""
+
+from serve.tenants.directory import Tenant, Tenants
+from serve.tenants.keys import KEY_PREFIX, SCOPES, ApiKey, Keys, Principal
+from serve.tenants.platform import PLATFORM_PREFIX, Operator, PlatformKey, PlatformKeys
+from serve.tenants.projects import Project, Projects
+from serve.tenants.secret import server_secret
+from serve.tenants.tables import Page, keys_table, tenants_table
+
+__all__ = [
+    "KEY_PREFIX",
+    "PLATFORM_PREFIX",
+    "SCOPES",
+    "ApiKey",
+    "Keys",
+    "Operator",
+    "Page",
+    "PlatformKey",
+    "PlatformKeys",
+    "Principal",
+    "Project",
+    "Projects",
+    "Tenant",
+    "Tenants",
+    "keys_table",
+    "server_secret",
+    "tenants_table",
+]

@@ -1,0 +1,88 @@
+"""Projects: a tenant's own division of its keys. A key needs none; archiving one ends its keys."""
+
+import secrets
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from finetune.card import validate_name
+from serve.audit import SYSTEM, record
+from serve.db import Store
+from serve.errors import AlreadyExists, UnknownRecord
+from serve.tenants.tables import Page, page, projects_table, tenants_table
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    id: str
+    tenant: str
+    name: str
+    created_at: datetime
+    archived_at: datetime | None = None
+
+
+class Projects:
+    """The projects of one store. Methods block."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def create(self, tenant: str, name: str, *, at: datetime, actor: str = SYSTEM) -> Project:
+        """Raises InvalidName, UnknownRecord for an unknown tenant, AlreadyExists for a taken name."""
+        project = Project(f"proj_{secrets.token_hex(8)}", tenant, validate_name(name), at)
+        row = {"id": project.id, "tenant_id": tenant, "name": name, "created_at": at}
+        try:
+            with self._store.write() as connection:
+                if connection.execute(sa.select(1).where(tenants_table.c.id == tenant)).first() is None:
+                    raise UnknownRecord(f"There is no tenant '{tenant}'.")
+                connection.execute(projects_table.insert().values(row))
+                record(
+                    connection,
+                    "project.create",
+                    project.id,
+                    {"name": name},
+                    actor=actor,
+                    tenant=tenant,
+                    at=at,
+                )
+        except sa.exc.IntegrityError as error:
+            raise AlreadyExists(f"The tenant '{tenant}' has a project '{name}' already.") from error
+        return project
+
+    def archive(self, tenant: str, project: str, *, at: datetime, actor: str = SYSTEM) -> Project:
+        """Let the project's keys work no longer, for good. Again, it keeps the first time.
+
+        Raises UnknownRecord if the tenant has no such project.
+        """
+        with self._store.write() as connection:
+            row = project_row(connection, tenant, project, for_update=True)
+            if row.archived_at is None:
+                c = projects_table.c
+                connection.execute(projects_table.update().where(c.id == project).values(archived_at=at))
+                record(connection, "project.archive", project, actor=actor, tenant=tenant, at=at)
+            return _project(project_row(connection, tenant, project))
+
+    def page(self, tenant: str, *, after: str | None = None, limit: int | None = None) -> Page[Project]:
+        """Oldest first; raises InvalidRequest if `after` is none of them."""
+        with self._store.read() as connection:
+            whose = projects_table.c.tenant_id == tenant
+            rows = page(connection, projects_table, whose, after=after, limit=limit)
+        return Page([_project(row) for row in rows.items], rows.has_more)
+
+
+def project_row(
+    connection: sa.Connection, tenant: str, project: str, *, for_update: bool = False
+) -> sa.Row[Any]:
+    """Raises UnknownRecord, the same for another tenant's project."""
+    c = projects_table.c
+    query = sa.select(projects_table).where(c.id == project, c.tenant_id == tenant)
+    row = connection.execute(query.with_for_update() if for_update else query).first()
+    if row is None:
+        raise UnknownRecord(f"The tenant '{tenant}' has no project '{project}'.")
+    return row
+
+
+def _project(row: sa.Row[Any]) -> Project:
+    return Project(row.id, row.tenant_id, row.name, row.created_at, row.archived_at)

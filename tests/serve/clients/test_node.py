@@ -1,0 +1,58 @@
+"""The official openai client for Node against the running gateway: the contract in another language."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from serve.limits import LimitBook, Limits
+from tests.serve.conftest import NOON, TENANTS, TINY, Live
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def client_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The client as its lock pins it, installed outside the source tree."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("Node.js is not installed")
+    folder = tmp_path_factory.mktemp("node")
+    for name in ("package.json", "package-lock.json", "contract.mjs"):
+        shutil.copy(HERE / name, folder)
+    command = [npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"]
+    subprocess.run(command, cwd=folder, check=True, timeout=180)
+    return folder
+
+
+def test_the_node_client_cannot_tell_the_gateway_from_openai(live: Live, client_folder: Path) -> None:
+    key, limited = live.tenants.create_key(TENANTS[0], at=NOON)
+    with live.store.write() as connection:
+        limits = Limits(concurrent_requests=1)
+        LimitBook(live.store).set(connection, "key", key.id, limits, at=NOON)
+    environment = {
+        "PATH": os.environ["PATH"],
+        "BESPOKE_URL": f"{live.url}/v1",
+        "BESPOKE_KEY": live.keys[TENANTS[0]],
+        "BESPOKE_LIMITED_KEY": limited,
+        "BESPOKE_MODEL": TINY,
+        "BESPOKE_ADAPTER": f"{TENANTS[0]}/support",
+    }
+    done = subprocess.run(
+        ["node", "contract.mjs"],
+        cwd=client_folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    failed = [f"{case['name']}\n{case['error']}" for case in cases if case["error"]]
+    assert not failed, "\n\n".join(failed)
+    assert len(cases) == 13, done.stderr
