@@ -96,19 +96,32 @@ DIALECTS = {"/v1/messages": anthropic_body_of}
 def render(error: errors.BespokeError, path: str = "") -> Response:
     """The answer to a request for `path` that ended in `error`."""
     status, _, _ = status_of(error)
-    headers = {}
-    if isinstance(error, errors.Unavailable):
-        headers["Retry-After"] = str(error.retry_after_s)
-    if isinstance(error, errors.IdempotencyConflict):
-        headers["Retry-After"] = "1"
-    if isinstance(error, errors.RateLimited):
-        if error.retry_after_s is None:
-            headers["x-should-retry"] = "false"  # OpenAI's clients heed it
-        else:
-            headers["Retry-After"] = str(error.retry_after_s)
-    if isinstance(error, errors.Unauthenticated):
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(DIALECTS.get(path, body_of)(error), status, headers=headers)
+    return JSONResponse(DIALECTS.get(path, body_of)(error), status, headers=_headers(error))
+
+
+def _headers(error: errors.BespokeError) -> dict[str, str]:
+    """When to try again, where that is known."""
+    match error:
+        case errors.Unavailable():
+            return {"Retry-After": str(error.retry_after_s)}
+        case errors.IdempotencyConflict():
+            return {"Retry-After": "1"}
+        case errors.Unauthenticated():
+            return {"WWW-Authenticate": "Bearer"}
+        case errors.RateLimited():
+            return _limits(error)
+    return {}
+
+
+def _limits(error: errors.RateLimited) -> dict[str, str]:
+    if error.retry_after_s is None:
+        return {"x-should-retry": "false"}  # OpenAI's clients heed it
+    headers = {"Retry-After": str(error.retry_after_s)}
+    if error.what in ("requests", "tokens"):
+        headers[f"x-ratelimit-limit-{error.what}"] = str(error.limit)
+        headers[f"x-ratelimit-remaining-{error.what}"] = str(max(error.limit - error.used, 0))
+        headers[f"x-ratelimit-reset-{error.what}"] = f"{error.retry_after_s}s"
+    return headers
 
 
 def sse_event(error: errors.BespokeError) -> bytes:

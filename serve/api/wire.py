@@ -162,7 +162,7 @@ def refuse(data: dict[str, Any]) -> None:
 def parse(kind: type[Body], body: bytes) -> Body:
     """Raises InvalidRequest naming the first field that is wrong."""
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate_json(body, strict=True)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         field = _path(found[0])

@@ -60,7 +60,7 @@ class Tokens:
 class Rates(BaseModel):
     """Prices of one kind of model, each in nano-USD per million tokens."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     prompt_nanos_per_mtok: int = Field(ge=0, le=10**15)
     cached_prompt_nanos_per_mtok: int = Field(ge=0, le=10**15)

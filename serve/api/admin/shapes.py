@@ -36,7 +36,7 @@ Timestamp = Annotated[int, Field(ge=0, le=253_402_300_799, description="Unix tim
 class Body(BaseModel):
     """What a client sends: a field that we do not know is a mistake worth telling."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Listing(BaseModel, Generic[Wire]):
@@ -63,7 +63,13 @@ class LimitsBody(Body):
     models: Annotated[
         tuple[Annotated[str, StringConstraints(min_length=1, max_length=MODEL_LENGTH_MAX)], ...] | None,
         AfterValidator(_printable),
-    ] = Field(None, min_length=1, max_length=MODELS_MAX, description="Names; one that ends in * is a prefix.")
+    ] = Field(
+        None,
+        min_length=1,
+        max_length=MODELS_MAX,
+        strict=False,  # JSON has no tuples
+        description="Names; one that ends in * is a prefix.",
+    )
 
     def named(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.model_fields_set}

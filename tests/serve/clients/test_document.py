@@ -82,7 +82,8 @@ def test_admin_routes_answer_as_documented(live: Live, keys: dict[str, str], cas
 @hypothesis.settings(parent=bounded, max_examples=1)
 def test_no_route_answers_without_a_key(live: Live, case: schemathesis.Case) -> None:
     answer = case.call(base_url=live.url, headers={"Authorization": "Bearer wrong"}, timeout=60)
-    assert answer.status_code == 401
+    # Schemathesis tries other methods on the path, too.
+    assert answer.status_code in (401, 405)
     assert "error" in answer.json()
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,24 +12,8 @@ from tests.serve.conftest import NOON, TENANTS, TINY, Live
 
 pytestmark = pytest.mark.slow
 
-HERE = Path(__file__).parent
 
-
-@pytest.fixture(scope="module")
-def client_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The client as its lock pins it, installed outside the source tree."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("Node.js is not installed")
-    folder = tmp_path_factory.mktemp("node")
-    for name in ("package.json", "package-lock.json", "contract.mjs"):
-        shutil.copy(HERE / name, folder)
-    command = [npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"]
-    subprocess.run(command, cwd=folder, check=True, timeout=180)
-    return folder
-
-
-def test_the_node_client_cannot_tell_the_gateway_from_openai(live: Live, client_folder: Path) -> None:
+def test_the_node_client_cannot_tell_the_gateway_from_openai(live: Live, node_folder: Path) -> None:
     key, limited = live.tenants.create_key(TENANTS[0], at=NOON)
     with live.store.write() as connection:
         limits = Limits(concurrent_requests=1)
@@ -45,7 +28,7 @@ def test_the_node_client_cannot_tell_the_gateway_from_openai(live: Live, client_
     }
     done = subprocess.run(
         ["node", "contract.mjs"],
-        cwd=client_folder,
+        cwd=node_folder,
         env=environment,
         capture_output=True,
         text=True,

@@ -21,7 +21,11 @@ class Weather(BaseModel):
 
 def test_langchain_asks_streams_and_calls_tools(live: Live) -> None:
     model = ChatOpenAI(
-        base_url=f"{live.url}/v1", api_key=live.keys[TENANTS[0]], model=f"{TENANTS[0]}/support", temperature=0
+        base_url=f"{live.url}/v1",
+        api_key=live.keys[TENANTS[0]],
+        model=f"{TENANTS[0]}/support",
+        temperature=0,
+        max_tokens=200,
     )  # type: ignore[arg-type]
     asked = [HumanMessage("What is your name?")]
     answer = model.invoke(asked)
