@@ -6,6 +6,8 @@ IMMEDIATE): a transaction that reads first and upgrades later can fail with SQLI
 whatever the busy timeout (https://www.sqlite.org/isolation.html).
 """
 
+import contextlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,6 +19,8 @@ from alembic import command
 from alembic.config import Config
 
 from serve.errors import StoreUnavailable
+
+WRITER_TIMEOUT_S = 10.0
 
 metadata = sa.MetaData(
     naming_convention={
@@ -49,13 +53,32 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+class _InTurn:
+    """A lock that others wait for, but not for ever: then `with` raises StoreUnavailable."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(timeout=self._timeout_s):
+            raise StoreUnavailable()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class Store:
     """A handle on the database. Its methods block: async code calls them in a thread."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self._engine = sa.create_engine(url, pool_size=8, max_overflow=8, pool_timeout=5)
+        self._writing: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self._engine.dialect.name == "sqlite":
+            # One writer of this process at a time: SQLite's own waiting is a lottery that polls, and among
+            # many threads of many gateways some would draw no ticket in its five seconds.
+            self._writing = _InTurn(WRITER_TIMEOUT_S)
             sa.event.listen(self._engine, "connect", _configure_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
 
@@ -71,7 +94,7 @@ class Store:
 
         Raises StoreUnavailable if the database cannot be reached or stays locked.
         """
-        with self._transaction(write=True) as connection:
+        with self._writing, self._transaction(write=True) as connection:
             yield connection
 
     @contextmanager

@@ -12,6 +12,7 @@ import serve.admission.leases
 import serve.batches
 import serve.billing.invoice
 import serve.billing.ledger
+import serve.idempotency
 import serve.limits
 import serve.responses
 import serve.tenants  # noqa: F401
