@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from serve.api.bounds import bound, schema_text
+from serve.api.bounds import bound, check_tools, schema_text
 from serve.api.wire import GenerationBody, Limits
 from serve.engine.base import JsonFormat, Message, Sampling, Tool, Toolbox, ToolCall
 from serve.errors import InvalidRequest
@@ -130,13 +130,9 @@ class ChatCompletionRequest(GenerationBody):
     def _consistent(self) -> "ChatCompletionRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
-        names = {tool.function.name for tool in self.tools or ()}
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise InvalidRequest("'tool_choice' names a function that is not in 'tools'.", "tool_choice")
-        if self.tool_choice == "required" and not names:
-            raise InvalidRequest("'tool_choice' is only allowed when 'tools' are given.", "tool_choice")
-        if len(names) < len(self.tools or ()):
-            raise InvalidRequest("Two tools have the same name.", "tools")
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        names = [tool.function.name for tool in self.tools or ()]
+        check_tools(names, forced=self.tool_choice == "required", function=named)
         return self
 
     @property

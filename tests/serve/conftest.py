@@ -4,7 +4,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -83,6 +83,7 @@ class Live:
     settings: Settings
     store: Store
     keys: dict[str, str]
+    metrics_at_start: tuple[str, ...] = field(default=(), kw_only=True)
 
     def client(self, tenant: str = TENANTS[0]) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[tenant], max_retries=0, timeout=120)
@@ -187,5 +188,6 @@ def live(home: Path) -> Iterator[Live]:
         catalogue = Catalogue(store, settings.bases)
         enter(catalogue, newest_published(settings.adapters_dir, tenant, "support"), home)
     with Service(settings) as service:
-        yield Live(service.url, settings, store, keys)
+        metrics = httpx.get(f"{service.url}/metrics", timeout=60).text.splitlines()
+        yield Live(service.url, settings, store, keys, metrics_at_start=tuple(metrics))
     store.close()

@@ -39,8 +39,9 @@ def ask(live: Live, tenant: str, model: str, text: str = "What is your name?", t
 
 
 def test_no_adapter_is_loaded_before_the_first_request_for_it(live: Live) -> None:
-    lines = httpx.get(f"{live.url}/metrics").text.splitlines()
-    loaded = [line for line in lines if "adapters_resident{" in line and 'tier="disk"' not in line]
+    loaded = [
+        line for line in live.metrics_at_start if "adapters_resident{" in line and 'tier="disk"' not in line
+    ]
     assert len(loaded) == 2 * 2  # bases, tiers
     assert {line.rsplit(" ", 1)[1] for line in loaded} == {"0.0"}
 

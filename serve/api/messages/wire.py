@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
-from serve.api.bounds import bound, schema_text
+from serve.api.bounds import bound, check_tools, schema_text
 from serve.api.conversation import CallId
 from serve.api.wire import Limits, refuse
 from serve.engine.base import JsonFormat, Message, Sampling, Tool, Toolbox, ToolCall
@@ -190,14 +190,10 @@ class MessagesRequest(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "MessagesRequest":
-        names = {tool.name for tool in self.tools or ()}
         choice = self.tool_choice
-        if len(names) < len(self.tools or ()):
-            raise InvalidRequest("Two tools have the same name.", "tools")
-        if choice is not None and choice.type == "tool" and choice.name not in names:
-            raise InvalidRequest("'tool_choice' names a tool that is not in 'tools'.", "tool_choice")
-        if choice is not None and choice.type == "any" and not names:
-            raise InvalidRequest("'tool_choice' is only allowed when 'tools' are given.", "tool_choice")
+        named = (choice.name or "") if choice is not None and choice.type == "tool" else None
+        names = [tool.name for tool in self.tools or ()]
+        check_tools(names, forced=choice is not None and choice.type == "any", function=named)
         return self
 
     def prompt(self, limits: Limits) -> tuple[Message, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
-from serve.api.bounds import bound, schema_text
+from serve.api.bounds import bound, check_tools, schema_text
 from serve.api.conversation import CalledFunction, CallId, FunctionName, OfferedFunction
 from serve.api.wire import Limits, refuse
 from serve.engine.base import JsonFormat, Sampling, Tool, Toolbox
@@ -190,13 +190,9 @@ class ResponsesRequest(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ResponsesRequest":
-        names = {tool.name for tool in self.tools or ()}
-        if isinstance(self.tool_choice, NamedFunctionTool) and self.tool_choice.name not in names:
-            raise InvalidRequest("'tool_choice' names a function that is not in 'tools'.", "tool_choice")
-        if self.tool_choice == "required" and not names:
-            raise InvalidRequest("'tool_choice' is only allowed when 'tools' are given.", "tool_choice")
-        if len(names) < len(self.tools or ()):
-            raise InvalidRequest("Two tools have the same name.", "tools")
+        named = self.tool_choice.name if isinstance(self.tool_choice, NamedFunctionTool) else None
+        names = [tool.name for tool in self.tools or ()]
+        check_tools(names, forced=self.tool_choice == "required", function=named)
         return self
 
     @property
