@@ -46,7 +46,7 @@ def promote(model: PublishedArgument, config: ProfileOption = None, home: HomeOp
 @app.command("list")
 def index(tenant: Annotated[str | None, typer.Argument()] = None, home: HomeOption = None) -> None:
     """Every registered version; the one that its alias means now, or will mean once it is probed."""
-    rows = table("model", "base", ">rank", ">size", "state", "pinned", "alias")
+    rows = table("!model", "base", ">rank", ">size", "state", "pinned", "alias")
     for entry in _catalogue(settings_of(home)).entries(tenant):
         rows.add_row(
             entry.ref.model,

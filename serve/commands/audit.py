@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from serve.audit import Audit
-from serve.commands.parts import HomeOption, console, open_store, settings_of, table
+from serve.commands.parts import HomeOption, console, open_store, settings_of
 
 app = typer.Typer()
 
@@ -20,16 +20,11 @@ def audit(
     home: HomeOption = None,
 ) -> None:
     """Show the audit log, newest first."""
-    rows = table("time (UTC)", "actor", "action", "tenant", "subject", "details")
     log = Audit(open_store(settings_of(home)))
     for entry in log.entries(tenant=tenant, action=action, limit=limit):
-        details = json.dumps(entry.details) if entry.details else ""
-        rows.add_row(
-            f"{entry.at:%Y-%m-%d %H:%M:%S}",
-            escape(entry.actor),
-            entry.action,
-            entry.tenant or "",
-            entry.subject,
-            escape(details),
-        )
-    console.print(rows)
+        about = entry.subject if entry.tenant in (None, entry.subject) else f"{entry.tenant} {entry.subject}"
+        said = {name: value for name, value in (entry.details or {}).items() if value is not None}
+        did = f"[bold]{entry.action}[/]  {escape(about)}  by {escape(entry.actor)}"
+        console.print(f"{entry.at:%Y-%m-%d %H:%M:%S}  {did}", highlight=False, soft_wrap=True)
+        if said:
+            console.print(f"    {escape(json.dumps(said))}", style="dim", highlight=False, soft_wrap=True)

@@ -59,15 +59,17 @@ def create(
 @app.command("list")
 def index(tenant: str, home: HomeOption = None) -> None:
     """A tenant's keys, without their secrets."""
-    rows = table("key", "name", "ends in", "scopes", "project", "created", "expires", "last used", "revoked")
+    rows = table("!key", "name", "!ends in", "scopes", "state", "last used")
     for key in tenants_of(settings_of(home)).keys.page(tenant).items:
+        name = " ".join(part for part in (key.name, key.project) if part)
+        scopes = " ".join(sorted(key.scopes))
         rows.add_row(
             key.id,
-            escape(key.name or ""),
+            escape(name),
             f"…{key.hint}",
-            " ".join(sorted(key.scopes)),
-            key.project or "",
-            *(minute(at) for at in (key.created_at, key.expires_at, key.last_used_at, key.revoked_at)),
+            scopes,
+            state(key.expires_at, key.revoked_at),
+            minute(key.last_used_at),
         )
     console.print(rows)
 
@@ -128,3 +130,12 @@ def duration(text: str) -> timedelta:
 
 def minute(at: datetime | None) -> str:
     return f"{at:%Y-%m-%d %H:%M}" if at else ""
+
+
+def state(expires_at: datetime | None, revoked_at: datetime | None) -> str:
+    """How a key stands."""
+    if revoked_at is not None:
+        return f"revoked {minute(revoked_at)}"
+    if expires_at is None:
+        return "works"
+    return f"{'works until' if expires_at > now() else 'expired'} {minute(expires_at)}"

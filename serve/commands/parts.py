@@ -52,8 +52,9 @@ def interrupted() -> threading.Event:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """A table whose columns that start with '>' are numbers: aligned right."""
+    """A table. Columns that start with '>' are numbers, aligned right; with '!', never cut: to be copied."""
     made = Table(title=title, title_justify="left", header_style="bold")
     for column in columns:
-        made.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
+        right, whole = column.startswith(">"), column.startswith("!")
+        made.add_column(column.lstrip(">!"), justify="right" if right else "left", no_wrap=whole)
     return made

@@ -4,7 +4,7 @@ import typer
 from rich.markup import escape
 
 from serve.audit import command_actor
-from serve.commands.key import ExpiresOption, duration, minute
+from serve.commands.key import ExpiresOption, duration, minute, state
 from serve.commands.parts import HomeOption, console, now, settings_of, table
 from serve.commands.tenant import tenants_of
 
@@ -36,10 +36,11 @@ def create(name: str, expires: ExpiresOption = None, home: HomeOption = None) ->
 @key_app.command("list")
 def index(home: HomeOption = None) -> None:
     """Platform keys, without their secrets."""
-    rows = table("key", "name", "ends in", "created", "expires", "last used", "revoked")
+    rows = table("!key", "name", "!ends in", "created", "state", "last used")
     for key in tenants_of(settings_of(home)).platform_keys.page().items:
-        times = (key.created_at, key.expires_at, key.last_used_at, key.revoked_at)
-        rows.add_row(key.id, escape(key.name), f"…{key.hint}", *(minute(at) for at in times))
+        ends = state(key.expires_at, key.revoked_at)
+        used = minute(key.last_used_at)
+        rows.add_row(key.id, escape(key.name), f"…{key.hint}", minute(key.created_at), ends, used)
     console.print(rows)
 
 

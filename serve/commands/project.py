@@ -20,7 +20,7 @@ def create(tenant: str, name: str, home: HomeOption = None) -> None:
 @app.command("list")
 def index(tenant: str, home: HomeOption = None) -> None:
     """A tenant's projects."""
-    rows = table("project", "name", "created", "archived")
+    rows = table("!project", "name", "created", "archived")
     for project in tenants_of(settings_of(home)).projects.page(tenant).items:
         rows.add_row(project.id, project.name, minute(project.created_at), minute(project.archived_at))
     console.print(rows)

@@ -117,7 +117,7 @@ def index(home: HomeOption = None) -> None:
     """Tenants with their accounts, exact to the nano-USD."""
     settings = settings_of(home)
     store = open_store(settings)
-    rows = table("tenant", ">credit USD", ">spent USD", ">held USD", ">available USD", "suspended")
+    rows = table("!tenant", ">credit USD", ">spent USD", ">held USD", ">available USD", "suspended")
     ledger = Ledger(store)
     for tenant in Tenants(store, server_secret(settings.home)).page().items:
         suspended = f"{tenant.suspended_at:%Y-%m-%d %H:%M}" if tenant.suspended_at else ""
