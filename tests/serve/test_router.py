@@ -196,7 +196,7 @@ class Echo:
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[str]:
         yield self._id
-        if request.prompt == "stay":
+        if request.prompt == Texts(("stay",)):
             await asyncio.Event().wait()
 
     async def name(self) -> str:
