@@ -55,7 +55,7 @@ class Keeper(Protocol):
         """With the settlement: `generation.answer` is complete, and paid for."""
 
     def release(self, connection: sa.Connection) -> None:
-        """With the void: there was no answer, and a new attempt is welcome."""
+        """With the void, and with the settlement of what was cut short or could not be kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +336,7 @@ class Generation:
             if keeper is not None:
                 # What was cut short is billed, and is no answer to give again.
                 whole = event.status is Status.COMPLETE
-                also = _guarded(lambda connection: keeper.keep(connection, self)) if whole else keeper.release
+                also = _guarded(keeper, self) if whole else keeper.release
 
             def close() -> bool:
                 return ledger.settle(hold, event, at=at, also=also)
@@ -384,16 +384,17 @@ class Generation:
         )
 
 
-def _guarded(keep: Callable[[sa.Connection], None]) -> Callable[[sa.Connection], None]:
-    """`keep`, whose own failure leaves the settlement as it is: a bug there must not unsettle a request."""
+def _guarded(keeper: Keeper, generation: Generation) -> Callable[[sa.Connection], None]:
+    """Keep the outcome, or release it: a bug in keeping must not unsettle a request."""
 
     def guarded(connection: sa.Connection) -> None:
         try:
             with connection.begin_nested():
-                keep(connection)
+                keeper.keep(connection, generation)
         except sa.exc.OperationalError:
             raise  # the store is away: the whole settlement is tried again
         except Exception:
-            log.exception("an answer could not be kept")
+            log.exception("the outcome of request %s could not be kept", generation.call.request_id)
+            keeper.release(connection)
 
     return guarded
