@@ -1,6 +1,7 @@
 """POST /v1/completions — platform.openai.com/docs/api-reference/completions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -103,31 +104,12 @@ class CompletionShape:
         return ()
 
     def choice(self, delta: Delta) -> Json:
-        return self._json(delta.index, delta.text, delta.logprobs, delta.finish_reason)
+        at = self._offsets.get(delta.index, 0)
+        self._offsets[delta.index] = at + sum(len(one.token) for one in delta.logprobs)
+        return _json(delta, _logprobs(delta.logprobs, at))
 
     def whole(self, choice: Choice, generation: Generation) -> Json:
-        return self._json(choice.index, choice.text, choice.logprobs, choice.finish_reason)
-
-    def _json(
-        self, index: int, text: str, logprobs: Iterable[TokenLogprob], finish_reason: str | None
-    ) -> Json:
-        told = self._logprobs(index, list(logprobs))
-        return {"index": index, "text": text, "logprobs": told, "finish_reason": finish_reason}
-
-    def _logprobs(self, index: int, tokens: list[TokenLogprob]) -> Json | None:
-        if not tokens:
-            return None
-        offsets, at = [], self._offsets.get(index, 0)
-        for one in tokens:
-            offsets.append(at)
-            at += len(one.token)
-        self._offsets[index] = at
-        return {
-            "tokens": [one.token for one in tokens],
-            "token_logprobs": [one.logprob for one in tokens],
-            "top_logprobs": [dict(one.top) if one.logprob is not None else None for one in tokens],
-            "text_offset": offsets,
-        }
+        return _json(choice, _logprobs(choice.logprobs, 0))
 
     def envelope(self, generation: Generation, choices: list[Json], *, streamed: bool) -> Json:
         return {
@@ -137,3 +119,25 @@ class CompletionShape:
             "model": generation.model.name,
             "choices": choices,
         }
+
+
+def _json(one: Delta | Choice, logprobs: Json | None) -> Json:
+    return {
+        "index": one.index,
+        "text": one.text,
+        "logprobs": logprobs,
+        "finish_reason": one.finish_reason,
+    }
+
+
+def _logprobs(tokens: Sequence[TokenLogprob], at: int) -> Json | None:
+    """`at`: how many characters of the choice come before `tokens`."""
+    if not tokens:
+        return None
+    ends = list(accumulate((len(one.token) for one in tokens), initial=at))
+    return {
+        "tokens": [one.token for one in tokens],
+        "token_logprobs": [one.logprob for one in tokens],
+        "top_logprobs": [dict(one.top) if one.logprob is not None else None for one in tokens],
+        "text_offset": ends[:-1],
+    }

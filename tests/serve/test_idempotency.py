@@ -7,9 +7,10 @@ import pytest
 import sqlalchemy as sa
 
 from serve.billing.ledger import Ledger
+from serve.engine.base import Delta, TokenLogprob
 from serve.errors import EngineUnavailable
 from serve.idempotency import IdempotentKeeper, idempotency_table
-from tests.serve.scripted import BROKEN, HELLO, LEFT, Played
+from tests.serve.scripted import ACCEPTED, BROKEN, FINISHED, HELLO, LEFT, Played
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
@@ -36,6 +37,17 @@ def test_the_second_request_gets_the_firsts_answer_to_the_byte(tmp_path: Path) -
     assert second.headers["x-original-request-id"] == first.headers["x-request-id"]
     assert second.headers["x-request-id"] != first.headers["x-request-id"]
     assert (events(played), len(played.engine.requests)) == (1, 1)
+
+
+def test_the_log_probabilities_of_a_kept_answer_are_counted_from_its_beginning(tmp_path: Path) -> None:
+    """The answer is made twice, to be kept and to be sent: both must be the same."""
+    told = (TokenLogprob("Hel", -0.5), TokenLogprob("lo", -0.25))
+    played = Played(tmp_path, [[ACCEPTED], [Delta(0, "Hello", 2, "stop", logprobs=told), FINISHED]])
+    text = {"model": "tiny", "prompt": "Say", "logprobs": 1}
+    first, second = (played.ask("POST", "/v1/completions", text, **KEY) for _ in range(2))
+    assert second.headers["idempotency-replayed"] == "true"
+    assert second.content == first.content
+    assert first.json()["choices"][0]["logprobs"]["text_offset"] == [0, 3]
 
 
 def test_a_key_belongs_to_a_tenant_a_route_and_a_body(tmp_path: Path) -> None:
