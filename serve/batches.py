@@ -21,8 +21,7 @@ import sqlalchemy as sa
 from serve.db import Store, UtcDateTime, metadata
 from serve.errors import Conflict, InvalidRequest, NotFound
 from serve.files import Files, lock_tenant
-from serve.listing import listing
-from serve.tenants import Page
+from serve.listing import Page, page
 
 WINDOW, WINDOW_NAME = timedelta(hours=24), "24h"
 ERRORS_MAX = 100  # that a batch names; a file with more is as wrong
@@ -173,7 +172,7 @@ class Batches:
         """Newest first; raises InvalidRequest if `after` is none of them."""
         mine = batches_table.c.tenant_id == tenant
         with self._store.read() as connection:
-            rows = listing(connection, batches_table, mine, after=after, limit=limit, newest_first=True)
+            rows = page(connection, batches_table, mine, after=after, limit=limit, newest_first=True)
             return Page(_batches(connection, rows.items), rows.has_more)
 
     def cancel(self, tenant: str, batch_id: str, *, at: datetime) -> Batch:

@@ -20,8 +20,8 @@ import sqlalchemy as sa
 
 from serve.db import Store, UtcDateTime, metadata
 from serve.errors import BodyTooLarge, Conflict, InvalidRequest, NotFound, StoreUnavailable
-from serve.listing import listing
-from serve.tenants import Page, tenants_table
+from serve.listing import Page, page
+from serve.tenants import tenants_table
 
 PURPOSES = ("batch", "fine-tune")
 OUTPUT = "batch_output"
@@ -203,9 +203,7 @@ class Files:
         if purpose is not None:
             where.append(files_table.c.purpose == purpose)
         with self._store.read() as connection:
-            rows = listing(
-                connection, files_table, *where, after=after, limit=limit, newest_first=newest_first
-            )
+            rows = page(connection, files_table, *where, after=after, limit=limit, newest_first=newest_first)
         return Page([_file(row) for row in rows.items], rows.has_more)
 
     def path_of(self, tenant: str, file_id: str) -> Path:

@@ -1,22 +1,33 @@
-"""Lists in pages, as OpenAI's API has them: newest or oldest first, behind a given id."""
+"""Lists in pages, as OpenAI's API has them: oldest or newest first, behind a given id."""
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
 
 from serve.errors import InvalidRequest
-from serve.tenants import Page
+
+Item = TypeVar("Item")
 
 
-def listing(
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Item]):
+    """Part of a list; `has_more` says that there are items behind the last one."""
+
+    items: Sequence[Item]
+    has_more: bool
+
+
+def page(
     connection: sa.Connection,
     table: sa.Table,
     *where: sa.ColumnElement[bool],
     after: str | None,
-    limit: int,
-    newest_first: bool,
+    limit: int | None,
+    newest_first: bool = False,
 ) -> Page[sa.Row[Any]]:
-    """At most `limit` rows of `table`, behind the row whose id is `after`.
+    """The rows of `table` behind the row whose id is `after`, by creation; all of them without a limit.
 
     Raises InvalidRequest if none of the rows in question has that id.
     """
@@ -31,6 +42,8 @@ def listing(
         beyond = c.created_at < at if newest_first else c.created_at > at
         tie = c.id < after if newest_first else c.id > after
         query = query.where(sa.or_(beyond, sa.and_(c.created_at == at, tie)))
-    order = (c.created_at.desc(), c.id.desc()) if newest_first else (c.created_at, c.id)
-    rows = connection.execute(query.order_by(*order).limit(limit + 1)).all()
+    query = query.order_by(*((c.created_at.desc(), c.id.desc()) if newest_first else (c.created_at, c.id)))
+    if limit is None:
+        return Page(connection.execute(query).all(), False)
+    rows = connection.execute(query.limit(limit + 1)).all()
     return Page(rows[:limit], len(rows) > limit)

@@ -5,7 +5,7 @@ from serve.tenants.keys import KEY_PREFIX, SCOPES, ApiKey, Keys, Principal
 from serve.tenants.platform import PLATFORM_PREFIX, Operator, PlatformKey, PlatformKeys
 from serve.tenants.projects import Project, Projects
 from serve.tenants.secret import server_secret
-from serve.tenants.tables import Page, keys_table, tenants_table
+from serve.tenants.tables import keys_table, tenants_table
 
 __all__ = [
     "KEY_PREFIX",
@@ -14,7 +14,6 @@ __all__ = [
     "ApiKey",
     "Keys",
     "Operator",
-    "Page",
     "PlatformKey",
     "PlatformKeys",
     "Principal",

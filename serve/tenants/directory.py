@@ -13,11 +13,12 @@ from serve.audit import SYSTEM, record
 from serve.db import Store
 from serve.errors import AlreadyExists, UnknownRecord
 from serve.limits import LimitBook, Limits
+from serve.listing import Page, page
 from serve.tenants.door import Door, utc_now
 from serve.tenants.keys import SCOPES, ApiKey, Keys, Principal, read_scopes
 from serve.tenants.platform import Operator, PlatformKeys
 from serve.tenants.projects import Projects
-from serve.tenants.tables import Page, page, tenants_table
+from serve.tenants.tables import tenants_table
 
 
 @dataclass(frozen=True, slots=True)

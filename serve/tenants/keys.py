@@ -12,10 +12,11 @@ from serve.audit import SYSTEM, record
 from serve.db import Store
 from serve.errors import Conflict, InvalidRequest, TenantSuspended, Unauthenticated, UnknownRecord
 from serve.limits import LimitBook, Limits, Subject
+from serve.listing import Page, page
 from serve.tenants.platform import is_live, note_used
 from serve.tenants.projects import project_row
 from serve.tenants.secret import Mint
-from serve.tenants.tables import Page, keys_table, page, projects_table, tenants_table
+from serve.tenants.tables import keys_table, projects_table, tenants_table
 
 KEY_PREFIX = "bsk-"
 SCOPES = frozenset({"inference", "files", "fine-tuning", "billing-read", "admin"})

@@ -11,8 +11,9 @@ import sqlalchemy as sa
 from serve.audit import SYSTEM, record
 from serve.db import Store
 from serve.errors import InvalidRequest, Unauthenticated, UnknownRecord
+from serve.listing import Page, page
 from serve.tenants.secret import Mint
-from serve.tenants.tables import Page, page, platform_keys_table
+from serve.tenants.tables import platform_keys_table
 
 PLATFORM_PREFIX = "bsp-"
 

@@ -11,7 +11,8 @@ from finetune.card import validate_name
 from serve.audit import SYSTEM, record
 from serve.db import Store
 from serve.errors import AlreadyExists, UnknownRecord
-from serve.tenants.tables import Page, page, projects_table, tenants_table
+from serve.listing import Page, page
+from serve.tenants.tables import projects_table, tenants_table
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,8 @@
-"""The tables of tenants and keys, and the one way to read them page by page."""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+"""The tables of tenants, projects and keys."""
 
 import sqlalchemy as sa
 
 from serve.db import UtcDateTime, metadata
-from serve.errors import InvalidRequest
-
-Item = TypeVar("Item")
 
 tenants_table = sa.Table(
     "tenants",
@@ -60,36 +53,3 @@ platform_keys_table = sa.Table(
     sa.Column("revoked_at", UtcDateTime),
     sa.Column("last_used_at", UtcDateTime),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Page(Generic[Item]):
-    """Part of a list; `has_more` says that there are items behind the last one."""
-
-    items: Sequence[Item]
-    has_more: bool
-
-
-def page(
-    connection: sa.Connection,
-    table: sa.Table,
-    *where: sa.ColumnElement[bool],
-    after: str | None,
-    limit: int | None,
-) -> Page[sa.Row[Any]]:
-    """The rows of `table` behind the row whose id is `after`, oldest first; all of them without a limit.
-
-    Raises InvalidRequest if none of the rows in question has that id.
-    """
-    c = table.c
-    query = sa.select(table).where(*where).order_by(c.created_at, c.id)
-    if after is not None:
-        cursor = connection.execute(sa.select(c.created_at).where(c.id == after, *where)).first()
-        if cursor is None:
-            raise InvalidRequest("'after' is not the id of an item of this list.", "after", "invalid_value")
-        at = cursor.created_at
-        query = query.where(sa.or_(c.created_at > at, sa.and_(c.created_at == at, c.id > after)))
-    if limit is None:
-        return Page(connection.execute(query).all(), False)
-    rows = connection.execute(query.limit(limit + 1)).all()
-    return Page(rows[:limit], len(rows) > limit)

@@ -9,7 +9,7 @@ from serve.api.admin.access import router as admin_router
 from serve.api.admin.shapes import Identified, Limit, Listing, PlainName, listing, seconds
 from serve.api.context import Ctx
 from serve.audit import Audit, Entry
-from serve.tenants import Page
+from serve.listing import Page
 
 router: APIRouter = admin_router("audit")
 

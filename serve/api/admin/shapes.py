@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from finetune.card import NAME_PATTERN
 from serve.errors import InvalidRequest
 from serve.limits import HIGHEST, MODEL_LENGTH_MAX, MODELS_MAX, Limits
-from serve.tenants import Page
+from serve.listing import Page
 
 
 class Identified(BaseModel):
