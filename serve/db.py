@@ -1,9 +1,11 @@
 """The store: engine, transactions, migrations.
 
 SQLite in WAL mode by default, PostgreSQL by URL; the code above is the same for both. Every
-transaction is either `read` or `write`. On SQLite a write takes the lock at its start (BEGIN
-IMMEDIATE): a transaction that reads first and upgrades later can fail with SQLITE_BUSY at once,
-whatever the busy timeout (https://www.sqlite.org/isolation.html).
+transaction is either `read`, which sees one moment of the store, or `write`. On SQLite a write
+takes the lock at its start (BEGIN IMMEDIATE): a transaction that reads first and upgrades later
+can fail with SQLITE_BUSY at once, whatever the busy timeout (https://www.sqlite.org/isolation.html).
+On PostgreSQL writes run side by side and each statement sees what was committed before it: who
+decides by what it has read locks it (`with_for_update`), or writes under a condition.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
+from serve import postgresql
 from serve.errors import StoreUnavailable
 
 WRITER_TIMEOUT_S = 10.0
@@ -73,14 +76,28 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._engine = sa.create_engine(url, pool_size=8, max_overflow=8, pool_timeout=5)
+        parsed = sa.make_url(url)
+        self._postgresql = parsed.get_backend_name() in ("postgresql", "postgres")
+        # Parameters are what clients sent and digests of keys: an error that is logged does not show them.
+        self._engine = sa.create_engine(
+            postgresql.url_of(parsed) if self._postgresql else parsed,
+            pool_size=8,
+            max_overflow=8,
+            pool_timeout=5,
+            hide_parameters=True,
+        )
         self._writing: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self._engine.dialect.name == "sqlite":
+        if self._postgresql:
+            postgresql.prepare(self._engine)
+        else:
             # One writer of this process at a time: SQLite's own waiting is a lottery that polls, and among
             # many threads of many gateways some would draw no ticket in its five seconds.
             self._writing = _InTurn(WRITER_TIMEOUT_S)
             sa.event.listen(self._engine, "connect", _configure_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
+
+    def __repr__(self) -> str:
+        return f"Store({self._engine.url.set(query={})!r})"  # which leaves out the password
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -100,20 +117,47 @@ class Store:
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[sa.Connection]:
         try:
-            with (
-                self._engine.connect().execution_options(bespoke_write=write) as connection,
-                connection.begin(),
-            ):
+            with self._begun(write=write) as connection:
                 yield connection
+                connection.commit()  # what leaves earlier is rolled back
         except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
             raise StoreUnavailable() from error
+        except sa.exc.DBAPIError as error:
+            if error.connection_invalidated or (write and postgresql.takes_no_writes(error)):
+                raise StoreUnavailable() from error
+            raise
+
+    def _begun(self, *, write: bool) -> sa.Connection:
+        """A connection in a new transaction.
+
+        The pool's may have died while nobody used it. The database is told to begin anyway, so that is the
+        ping, and costs no round trip of its own. One that is dead takes the pool's others with it: the second
+        is new.
+        """
+        try:
+            return self._begin(write=write)
+        except sa.exc.DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+            return self._begin(write=write)
+
+    def _begin(self, *, write: bool) -> sa.Connection:
+        connection = self._engine.connect().execution_options(bespoke_write=write)
+        try:
+            connection.begin()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def migrate(self) -> None:
         """Bring the schema to the newest revision; safe to run again, and by several processes."""
-        if self._engine.dialect.name == "sqlite" and self._engine.url.database:
+        if not self._postgresql and self._engine.url.database:
             Path(self._engine.url.database).parent.mkdir(parents=True, exist_ok=True)
         with self.write() as connection:
-            command.upgrade(_alembic_config(connection), "head")
+            turn = postgresql.migrating(connection) if self._postgresql else contextlib.nullcontext()
+            with turn:
+                command.upgrade(_alembic_config(connection), "head")
 
     def close(self) -> None:
         self._engine.dispose()

@@ -1,8 +1,13 @@
-"""Settings of the whole suite: the same examples in every run, and no deadline on a busy machine."""
+"""Settings of the whole suite: the same examples in every run, and no deadline on a busy machine.
+One PostgreSQL for all tests that want it."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.postgres import MigratedDatabases, Postgres
 
 # `serve.deployment` sets this before it imports ray; here a test that runs vLLM may import ray first.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -11,3 +16,15 @@ settings.register_profile(
     "suite", derandomize=True, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """Others use it, too: who kills it starts it again."""
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def migrated_databases(postgres: Postgres) -> MigratedDatabases:
+    return MigratedDatabases(postgres)

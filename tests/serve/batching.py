@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -125,12 +124,12 @@ class EchoEngine:
 
 
 class Floor:
-    """A home with the tenants acme and rival; `gateway` and `worker` make processes on it."""
+    """A home and a store with the tenants acme and rival; `worker` makes processes on it."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, url: str) -> None:
         self.home = home
-        self.url = f"sqlite:///{home / 'ledger.db'}"
-        self.store = Store(self.url)
+        self.url = url
+        self.store = Store(url)
         self.at = NOON
         self.engine = EchoEngine()
         self.files = Files(self.store, home / "files", BOUNDS)
@@ -138,9 +137,6 @@ class Floor:
         self.lines = Lines(self.store)
         self.ledger = Ledger(self.store)
         self.tenants = Tenants(self.store, server_secret(home))
-
-    def open(self) -> "Floor":
-        self.store.migrate()
         prices = Prices(self.store)
         prices.publish(PLAN.model_copy(update={"batch": BatchRates(base=HALF, adapter=HALF)}), at=NOON)
         for tenant in ("acme", "rival"):
@@ -148,12 +144,6 @@ class Floor:
             self.ledger.open_account(tenant, 10**9)
             prices.subscribe(tenant, PLAN.name, at=NOON)
             self.tenants.create_key(tenant, at=NOON)
-        return self
-
-    def copy(self, home: Path) -> "Floor":
-        """Much faster than to open another."""
-        shutil.copytree(self.home, home, dirs_exist_ok=True)
-        return Floor(home)
 
     def key_of(self, tenant: str) -> str:
         return self.tenants.keys.page(tenant).items[0].id

@@ -1,12 +1,15 @@
 """Unit tests get a fresh store; tests of behaviour share one real gateway with a real engine."""
 
 import json
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import openai
@@ -20,6 +23,7 @@ from serve.billing.usage import usage_table
 from serve.db import Store
 from serve.settings import EngineSettings, Settings
 from serve.tenants import Principal, Tenants, server_secret
+from tests.postgres import MigratedDatabases
 
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -34,12 +38,48 @@ RATES = Rates(
 PLAN = PricePlan(name="standard", currency="USD", base=RATES, adapter=RATES)
 
 
+NewDatabase = Callable[[], AbstractContextManager[str]]
+
+# For tests of what only SQLite does, and for those that would only say the same again, slower.
+on_sqlite = pytest.mark.parametrize("new_database", ["sqlite"], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sqlite") / "ledger.db"
+    with closing(Store(f"sqlite:///{path}")) as store:
+        store.migrate()
+    return path
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> NewDatabase:
+    """Makes a migrated database and gives its URL, as often as it is called: the same tests on both."""
+    if request.param == "postgresql":
+        databases: MigratedDatabases = request.getfixturevalue("migrated_databases")
+        return databases.borrow
+    migrated: Path = request.getfixturevalue("migrated_sqlite")
+
+    @contextmanager
+    def copy() -> Iterator[str]:
+        with TemporaryDirectory(dir=tmp_path) as folder:
+            yield f"sqlite:///{shutil.copy(migrated, folder)}"
+
+    return copy
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(f"sqlite:///{tmp_path / 'ledger.db'}")
-    store.migrate()
-    yield store
-    store.close()
+def app_on_both(new_database: NewDatabase, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An app that the test builds has its store where `store` would be."""
+    with new_database() as url:
+        monkeypatch.setenv("BESPOKE_DATABASE_URL", url)
+        yield
+
+
+@pytest.fixture
+def store(new_database: NewDatabase) -> Iterator[Store]:
+    with new_database() as url, closing(Store(url)) as store:
+        yield store
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,21 @@
 
 import asyncio
 import multiprocessing
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from serve.admission import Admission, Ticket
 from serve.db import Store
 from serve.errors import RateLimited
 from serve.limits import Limits, Subject
+from tests.serve.conftest import NewDatabase
 from tests.serve.gateways import Gateways, attempt, burst, run, tenant
 
 
@@ -96,13 +96,10 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     REQUESTS, TOKENS, PLACES = 12, 300, 5
 
-    def __init__(self) -> None:
+    def __init__(self, new_database: NewDatabase) -> None:
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        url = f"sqlite:///{Path(self.folder.name) / 'ledger.db'}"
-        migrated = Store(url)
-        migrated.migrate()
-        migrated.close()
+        self.stack = ExitStack()
+        url = self.stack.enter_context(new_database())
         self.loop = asyncio.new_event_loop()
         self.gateways = Gateways(url, 2, grace_s=0)
         self.subjects = [
@@ -115,7 +112,7 @@ class AdmissionMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.loop.close()
         self.gateways.close()
-        self.folder.cleanup()
+        self.stack.close()
 
     @rule(at=st.integers(0, 1), count=st.integers(1, 4), tokens=st.integers(1, 90))
     def admit(self, at: int, count: int, tokens: int) -> None:
@@ -160,5 +157,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         assert len(self.running) <= self.PLACES
 
 
-TestAdmissionMachine = AdmissionMachine.TestCase
-TestAdmissionMachine.settings = settings(max_examples=20, stateful_step_count=25)
+def test_in_no_order_of_events_is_a_limit_overshot(new_database: NewDatabase) -> None:
+    run_state_machine_as_test(
+        lambda: AdmissionMachine(new_database), settings=settings(max_examples=20, stateful_step_count=25)
+    )

@@ -3,12 +3,13 @@
 import asyncio
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.api import batch_run
@@ -24,24 +25,18 @@ from serve.errors import (
     Overloaded,
 )
 from tests.serve.batching import CHAT, COST_NANOS, LEASE, Floor, jsonl, line
+from tests.serve.conftest import NewDatabase
 
 NAMES = [f"line {number}" for number in range(5)]
 FILE = jsonl(*(line(name) for name in NAMES))
 
 
-@pytest.fixture(scope="module")
-def opened() -> Iterator[Floor]:
-    with tempfile.TemporaryDirectory() as home:
-        floor = Floor(Path(home)).open()
-        floor.store.close()
-        yield floor
-
-
 @pytest.fixture
-def floor(opened: Floor, tmp_path: Path) -> Iterator[Floor]:
-    floor = opened.copy(tmp_path)
-    yield floor
-    floor.store.close()
+def floor(new_database: NewDatabase, tmp_path: Path) -> Iterator[Floor]:
+    with new_database() as url:
+        floor = Floor(tmp_path, url)
+        with closing(floor.store):
+            yield floor
 
 
 @pytest.fixture(autouse=True)
@@ -95,18 +90,19 @@ def test_a_worker_may_die_at_any_write(floor: Floor, death_at: int, after: bool)
     check_complete(floor, batch, NAMES)
 
 
-@settings(max_examples=25, deadline=None)
+# The fixture keeps nothing: it makes a database for each example.
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     count=st.integers(1, 6),
     in_flight=st.integers(1, 4),
     deaths=st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=4),
 )
 def test_no_line_is_lost_or_billed_twice_however_often_workers_die(
-    opened: Floor, count: int, in_flight: int, deaths: list[tuple[int, bool]]
+    new_database: NewDatabase, count: int, in_flight: int, deaths: list[tuple[int, bool]]
 ) -> None:
     names = [f"line {number}" for number in range(count)]
-    with tempfile.TemporaryDirectory() as home:
-        floor = opened.copy(Path(home))
+    with tempfile.TemporaryDirectory() as home, new_database() as url:
+        floor = Floor(Path(home), url)
         batch = floor.submit(jsonl(*(line(name) for name in names)))
         for death_at, after in deaths:
             floor.work_and_die(death_at, after=after, requests_in_flight=in_flight)

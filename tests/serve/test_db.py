@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,7 @@ import serve.tenants  # noqa: F401
 from serve.adapters import Catalogue, State
 from serve.db import Store, _alembic_config, metadata
 from serve.errors import StoreUnavailable
+from tests.serve.conftest import on_sqlite
 
 
 def test_the_migrations_make_exactly_the_tables_that_the_code_declares(store: Store) -> None:
@@ -31,8 +36,18 @@ def test_migrating_again_changes_nothing(store: Store) -> None:
     store.migrate()
 
 
-def test_adapters_of_an_older_store_are_pending_not_pinned_and_still_promoted(tmp_path: Path) -> None:
-    store = Store(f"sqlite:///{tmp_path / 'ledger.db'}")
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres").create_database()
+    else:
+        url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    with closing(Store(url)) as store:
+        yield store
+
+
+def test_adapters_of_an_older_store_are_pending_not_pinned_and_still_promoted(empty_store: Store) -> None:
+    store = empty_store
     with store.write() as connection:
         command.upgrade(_alembic_config(connection), "0001")
         for row in (
@@ -49,7 +64,13 @@ def test_adapters_of_an_older_store_are_pending_not_pinned_and_still_promoted(tm
     assert catalogue.revision() == 0
     assert catalogue.mark_ready(entry.ref, entry.registered_at)
     assert [model.name for model in catalogue.models("acme")] == ["tiny", "acme/support", entry.ref.model]
-    store.close()
+
+
+def test_processes_that_migrate_at_once_take_turns(empty_store: Store) -> None:
+    program = "import sys; from serve.db import Store; Store(sys.argv[1]).migrate()"
+    running = [subprocess.Popen([sys.executable, "-c", program, empty_store.url]) for _ in range(3)]
+    assert [process.wait(120) for process in running] == [0, 0, 0]
+    empty_store.migrate()
 
 
 @pytest.mark.parametrize(
@@ -71,6 +92,7 @@ def test_the_store_itself_refuses_an_unknown_state_and_a_second_revision(
         connection.exec_driver_sql(statement)
 
 
+@on_sqlite
 def test_sqlite_runs_in_wal_mode_and_syncs_every_commit(store: Store) -> None:
     with store.read() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
@@ -93,3 +115,14 @@ def test_a_store_that_is_away_is_unavailable(tmp_path: Path) -> None:
     store = Store(f"sqlite:///{tmp_path / 'no' / 'such' / 'ledger.db'}")
     with pytest.raises(StoreUnavailable), store.read():
         pass
+
+
+def test_a_read_sees_one_moment_of_the_store(store: Store) -> None:
+    count = "SELECT count(*) FROM tenants"
+    with store.read() as reading:
+        assert reading.exec_driver_sql(count).scalar() == 0
+        with store.write() as writing:
+            writing.exec_driver_sql("INSERT INTO tenants (id, created_at) VALUES ('acme', '2026-01-01')")
+        assert reading.exec_driver_sql(count).scalar() == 0
+    with store.read() as reading:
+        assert reading.exec_driver_sql(count).scalar() == 1

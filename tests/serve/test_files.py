@@ -21,6 +21,8 @@ from serve.settings import LimitSettings, Settings
 from tests.serve.batching import CHAT, EchoEngine, Json, jsonl, line
 from tests.serve.conftest import NOON, TINY, Shop, onboard
 
+pytestmark = pytest.mark.usefixtures("app_on_both")
+
 LIMITS = LimitSettings(
     file_bytes=100_000, files_per_tenant=4, files_bytes_per_tenant=250_000, body_bytes=20_000
 )

@@ -12,6 +12,8 @@ from serve.errors import EngineUnavailable
 from serve.idempotency import IdempotentKeeper, idempotency_table
 from tests.serve.scripted import ACCEPTED, BROKEN, FINISHED, HELLO, LEFT, Played
 
+pytestmark = pytest.mark.usefixtures("app_on_both")
+
 CHAT = "/v1/chat/completions"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 KEY = {"Idempotency-Key": "one"}

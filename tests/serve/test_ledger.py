@@ -1,14 +1,14 @@
 """Invariants 3, 4 and 7: settle or void exactly once, integers, no overshoot."""
 
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import timedelta
 
 import pytest
 import sqlalchemy as sa
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from serve.billing.ledger import Hold, Ledger, transfers_table
 from serve.billing.pricing import Prices, Tokens
@@ -16,7 +16,7 @@ from serve.billing.usage import Status, Usage, UsageEvent
 from serve.db import Store
 from serve.errors import InsufficientCredit
 from serve.tenants import Principal, Tenants
-from tests.serve.conftest import NOON, PLAN, Shop
+from tests.serve.conftest import NOON, PLAN, NewDatabase, Shop
 
 LEASE = timedelta(minutes=10)
 
@@ -133,11 +133,11 @@ def test_totals_count_the_prompt_once_for_the_customer_and_per_sample_for_the_en
 class LedgerMachine(RuleBasedStateMachine):
     """Whatever is done in whatever order, the account is what the transfers say."""
 
-    def __init__(self) -> None:
+    def __init__(self, new_database: NewDatabase) -> None:
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        self.store = Store(f"sqlite:///{self.folder.name}/ledger.db")
-        self.store.migrate()
+        self.stack = ExitStack()
+        self.store = Store(self.stack.enter_context(new_database()))
+        self.stack.callback(self.store.close)
         tenants = Tenants(self.store, b"secret")
         tenants.create("acme", at=NOON)
         key, secret = tenants.create_key("acme", at=NOON)
@@ -149,8 +149,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.holds: list[Hold] = []
 
     def teardown(self) -> None:
-        self.store.close()
-        self.folder.cleanup()
+        self.stack.close()
 
     @rule(amount=st.integers(0, 2000))
     def reserve(self, amount: int) -> None:
@@ -189,5 +188,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert account.available_nanos >= 0
 
 
-TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=25, stateful_step_count=20)
+def test_the_account_is_what_the_transfers_say(new_database: NewDatabase) -> None:
+    run_state_machine_as_test(
+        lambda: LedgerMachine(new_database), settings=settings(max_examples=25, stateful_step_count=20)
+    )

@@ -17,6 +17,8 @@ from serve.responses import KEPT_FOR, Responses, StoredResponse, responses_table
 from tests.serve.conftest import NOON, Shop
 from tests.serve.scripted import BROKEN, HELLO, LEFT, Json, Played
 
+pytestmark = pytest.mark.usefixtures("app_on_both")
+
 PATH = "/v1/responses"
 ASK: Json = {"model": "tiny", "input": "Hello"}
 
