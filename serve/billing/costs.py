@@ -36,16 +36,16 @@ class Costs:
         self._store = store
 
     def ask(self, question: Question, *, line_items: bool) -> list[Cost]:
-        """The groups that were charged, by bucket and then by name. Raises InvalidRequest if they are too many.
+        """The groups that were charged, by bucket and then by name.
 
-        A line item is a model and tier, or a charge such as "training: acme/support@1". Charges have neither a
-        project nor a key: a question about some of those leaves them out.
+        A line item is a model and tier, or a charge such as "training: acme/support@1". Charges have neither
+        a project nor a key: a question about some of those leaves them out.
         """
         by = question.by & {"tenant", "project", "key"} | (
             frozenset({"model", "tier"}) if line_items else set()
         )
         sums: dict[tuple[Any, ...], int] = defaultdict(int)
-        for used in Usage(self._store).ask(replace(question, by=frozenset(by))):
+        for used in Usage(self._store).ask(replace(question, by=by)):
             item = label_of(used.model or "", used.tier or "default") if line_items else None
             sums[used.bucket, used.tenant, used.project, used.key, item] += used.cost_nanos
         if not (question.projects or question.keys or question.models or question.tier):

@@ -25,7 +25,6 @@ MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 _TEXT = {MINUTE: (16, "YYYY-MM-DD HH24:MI"), HOUR: (13, "YYYY-MM-DD HH24"), DAY: (10, "YYYY-MM-DD")}
 DIMENSIONS = ("tenant", "project", "key", "model", "tier")
 EVER = (datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
-GROUPS_MAX = 20_000
 
 Names = tuple[str, ...]
 
@@ -46,6 +45,7 @@ class Question:
     models: Names = ()
     tier: str | None = None
     by: frozenset[str] = frozenset()
+    groups_max: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Usage:
     def ask(self, question: Question) -> list[Used]:
         """The groups that used something, by bucket and then by name.
 
-        Raises InvalidRequest if they are more than GROUPS_MAX.
+        Raises InvalidRequest if they are more than the question's `groups_max`.
         """
         names = [name for name in DIMENSIONS if name in question.by]
         sums = self._sums(question, ["bucket", *names])
@@ -112,18 +112,19 @@ class Usage:
     def _sums(self, question: Question, names: Sequence[str]) -> list[tuple[tuple[Any, ...], list[int]]]:
         """The SUMS of each group of `names` that is there, in the order of the groups."""
         sums: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0] * len(SUMS))
+        limit = None if question.groups_max is None else question.groups_max + 1
         with self._store.read() as connection:
             for table, start, end in parts(question.start, question.end, question.width):
                 columns = _columns(connection, table, question.width)
                 groups = [columns[name] for name in names]
-                query = sa.select(*groups, *_counts(table)).group_by(*groups).limit(GROUPS_MAX + 1)
+                query = sa.select(*groups, *_counts(table)).group_by(*groups).limit(limit)
                 for row in connection.execute(query.where(*_within(table, question, start, end))):
                     found = sums[tuple(row[: len(names)])]
                     for position, count in enumerate(row[len(names) :]):
                         found[position] += int(count)
-                if len(sums) > GROUPS_MAX:
+                if limit is not None and len(sums) >= limit:
                     raise InvalidRequest(
-                        f"The answer has more than {GROUPS_MAX} groups: ask for less time, or group by less.",
+                        f"The answer has more than {limit - 1} groups: ask for less time, or group by less.",
                         "group_by",
                         "invalid_value",
                     )
