@@ -33,6 +33,9 @@ from serve.api.edge import Edge, body_bound
 from serve.api.intake import Intake
 from serve.api.wire import Limits
 from serve.batches import Batches
+from serve.billing.books import Books
+from serve.billing.journal import Journal
+from serve.billing.ledger import Ledger
 from serve.db import Store
 from serve.engine.base import Engine
 from serve.errors import StoreUnavailable
@@ -40,30 +43,33 @@ from serve.files import FileBounds, Files
 from serve.gateway import Gateway
 from serve.idempotency import Idempotency
 from serve.metrics import Metrics
-from serve.responses import Responses
 from serve.settings import Settings
+from serve.steward import Watched
 from serve.tenants import Tenants, server_secret
 
 log = logging.getLogger(__name__)
 
-SWEEP_INTERVAL_S = 30.0
 KEY_USE_INTERVAL_S = 5.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def build_app(settings: Settings, engines: Mapping[str, Engine]) -> FastAPI:
-    """The gateway over `engines` (one per base). Migrates the store first."""
+def build_app(settings: Settings, engines: Mapping[str, Engine], steward: Watched | None = None) -> FastAPI:
+    """The gateway over `engines` (one per base); `steward` is where /metrics asks. Migrates the store first."""
     store = Store(settings.store_url)
     store.migrate()
     catalogue = Catalogue(store, list(engines))
     metrics = _metrics(settings)
     admission = Admission(store, f"{socket.gethostname()}-{os.getpid()}")
+    books = Books(Ledger(store))
+    journal = Journal(settings.journals_dir, failed=metrics.journal_failed)
     idempotency = Idempotency(store, lease=timedelta(seconds=settings.request_timeout_s + 120))
     gateway = Gateway(
         store=store,
         catalogue=catalogue,
         engines=engines,
         admission=admission,
+        books=books,
+        journal=journal,
         metrics=metrics,
         request_timeout_s=settings.request_timeout_s,
         first_token_timeout_s=settings.first_token_timeout_s,
@@ -97,7 +103,6 @@ def build_app(settings: Settings, engines: Mapping[str, Engine]) -> FastAPI:
         chores = [
             asyncio.create_task(chore)
             for chore in (
-                _sweep(gateway, idempotency, Responses(store)),
                 admission.follow(),
                 _note_key_use(tenants),
             )
@@ -108,6 +113,8 @@ def build_app(settings: Settings, engines: Mapping[str, Engine]) -> FastAPI:
         for chore in chores:
             chore.cancel()
         await gateway.drain()
+        await asyncio.to_thread(books.stop)
+        await asyncio.to_thread(journal.close)
         await _flush_key_use(tenants)
         await admission.close()
         store.close()
@@ -122,6 +129,7 @@ def build_app(settings: Settings, engines: Mapping[str, Engine]) -> FastAPI:
         metrics=metrics,
         limits=fields,
         idempotency=idempotency,
+        steward=steward,
     )
     files.install(app, stored, Batches(store, stored, per_tenant=limits.batches_per_tenant))
     routes = (chat, completions, responses, messages, embeddings, models, files, batches, operations, admin)
@@ -141,17 +149,6 @@ def _metrics(settings: Settings) -> Metrics:
     token = settings.metrics_token.get_secret_value() if settings.metrics_token else None
     private = token is not None or settings.host in LOOPBACK
     return Metrics(adapters_max=settings.metrics_adapters if private else 0, token=token)
-
-
-async def _sweep(gateway: Gateway, idempotency: Idempotency, stored: Responses) -> None:
-    """Void the holds of gateways that died; every gateway may do it, the ledger lets one win."""
-    while True:
-        with contextlib.suppress(StoreUnavailable):
-            if count := await gateway.void_expired():
-                log.warning("voided %d holds whose gateway died", count)
-            await asyncio.to_thread(idempotency.sweep, at=gateway.terms.now())
-            await asyncio.to_thread(stored.sweep, at=gateway.terms.now())
-        await asyncio.sleep(SWEEP_INTERVAL_S)
 
 
 async def _note_key_use(tenants: Tenants) -> None:

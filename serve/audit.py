@@ -18,14 +18,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serve.db import Store, UtcDateTime, metadata
+from serve.db import RowId, Store, UtcDateTime, metadata
 
 SYSTEM = "system"
 
 audit_table = sa.Table(
     "audit_log",
     metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("id", RowId, primary_key=True),
     sa.Column("at", UtcDateTime, nullable=False),
     sa.Column("actor", sa.String(128), nullable=False),
     sa.Column("action", sa.String(32), nullable=False),

@@ -85,7 +85,7 @@ class Lines:
             # If it was closed before: settled, and the line has its result; or voided by its lease.
             self._ledger.void(hold, "batch taken over", at=at)
             with self._store.write() as connection:
-                _forget(connection, hold.request_id)
+                release_line(connection, hold.request_id)
         return len(holds)
 
     def refuse(self, attempt: Attempt, status_code: int, body: Json) -> None:
@@ -116,7 +116,7 @@ class LineKeeper:
         if connection.execute(closing).scalar() == "settle":
             self._fill(connection, 500, self._broken_body)
         else:
-            _forget(connection, self._attempt.request_id)
+            release_line(connection, self._attempt.request_id)
 
     def _fill(self, connection: sa.Connection, status_code: int, body: Json) -> None:
         mine = results_table.c.request_id == self._attempt.request_id
@@ -146,6 +146,6 @@ def _insert(connection: sa.Connection, attempt: Attempt, **outcome: Any) -> None
         raise NotMine from error
 
 
-def _forget(connection: sa.Connection, request_id: str) -> None:
+def release_line(connection: sa.Connection, request_id: str) -> None:
     c = results_table.c
     connection.execute(results_table.delete().where(c.request_id == request_id, c.status_code.is_(None)))

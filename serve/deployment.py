@@ -23,13 +23,14 @@ from quantize.errors import CardMissing
 from serve.adapters import Catalogue
 from serve.app import LOOPBACK
 from serve.db import Store
-from serve.engine.base import Counters, Event, GenerationRequest
+from serve.engine.base import Counters, Engine, Event, Final, GenerationRequest
 from serve.engine.reconcile import Reconciler
 from serve.engine.remote import RemoteEngine
 from serve.engine.vllm import VllmEngine, compute_on_one_thread
 from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError, Overloaded
 from serve.port import check_free
 from serve.settings import Settings
+from serve.steward import Measurements
 
 # Read by ray when it is imported and by every process it starts.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 APP_NAME = "bespoke"
 # Serve counts an abort like a request; a replica that is full of requests must still take one.
 CONTROL_CALLS = 64
+STEWARD_TIMEOUT_S = 3.0
 
 
 class EngineDeployment:
@@ -78,6 +80,10 @@ class EngineDeployment:
 
     async def abort(self, request_id: str) -> None:
         await self._engine.abort(request_id)
+
+    async def finals(self, request_id: str) -> Final | None:
+        with _ending_with_the_engine():
+            return await self._engine.finals(request_id)
 
     async def counters(self) -> Counters:
         with _ending_with_the_engine():
@@ -110,28 +116,65 @@ def _ending_with_the_engine() -> Iterator[None]:
         os._exit(1)
 
 
+class StewardDeployment:
+    """The one steward. It may be ended at any moment, and Serve starts another."""
+
+    def __init__(self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> None:
+        from serve.chores import build_steward
+
+        _keep_replica_port_on(settings.host)
+        logging.getLogger("serve").setLevel(logging.INFO)
+        self._steward = build_steward(settings, _engines(settings, contexts, handles))
+        self._running = asyncio.get_running_loop().create_task(self._steward.run())
+
+    async def measurements(self) -> Measurements:
+        return await self._steward.measurements()
+
+
+class RemoteSteward:
+    """The gateways' side of it; see `serve.steward.Watched`."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def measurements(self) -> Measurements:
+        try:
+            async with asyncio.timeout(STEWARD_TIMEOUT_S):
+                measured: Measurements = await self._handle.measurements.remote()
+                return measured
+        except Exception as error:
+            raise EngineUnavailable("The steward is away.") from error
+
+
+def _engines(settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> dict[str, Engine]:
+    return {
+        base: RemoteEngine(
+            handle,
+            context_tokens_max=contexts[base],
+            accept_timeout_s=settings.accept_timeout_s,
+            classify=classify,
+        )
+        for base, handle in handles.items()
+    }
+
+
 @ray_serve.ingress()
 class GatewayDeployment:
     """One gateway replica: an ASGI app, built inside the replica, that loads neither torch nor vLLM."""
 
-    def __init__(self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> None:
+    def __init__(
+        self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any], steward: Any
+    ) -> None:
         _keep_replica_port_on(settings.host)
         self._settings = settings
-        self._engines = {
-            base: RemoteEngine(
-                handle,
-                context_tokens_max=contexts[base],
-                accept_timeout_s=settings.accept_timeout_s,
-                classify=classify,
-            )
-            for base, handle in handles.items()
-        }
+        self._engines = _engines(settings, contexts, handles)
+        self._steward = RemoteSteward(steward)
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve.app import build_app
 
         logging.getLogger("serve").setLevel(logging.INFO)
-        return build_app(self._settings, self._engines)
+        return build_app(self._settings, self._engines, self._steward)
 
 
 def classify(error: BaseException) -> BespokeError | None:
@@ -178,7 +221,10 @@ def build(settings: Settings) -> Any:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
     )
-    return gateway.bind(settings, contexts, engines)
+    steward = ray_serve.deployment(StewardDeployment).options(
+        name="steward", num_replicas=1, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=5
+    )
+    return gateway.bind(settings, contexts, engines, steward.bind(settings, contexts, engines))
 
 
 class Service:

@@ -16,6 +16,7 @@
     │   └── ResponseNotFound
     ├── IdempotencyConflict          the first request with this Idempotency-Key still runs
     ├── InsufficientCredit
+    │   └── BudgetExceeded           a hard budget of the tenant, project or key
     ├── NotBillable                  the tenant has no price plan
     ├── RateLimited                  a limit of the tenant or the key is used up
     ├── Unavailable                  try again later; carries `retry_after_s`
@@ -199,6 +200,28 @@ class InsufficientCredit(BespokeError):
         return (
             "You exceeded your current quota: this request may cost up to "
             f"{self.needed_nanos} nano-USD and {max(self.available_nanos, 0)} are available."
+        )
+
+
+class BudgetExceeded(InsufficientCredit):
+    """A hard budget leaves less than this request may cost. scope: "tenant", "project" or "key"."""
+
+    def __init__(
+        self, scope: str, period: str, limit_nanos: int, needed_nanos: int, available_nanos: int
+    ) -> None:
+        super().__init__(scope, needed_nanos, available_nanos)
+        self.args = (scope, period, limit_nanos, needed_nanos, available_nanos)
+        self.scope = scope
+        self.period = period
+        self.limit_nanos = limit_nanos
+
+    @property
+    def message(self) -> str:
+        whose = {"tenant": "your account's", "project": "your project's", "key": "this API key's"}[self.scope]
+        span = "" if self.period == "total" else f" {self.period}"
+        return (
+            f"You exceeded your current quota: {whose}{span} budget of {self.limit_nanos} nano-USD has "
+            f"{self.available_nanos} left, and this request may cost up to {self.needed_nanos}."
         )
 
 

@@ -8,11 +8,15 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 from serve.adapters import Catalogue, Model
 from serve.admission import Admission
-from serve.billing.ledger import Hold, Ledger
+from serve.billing.books import Books
+from serve.billing.journal import Journal
+from serve.billing.ledger import Hold, Opening
 from serve.billing.pricing import Prices, PriceVersion, Rates
+from serve.billing.sale import Sale
 from serve.db import Store
 from serve.engine.base import Engine, Texts
 from serve.errors import ModelNotFound, NotBillable
@@ -49,6 +53,8 @@ class Gateway:
         catalogue: Catalogue,
         engines: Mapping[str, Engine],
         admission: Admission,
+        books: Books,
+        journal: Journal | None,
         metrics: Metrics,
         request_timeout_s: float,
         first_token_timeout_s: float,
@@ -59,7 +65,7 @@ class Gateway:
         self._engines = engines
         self._admission = admission
         self._prices = Prices(store)
-        self.terms = Terms(Ledger(store), metrics, request_timeout_s, first_token_timeout_s, now)
+        self.terms = Terms(books, journal, metrics, request_timeout_s, first_token_timeout_s, now)
         self._running: set[asyncio.Task[None]] = set()
 
     async def generate(self, principal: Principal, call: Call) -> Generation:
@@ -82,22 +88,21 @@ class Gateway:
     async def _start(self, principal: Principal, call: Call) -> Generation:
         quote = await asyncio.to_thread(self._quote, principal, call)
         ticket = await self._admission.admit(principal.subjects, tokens=quote.tokens_max)
-        rates = quote.price.rates(adapter=quote.model.adapter is not None, batch=call.tier == "batch")
+        rates = quote.price.rates(
+            model=quote.model.name, adapter=quote.model.adapter is not None, batch=call.tier == "batch"
+        )
         try:
-            hold = await asyncio.to_thread(self._hold, principal, call, quote, rates)
+            sale = self._sale(principal, call, quote, rates)
+            await self._hold(principal, call, quote, sale)
         except BaseException:
             ticket.release(0)
             raise
-        admitted = Admitted(hold, quote.model, rates, quote.price, ticket, quote.context_tokens_max)
+        admitted = Admitted(sale, quote.model, ticket, quote.context_tokens_max)
         generation = Generation(self.terms, principal, call, admitted, self._engines[admitted.model.base])
         task = asyncio.create_task(generation.run(), context=detached())
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return generation
-
-    async def void_expired(self) -> int:
-        """Give back what requests of dead gateways still hold; see `Ledger.void_expired`."""
-        return await asyncio.to_thread(self.terms.ledger.void_expired, at=self.terms.now())
 
     async def drain(self) -> None:
         """Wait until every admitted request is settled or voided."""
@@ -120,17 +125,36 @@ class Gateway:
         completion = min(call.sampling.completion_tokens_max or context, context) * call.choices
         return _Quote(model, price, context, prompt, completion)
 
-    def _hold(self, principal: Principal, call: Call, quote: _Quote, rates: Rates) -> Hold:
+    def _sale(self, principal: Principal, call: Call, quote: _Quote, rates: Rates) -> Sale:
+        return Sale(
+            tenant=principal.tenant,
+            key_id=principal.key_id,
+            project=principal.project,
+            model=quote.model.name,
+            base=quote.model.base,
+            adapter_version=quote.model.adapter.model if quote.model.adapter else None,
+            plan_id=quote.price.id,
+            rates=rates,
+            samples=call.sampling.n,
+            tier=call.tier,
+            again=call.persistent,
+        )
+
+    async def _hold(self, principal: Principal, call: Call, quote: _Quote, sale: Sale) -> None:
+        hold = Hold(
+            call.request_id,
+            principal.tenant,
+            sale.rates.cost_nanos_max(quote.prompt_tokens_max, quote.completion_tokens_max),
+            project=principal.project,
+            key_id=principal.key_id,
+            sale=sale.to_json(),
+            owner=self.terms.journal.name if self.terms.journal else None,
+        )
         at = self.terms.now()
-        most = rates.cost_nanos_max(quote.prompt_tokens_max, quote.completion_tokens_max)
-        hold = Hold(call.request_id, principal.tenant, most)
         # The lease outlasts every way in which a live gateway can still close the request itself.
         lease = timedelta(seconds=self.terms.request_timeout_s + 120)
-        with self._store.write() as connection:
-            if call.keeper is not None:
-                call.keeper.claim(connection, at)
-            self.terms.ledger.hold(connection, hold, at=at, lease=lease)
-        return hold
+        also = None if call.keeper is None else partial(call.keeper.claim, at=at)
+        await self.terms.books.open(Opening(hold, at, lease, also))
 
 
 def prompt_tokens_max(call: Call, context_tokens: int) -> int:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain, repeat
 from time import monotonic
 from typing import Protocol
 
@@ -20,9 +21,12 @@ import sqlalchemy as sa
 from serve.adapters import Model
 from serve.admission import Standing, Ticket
 from serve.answer import Answer
-from serve.billing.ledger import Hold, Ledger
-from serve.billing.pricing import PriceVersion, Rates, Tokens
-from serve.billing.usage import Status, UsageEvent
+from serve.billing.books import Books
+from serve.billing.journal import Journal
+from serve.billing.ledger import Closing
+from serve.billing.pricing import Tokens
+from serve.billing.sale import Sale, Served
+from serve.billing.usage import FailedAttempt, Status, UsageEvent
 from serve.engine.base import (
     Accepted,
     Delta,
@@ -42,7 +46,8 @@ log = logging.getLogger(__name__)
 
 _ABORT_RETRY_S = 0.5
 _ABORT_GRACE_S = 30.0
-_CLOSE_RETRY_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 10.0)
+_CLOSE_RETRY_S = (0.1, 0.5, 1.0, 2.0)
+_CLOSE_RETRY_LATER_S = 5.0
 
 
 class Keeper(Protocol):
@@ -89,19 +94,18 @@ class Call:
 class Admitted:
     """What was decided before anything is computed, and is held to afterwards."""
 
-    hold: Hold
+    sale: Sale
     model: Model
-    rates: Rates
-    price: PriceVersion
     ticket: Ticket
     context_tokens_max: int
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What all generations of a gateway share."""
+    """What all generations of a gateway share. Without a journal, a gateway that dies forgets its counts."""
 
-    ledger: Ledger
+    books: Books
+    journal: Journal | None
     metrics: Metrics
     request_timeout_s: float
     first_token_timeout_s: float
@@ -133,6 +137,8 @@ class Generation:
         self._admitted = admitted
         self._engine = engine
         self._engine_id = call.request_id
+        self._attempts = 0
+        self._failed: list[FailedAttempt] = []
         self._version = admitted.model.adapter.model if admitted.model.adapter else None
         self._served_by: Accepted | None = None
         self._last: list[Delta] = []
@@ -214,9 +220,10 @@ class Generation:
         """Once, and once more if the replica died with nothing out yet and the answer still wanted."""
         try:
             await self._attempt(self.call.request_id)
-        except EngineLost:
+        except EngineLost as error:
             if self._begun or self._stopped:
                 raise
+            self._failed.append(self._failure(error))
             log.warning("request %s lost its replica and is tried again", self.call.request_id)
             self._terms.metrics.retried()
             await self._attempt(f"{self.call.request_id}-2")
@@ -224,6 +231,7 @@ class Generation:
     async def _attempt(self, engine_id: str) -> None:
         """Stream from a replica, which knows the request as `engine_id`."""
         self._engine_id, self._served_by = engine_id, None
+        self._attempts += 1
         async for batch in self._engine.stream(self._request()):
             self._last = []
             for event in batch:
@@ -235,6 +243,7 @@ class Generation:
                     case Finished():
                         self._finished = event
             self._count()
+            self._mark()
             if self.answer is not None:
                 self.answer.take(self._last)
             if self._last and self._finished is None:
@@ -291,6 +300,27 @@ class Generation:
             new = sum(delta.tokens for delta in self._last)
             self.tokens = Tokens(self.tokens.prompt, self.tokens.cached, self.tokens.completion + new)
 
+    def _mark(self) -> None:
+        """Let the journal know what was counted: should this process die, somebody else must bill it."""
+        if self._terms.journal is not None and self._served_by is not None:
+            self._terms.journal.mark(self.call.request_id, self._served(self._served_by))
+
+    def _served(self, by: Accepted) -> Served:
+        return Served(by.replica, by.boot, self.tokens, self._attempts, by.cold_loads)
+
+    def _failure(self, error: BespokeError) -> FailedAttempt:
+        by = self._served_by
+        return FailedAttempt(
+            self.call.request_id,
+            self._attempts,
+            self._principal.tenant,
+            self.model.name,
+            by.replica if by else None,
+            by.boot if by else None,
+            type(error).__name__,
+            self._terms.now(),
+        )
+
     def _stop(self, why: str) -> None:
         if self._done or self._stopped:
             return
@@ -316,40 +346,49 @@ class Generation:
         self._stopping = asyncio.create_task(abort(), context=detached())
 
     async def _settle_or_void(self, failure: BespokeError | None) -> None:
-        """Close the hold, however long the store is away (up to the lease, which then takes over)."""
-        ledger, hold, at = self._terms.ledger, self._admitted.hold, self._terms.now()
-        keeper = self.call.keeper
-        base, version = self.model.base, self._version
-        if self._served_by is None or self.tokens.completion == 0:
-            reason = type(failure).__name__ if failure else (self._stopped or "no tokens")
-            self.tokens = Tokens()
-            self._terms.metrics.closed(base, version, "void")
-
-            def close() -> bool:
-                return ledger.void(hold, reason, at=at, also=keeper.release if keeper else None)
+        """Close the hold, however long the store is away; the journal knows, should this process die first."""
+        at, served_by = self._terms.now(), self._served_by
+        if served_by is None or self.tokens.completion == 0:
+            closing = self._void(failure, at)
         else:
-            event = self._event(self._served_by, failure, at)
-            self._terms.metrics.closed(base, version, event.status.value)
-            self._terms.metrics.tokens(base, version, event.tokens)
-
-            also: Callable[[sa.Connection], None] | None = None
-            if keeper is not None:
-                # What was cut short is billed, and is no answer to give again.
-                whole = event.status is Status.COMPLETE
-                also = _guarded(keeper, self) if whole else keeper.release
-
-            def close() -> bool:
-                return ledger.settle(hold, event, at=at, also=also)
-
-        for delay_s in (*_CLOSE_RETRY_S, None):
+            closing = self._settlement(served_by, failure, at)
+        for delay_s in chain(_CLOSE_RETRY_S, repeat(_CLOSE_RETRY_LATER_S)):
             try:
-                await asyncio.to_thread(close)
+                if not await self._terms.books.close(closing):
+                    log.warning("request %s was closed by somebody else", self.call.request_id)
+                if self._terms.journal is not None:
+                    self._terms.journal.forget(self.call.request_id)
                 return
             except StoreUnavailable:
-                if delay_s is None:
-                    log.error("request %s is not closed: the store stayed away", self.call.request_id)
-                    return
                 await asyncio.sleep(delay_s)
+
+    def _void(self, failure: BespokeError | None, at: datetime) -> Closing:
+        reason = type(failure).__name__ if failure else (self._stopped or "no tokens")
+        if failure is not None and self._attempts > len(self._failed):
+            self._failed.append(self._failure(failure))
+        self.tokens = Tokens()
+        self._terms.metrics.closed(self.model.base, self._version, "void")
+        keeper = self.call.keeper
+        return Closing(
+            self.call.request_id,
+            self._principal.tenant,
+            at,
+            reason=reason,
+            also=keeper.release if keeper else None,
+            failed=tuple(self._failed),
+        )
+
+    def _settlement(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> Closing:
+        event = self._event(served_by, failure, at)
+        self._terms.metrics.closed(self.model.base, self._version, event.status.value)
+        self._terms.metrics.tokens(self.model.base, self._version, event.tokens)
+        if self._terms.journal is not None:
+            self._terms.journal.note_end(event)
+        also: Callable[[sa.Connection], None] | None = None
+        if (keeper := self.call.keeper) is not None:
+            # What was cut short is billed, and is no answer to give again.
+            also = _guarded(keeper, self) if event.status is Status.COMPLETE else keeper.release
+        return Closing(event.request_id, event.tenant, at, event=event, also=also, failed=tuple(self._failed))
 
     def _event(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> UsageEvent:
         reasons = self._reasons
@@ -362,25 +401,14 @@ class Generation:
         else:
             status, reason = Status.COMPLETE, reasons[0] if reasons else None
         first_s = self._first_token_s or monotonic()
-        return UsageEvent(
-            request_id=self.call.request_id,
-            tenant=self._principal.tenant,
-            key_id=self._principal.key_id,
-            model=self.model.name,
-            base=self.model.base,
-            adapter_version=self._version,
-            plan_id=self._admitted.price.id,
-            replica=served_by.replica,
-            boot=served_by.boot,
-            samples=self.call.sampling.n,
-            tier=self.call.tier,
-            tokens=self.tokens,
-            cost_nanos=self._admitted.rates.cost_nanos(self.tokens),
-            status=status,
-            finish_reason=reason,
+        return self._admitted.sale.event(
+            self.call.request_id,
+            self._served(served_by),
+            status,
+            reason[:32] if reason else None,
             ttft_ms=round((first_s - self._started_s) * 1000),
             latency_ms=round((monotonic() - self._started_s) * 1000),
-            created_at=at,
+            at=at,
         )
 
 

@@ -121,11 +121,17 @@ class IdempotentKeeper:
         connection.execute(idempotency_table.update().where(self._own).values(values))
 
     def release(self, connection: sa.Connection) -> None:
-        connection.execute(idempotency_table.delete().where(self._own))
+        release_key(connection, self._row["request_id"])
 
     @property
     def _own(self) -> sa.ColumnElement[bool]:
         return idempotency_table.c.request_id == self._row["request_id"]
+
+
+def release_key(connection: sa.Connection, request_id: str) -> None:
+    """The key of a request that has no answer to keep is free again."""
+    c = idempotency_table.c
+    connection.execute(idempotency_table.delete().where(c.request_id == request_id, c.body.is_(None)))
 
 
 def _sha256(data: bytes) -> str:

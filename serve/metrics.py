@@ -47,6 +47,11 @@ class Metrics:
         self._closed = Counter(
             "bespoke_requests_closed", "Admitted requests by outcome.", ["status"], registry=self.registry
         )
+        self._journal_failures = Counter(
+            "bespoke_journal_failures",
+            "Writes to the gateway's journal that failed: its counts are safe only while it lives.",
+            registry=self.registry,
+        )
         self._retried = Counter(
             "bespoke_requests_retried",
             "Requests dispatched again because their replica died before the first token.",
@@ -81,6 +86,9 @@ class Metrics:
             buckets=_ADAPTER_TTFT_BUCKETS_S,
             registry=self.registry,
         )
+
+    def journal_failed(self) -> None:
+        self._journal_failures.inc()
 
     def request(self, route: str, code: int) -> None:
         self._requests.labels(route, str(code)).inc()

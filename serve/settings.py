@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     bases: list[str] = ["smollm2-135m"]
-    database_url: str | None = None
+    database_url: SecretStr | None = None
     gateway_replicas: int = Field(1, ge=1)
     engine_replicas: int = Field(1, ge=1)
     accept_timeout_s: float = Field(20.0, gt=0)
@@ -93,12 +93,18 @@ class Settings(BaseSettings):
         return self.home / "files"
 
     @property
+    def journals_dir(self) -> Path:
+        return self.home / "journals"
+
+    @property
     def invoices_dir(self) -> Path:
         return self.home / "invoices"
 
     @property
     def store_url(self) -> str:
-        return self.database_url or f"sqlite:///{self.home.resolve() / 'ledger.db'}"
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return f"sqlite:///{self.home.resolve() / 'ledger.db'}"
 
     @classmethod
     def settings_customise_sources(

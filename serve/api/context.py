@@ -16,6 +16,7 @@ from serve.errors import PermissionDenied, Unauthenticated
 from serve.gateway import Gateway
 from serve.idempotency import Idempotency
 from serve.metrics import Metrics
+from serve.steward import Watched
 from serve.tenants import Principal, Tenants
 from serve.tenants.door import Door, Who
 
@@ -30,6 +31,7 @@ class Context:
     metrics: Metrics
     limits: Limits
     idempotency: Idempotency
+    steward: Watched | None
 
 
 def context(request: Request) -> Context:

@@ -10,13 +10,15 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse, Response
 
+from serve import steward_metrics
 from serve.api.connection import Json
 from serve.api.context import Context, Ctx
 from serve.api.document import errors
 from serve.api.objects import Readiness, Status
 from serve.engine.base import Counters
-from serve.errors import EngineUnavailable, Unauthenticated
+from serve.errors import EngineUnavailable, Unauthenticated, Unavailable
 from serve.metrics import render
+from serve.steward import Measurements, Watched
 
 router = APIRouter()
 
@@ -50,7 +52,17 @@ async def metrics(request: Request, ctx: Ctx) -> Response:
             counters += await engine.counters()
         except EngineUnavailable:
             continue  # an engine that is down has no counters; the gateway's own still count
-    return Response(render(ctx.metrics, counters), media_type=CONTENT_TYPE_LATEST)
+    text = render(ctx.metrics, counters)
+    if ctx.steward is not None:
+        text += steward_metrics.render(await _measured(ctx.steward))
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+async def _measured(steward: Watched) -> Measurements | None:
+    try:
+        return await steward.measurements()
+    except Unavailable:
+        return None
 
 
 def _require(token: str, authorization: str) -> None:

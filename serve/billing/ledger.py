@@ -2,25 +2,37 @@
 
 A request reserves the most it can cost before any work is dispatched (hold); afterwards it either
 pays what it used and gives back the rest (settle), or gives back everything (void). The two-phase
-shape is TigerBeetle's (docs.tigerbeetle.com, "Two-Phase Transfers"). Transfers are only ever added.
+shape is TigerBeetle's (docs.tigerbeetle.com, "Two-Phase Transfers"), and so is the double entry: each
+transfer names the account it debits and the one it credits. Transfers are only ever added; the store
+itself refuses anything else (migration 0008).
 
-Two unique facts carry the guarantees, not look-ups: (request_id, phase) allows one hold and one
-closing, whatever retries or races; and the hold's conditional UPDATE reserves only credit that is
-there, whatever runs beside it.
+Facts of the schema carry the guarantees, not look-ups: a request is closed by whoever deletes its row of
+`open_holds`; (request_id, phase) is unique; and the hold's conditional UPDATE reserves only credit that
+is there, whatever runs beside it. `apply` does many requests' steps in one transaction.
 """
 
-from collections.abc import Callable
+import contextlib
+import json
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import sqlalchemy as sa
 
 from serve.audit import SYSTEM, record
-from serve.billing.usage import UsageEvent, usage_table
-from serve.db import Store, UtcDateTime, metadata
+from serve.billing import budgets, rollups
+from serve.billing.periods import open_periods
+from serve.billing.upsert import insert
+from serve.billing.usage import FailedAttempt, UsageEvent, attempts_table, usage_table
+from serve.db import RowId, Store, UtcDateTime, metadata
 from serve.errors import InsufficientCredit, UnknownRecord
 
 OPENING, CLOSING = 1, 2
+REVENUE, PLATFORM = "revenue", "platform"
+KINDS = ("hold", "settle", "void", "grant", "withdraw", "expire", "charge", "refund", "payment")
 Also = Callable[[sa.Connection], None]
 
 accounts_table = sa.Table(
@@ -36,27 +48,59 @@ accounts_table = sa.Table(
 transfers_table = sa.Table(
     "transfers",
     metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("id", RowId, primary_key=True),
     sa.Column("request_id", sa.String(64), nullable=False),
     sa.Column("phase", sa.SmallInteger, nullable=False),
     sa.Column("kind", sa.String(8), nullable=False),
     sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("debit", sa.String(63), nullable=False),
+    sa.Column("credit", sa.String(63), nullable=False),
     sa.Column("amount_nanos", sa.BigInteger, nullable=False),
     sa.Column("reason", sa.String(64)),
-    sa.Column("lease_expires_at", UtcDateTime),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.UniqueConstraint("request_id", "phase"),
     sa.CheckConstraint("amount_nanos >= 0", name="amount_not_negative"),
-    sa.CheckConstraint("kind IN ('hold', 'settle', 'void')", name="kind_known"),
-    sa.Index("ix_transfers_kind_lease_expires_at", "kind", "lease_expires_at"),
+    sa.CheckConstraint(f"kind IN {KINDS}", name="kind_known"),
+    sa.Index("ix_transfers_tenant_id_kind", "tenant_id", "kind"),
+)
+
+holds_table = sa.Table(
+    "open_holds",
+    metadata,
+    sa.Column("request_id", sa.String(64), primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("amount_nanos", sa.BigInteger, nullable=False),
+    sa.Column("budgets", sa.Text),
+    sa.Column("sale", sa.Text),
+    sa.Column("owner", sa.String(64)),
+    sa.Column("lease_expires_at", UtcDateTime, nullable=False, index=True),
+    sa.Column("created_at", UtcDateTime, nullable=False),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
+    """`sale` says, as JSON text, what the request is and at which rates (`Sale`), for whoever must settle it.
+
+    `owner` is the gateway process that will; project and key are whose budgets bind it.
+    """
+
     request_id: str
     tenant: str
     amount_nanos: int
+    project: str | None = None
+    key_id: str | None = None
+    sale: str | None = None
+    owner: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenHold:
+    """A hold that is neither settled nor voided."""
+
+    hold: Hold
+    created_at: datetime
+    lease_expires_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +117,36 @@ class Account:
         return self.credit_nanos - self.spent_nanos - self.held_nanos
 
 
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A hold to be taken. `also` is done with it or refuses it by what it raises."""
+
+    hold: Hold
+    at: datetime
+    lease: timedelta
+    also: Also | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """A settlement, if there is an event, else a void. `also` is done with it, if it closes the request."""
+
+    request_id: str
+    tenant: str
+    at: datetime
+    event: UsageEvent | None = None
+    reason: str | None = None
+    also: Also | None = None
+    failed: tuple[FailedAttempt, ...] = ()
+
+    @property
+    def cost_nanos(self) -> int:
+        return self.event.cost_nanos if self.event else 0
+
+
+Outcome = bool | Exception
+
+
 class Ledger:
     """The accounts and transfers of one store. Methods block and raise StoreUnavailable."""
 
@@ -86,14 +160,21 @@ class Ledger:
         """
         try:
             with self._store.write() as connection:
-                changed = connection.execute(
-                    accounts_table.update()
-                    .where(accounts_table.c.tenant_id == tenant)
-                    .values(credit_nanos=credit_nanos)
+                row = {"tenant_id": tenant, "credit_nanos": 0, "spent_nanos": 0, "held_nanos": 0}
+                connection.execute(insert(connection, accounts_table).on_conflict_do_nothing(), row)
+                _lock(connection, [tenant])
+                account = _account(connection, tenant)
+                assert account is not None
+                change = credit_nanos - account.credit_nanos
+                transfer(
+                    connection,
+                    tenant,
+                    "grant" if change >= 0 else "withdraw",
+                    abs(change),
+                    reference=f"credit-{secrets.token_hex(8)}",
+                    reason="credit set",
+                    at=datetime.now(UTC),
                 )
-                if changed.rowcount == 0:
-                    row = {"tenant_id": tenant, "credit_nanos": credit_nanos}
-                    connection.execute(accounts_table.insert().values(**row, spent_nanos=0, held_nanos=0))
                 said = {"credit_nanos": credit_nanos}
                 record(connection, "tenant.credit", tenant, said, actor=actor, tenant=tenant)
         except sa.exc.IntegrityError as error:
@@ -107,35 +188,30 @@ class Ledger:
             raise UnknownRecord(f"The tenant '{tenant}' has no account.")
         return account
 
-    def hold(self, connection: sa.Connection, hold: Hold, *, at: datetime, lease: timedelta) -> None:
-        """Reserve `hold.amount_nanos`, inside the caller's write transaction.
+    def apply(self, entries: Sequence[Opening | Closing]) -> list[Outcome]:
+        """Do all of `entries` in one transaction; one outcome each.
 
-        Raises InsufficientCredit, leaving nothing behind, if less than that is available.
+        An opening's is True, or what refused it: InsufficientCredit, BudgetExceeded, what `also` raised.
+        A closing's is whether it closed the request: False if it was closed before, by whomever. Whatever
+        else goes wrong is raised, and nothing of any entry is done.
         """
-        c = accounts_table.c
-        reserved = connection.execute(
-            accounts_table.update()
-            .where(
-                c.tenant_id == hold.tenant,
-                c.credit_nanos - c.spent_nanos - c.held_nanos >= hold.amount_nanos,
-            )
-            .values(held_nanos=c.held_nanos + hold.amount_nanos)
-        )
-        if reserved.rowcount == 0:
-            account = _account(connection, hold.tenant)
-            available = account.available_nanos if account else 0
-            raise InsufficientCredit(hold.tenant, hold.amount_nanos, available)
-        connection.execute(
-            transfers_table.insert().values(
-                request_id=hold.request_id,
-                phase=OPENING,
-                kind="hold",
-                tenant_id=hold.tenant,
-                amount_nanos=hold.amount_nanos,
-                lease_expires_at=at + lease,
-                created_at=at,
-            )
-        )
+        outcomes: dict[int, Outcome] = {}
+        with self._store.write() as connection:
+            # First and in one order: two gateways never wait for each other's accounts in a circle.
+            _lock(connection, {_tenant_of(entry) for entry in entries})
+            openings = [(i, entry) for i, entry in enumerate(entries) if isinstance(entry, Opening)]
+            if openings:
+                outcomes |= _open_all(connection, openings)
+            closings = [(i, entry) for i, entry in enumerate(entries) if isinstance(entry, Closing)]
+            if closings:
+                outcomes |= _close_all(connection, closings)
+        return [outcomes[i] for i in range(len(entries))]
+
+    def hold(self, hold: Hold, *, at: datetime, lease: timedelta) -> None:
+        """Reserve `hold.amount_nanos`. Raises InsufficientCredit, BudgetExceeded, leaving nothing behind."""
+        (outcome,) = self.apply([Opening(hold, at, lease)])
+        if isinstance(outcome, Exception):
+            raise outcome
 
     def settle(self, hold: Hold, event: UsageEvent, *, at: datetime, also: Also | None = None) -> bool:
         """Charge `event.cost_nanos`, give back the rest of the hold, record the event: one transaction.
@@ -143,78 +219,239 @@ class Ledger:
         `also` is what else the transaction does. False if the request was closed before, by whomever; then
         nothing changes.
         """
-        with self._store.write() as connection:
-            if not self._close(connection, hold, "settle", event.cost_nanos, None, at):
-                return False
-            connection.execute(usage_table.insert().values(event.row()))
-            if also is not None:
-                also(connection)
-            return True
+        return self._close(Closing(hold.request_id, hold.tenant, at, event=event, also=also))
 
     def void(self, hold: Hold, reason: str, *, at: datetime, also: Also | None = None) -> bool:
         """Give back the whole hold. False if the request was closed before; then nothing changes."""
-        with self._store.write() as connection:
-            closed = self._close(connection, hold, "void", 0, reason, at)
-            if closed and also is not None:
-                also(connection)
-            return closed
+        return self._close(Closing(hold.request_id, hold.tenant, at, reason=reason, also=also))
 
-    def void_expired(self, *, at: datetime, limit: int = 100) -> int:
-        """Void holds whose lease ran out: their gateway died. Returns how many; any process may call."""
-        closing = transfers_table.alias()
-        opening = transfers_table.c
-        query = (
-            sa.select(opening.request_id, opening.tenant_id, opening.amount_nanos)
-            .outerjoin(closing, (closing.c.request_id == opening.request_id) & (closing.c.phase == CLOSING))
-            .where(opening.kind == "hold", opening.lease_expires_at < at, closing.c.id.is_(None))
-            .limit(limit)
-        )
+    def open_holds(self, *, expired_at: datetime | None = None, limit: int | None = None) -> list[OpenHold]:
+        """What is neither settled nor voided, oldest first; only what has expired by `expired_at`."""
+        c = holds_table.c
+        query = sa.select(holds_table).order_by(c.created_at, c.request_id).limit(limit)
+        if expired_at is not None:
+            query = query.where(c.lease_expires_at < expired_at)
         with self._store.read() as connection:
-            expired = [Hold(*row) for row in connection.execute(query)]
-        return sum(self.void(hold, "lease expired", at=at) for hold in expired)
+            return [_open_hold(row) for row in connection.execute(query)]
 
-    def open_holds(self) -> list[Hold]:
-        """Holds that are neither settled nor voided."""
-        closed = sa.select(transfers_table.c.request_id).where(transfers_table.c.phase == CLOSING)
-        c = transfers_table.c
-        query = sa.select(c.request_id, c.tenant_id, c.amount_nanos).where(
-            c.phase == OPENING, c.request_id.not_in(closed)
-        )
+    def held_by(self, owner: str) -> list[OpenHold]:
+        """What the gateway process `owner` has not closed."""
+        query = sa.select(holds_table).where(holds_table.c.owner == owner)
         with self._store.read() as connection:
-            return [Hold(*row) for row in connection.execute(query)]
+            return [_open_hold(row) for row in connection.execute(query)]
 
-    def _close(
-        self,
-        connection: sa.Connection,
-        hold: Hold,
-        kind: str,
-        amount_nanos: int,
-        reason: str | None,
-        at: datetime,
-    ) -> bool:
-        row = {
-            "request_id": hold.request_id,
-            "phase": CLOSING,
-            "kind": kind,
-            "tenant_id": hold.tenant,
-            "amount_nanos": amount_nanos,
-            "reason": reason,
-            "created_at": at,
-        }
+    def _close(self, closing: Closing) -> bool:
+        (outcome,) = self.apply([closing])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+def transfer(
+    connection: sa.Connection,
+    tenant: str,
+    kind: str,
+    amount_nanos: int,
+    *,
+    reference: str,
+    reason: str,
+    at: datetime,
+) -> bool:
+    """Move money that is no request's, in the caller's transaction: exactly once per `reference`.
+
+    A grant, payment or refund raises the tenant's credit, a withdrawal or expiry lowers it; a charge is
+    spent.
+    Nothing asks whether there is enough. False if `reference` has been moved before.
+    """
+    into = kind in ("grant", "payment", "refund")
+    other = REVENUE if kind in ("charge", "refund") else PLATFORM
+    row = {
+        "request_id": reference,
+        "phase": CLOSING,
+        "kind": kind,
+        "tenant_id": tenant,
+        "debit": other if into else tenant,
+        "credit": tenant if into else other,
+        "amount_nanos": amount_nanos,
+        "reason": reason[:64],
+        "created_at": at,
+    }
+    inserted = connection.execute(insert(connection, transfers_table).on_conflict_do_nothing(), row)
+    if inserted.rowcount == 0:
+        return False
+    c = accounts_table.c
+    if kind == "charge":
+        values = {"spent_nanos": c.spent_nanos + amount_nanos}
+    else:
+        values = {"credit_nanos": c.credit_nanos + (amount_nanos if into else -amount_nanos)}
+    connection.execute(accounts_table.update().where(c.tenant_id == tenant).values(values))
+    return True
+
+
+def lock_account(connection: sa.Connection, tenant: str) -> None:
+    """Nobody settles for `tenant` until the caller's transaction ends."""
+    _lock(connection, [tenant])
+
+
+def _tenant_of(entry: Opening | Closing) -> str:
+    return entry.hold.tenant if isinstance(entry, Opening) else entry.tenant
+
+
+def _lock(connection: sa.Connection, tenants: Iterable[str]) -> None:
+    if connection.dialect.name == "sqlite":
+        return  # a write transaction is alone there
+    c = accounts_table.c
+    query = sa.select(c.tenant_id).where(c.tenant_id.in_(sorted(set(tenants))))
+    connection.execute(query.order_by(c.tenant_id).with_for_update()).all()
+
+
+def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) -> dict[int, Outcome]:
+    outcomes: dict[int, Outcome] = {}
+    bound = budgets.in_force(connection, {opening.hold.tenant for _, opening in openings})
+    transfers, opened = [], []
+    for i, opening in openings:
+        hold = opening.hold
+        own = [b for b in bound if b.binds(hold.tenant, hold.project, hold.key_id)]
         try:
-            with connection.begin_nested():
-                connection.execute(transfers_table.insert().values(row))
-        except sa.exc.IntegrityError:
-            return False
-        c = accounts_table.c
-        connection.execute(
-            accounts_table.update()
-            .where(c.tenant_id == hold.tenant)
-            .values(held_nanos=c.held_nanos - hold.amount_nanos, spent_nanos=c.spent_nanos + amount_nanos)
+            with connection.begin_nested() if opening.also or own else contextlib.nullcontext():
+                if opening.also is not None:
+                    opening.also(connection)
+                _take(connection, hold)
+                reserved = budgets.reserve(connection, own, hold.amount_nanos, at=opening.at)
+        except sa.exc.DBAPIError:
+            raise
+        except Exception as refusal:
+            outcomes[i] = refusal
+            continue
+        outcomes[i] = True
+        transfers.append(
+            _row(hold.request_id, OPENING, "hold", hold.tenant, hold.amount_nanos, None, opening.at)
         )
-        return True
+        opened.append(
+            {
+                "request_id": hold.request_id,
+                "tenant_id": hold.tenant,
+                "amount_nanos": hold.amount_nanos,
+                "budgets": json.dumps(reserved) if reserved else None,
+                "sale": hold.sale,
+                "owner": hold.owner,
+                "lease_expires_at": opening.at + opening.lease,
+                "created_at": opening.at,
+            }
+        )
+    if opened:
+        connection.execute(transfers_table.insert(), transfers)
+        connection.execute(holds_table.insert(), opened)
+    return outcomes
+
+
+def _take(connection: sa.Connection, hold: Hold) -> None:
+    """Raises InsufficientCredit."""
+    c = accounts_table.c
+    reserved = connection.execute(
+        accounts_table.update()
+        .where(c.tenant_id == hold.tenant, c.credit_nanos - c.spent_nanos - c.held_nanos >= hold.amount_nanos)
+        .values(held_nanos=c.held_nanos + hold.amount_nanos)
+    )
+    if reserved.rowcount == 0:
+        account = _account(connection, hold.tenant)
+        raise InsufficientCredit(hold.tenant, hold.amount_nanos, account.available_nanos if account else 0)
+
+
+def _close_all(connection: sa.Connection, closings: list[tuple[int, Closing]]) -> dict[int, Outcome]:
+    c = holds_table.c
+    wanted = [closing.request_id for _, closing in closings]
+    deleted = holds_table.delete().where(c.request_id.in_(wanted))
+    held = {
+        row.request_id: row
+        for row in connection.execute(deleted.returning(c.request_id, c.amount_nanos, c.budgets))
+    }
+    outcomes: dict[int, Outcome] = {}
+    closed: dict[str, Closing] = {}
+    for i, closing in closings:
+        # Of two deliveries of one settlement in the same transaction the first counts.
+        outcomes[i] = closing.request_id in held and closing.request_id not in closed
+        if outcomes[i]:
+            closed[closing.request_id] = closing
+    if closed:
+        _record(connection, list(closed.values()), held)
+    return outcomes
+
+
+def _record(connection: sa.Connection, closed: list[Closing], held: dict[str, Any]) -> None:
+    """The transfers, events, sums and balances of requests whose holds are released."""
+    transfers = [
+        _row(
+            one.request_id,
+            CLOSING,
+            "settle" if one.event else "void",
+            one.tenant,
+            one.cost_nanos,
+            one.reason,
+            one.at,
+        )
+        for one in closed
+    ]
+    connection.execute(transfers_table.insert(), transfers)
+    moves: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    released = []
+    for one in closed:
+        amount = held[one.request_id].amount_nanos
+        moves[one.tenant][0] += amount
+        moves[one.tenant][1] += one.cost_nanos
+        for budget_id, period in json.loads(held[one.request_id].budgets or "[]"):
+            released.append(((budget_id, period), amount, one.cost_nanos))
+    _release(connection, moves)
+    budgets.release(connection, released)
+    events = [one.event for one in closed if one.event is not None]
+    failed = [attempt for one in closed for attempt in one.failed]
+    periods = open_periods(connection, [(event.tenant, event.created_at) for event in events])
+    if events:
+        rows = [event.row() | {"period": period} for event, period in zip(events, periods, strict=True)]
+        connection.execute(usage_table.insert(), rows)
+    if failed:
+        rows = [attempt.row() for attempt in failed]
+        connection.execute(insert(connection, attempts_table).on_conflict_do_nothing(), rows)
+    rollups.add(connection, zip(events, periods, strict=True), failed, at=closed[0].at)
+    for one in closed:
+        if one.also is not None:
+            one.also(connection)
+
+
+def _release(connection: sa.Connection, moves: dict[str, list[int]]) -> None:
+    c = accounts_table.c
+    releasing = (
+        accounts_table.update()
+        .where(c.tenant_id == sa.bindparam("t"))
+        .values(
+            held_nanos=c.held_nanos - sa.bindparam("held"), spent_nanos=c.spent_nanos + sa.bindparam("spent")
+        )
+    )
+    rows = [{"t": t, "held": held, "spent": spent} for t, (held, spent) in sorted(moves.items())]
+    connection.execute(releasing, rows)
+
+
+def _row(
+    request_id: str, phase: int, kind: str, tenant: str, amount: int, reason: str | None, at: datetime
+) -> dict[str, Any]:
+    return {
+        "request_id": request_id,
+        "phase": phase,
+        "kind": kind,
+        "tenant_id": tenant,
+        "debit": tenant,
+        "credit": REVENUE,
+        "amount_nanos": amount,
+        "reason": reason,
+        "created_at": at,
+    }
 
 
 def _account(connection: sa.Connection, tenant: str) -> Account | None:
     row = connection.execute(sa.select(accounts_table).where(accounts_table.c.tenant_id == tenant)).first()
     return Account(row.tenant_id, row.credit_nanos, row.spent_nanos, row.held_nanos) if row else None
+
+
+def _open_hold(row: "sa.Row[Any]") -> OpenHold:
+    hold = Hold(row.request_id, row.tenant_id, row.amount_nanos, sale=row.sale, owner=row.owner)
+    return OpenHold(hold, row.created_at, row.lease_expires_at)

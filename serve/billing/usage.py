@@ -7,19 +7,22 @@ from enum import StrEnum
 import sqlalchemy as sa
 
 from serve.billing.pricing import Tokens
-from serve.db import Store, UtcDateTime, metadata
+from serve.db import RowId, UtcDateTime, metadata
 
 
 class Status(StrEnum):
+    """INCOMPLETE: its gateway died; billed by what the engine, or the last checkpoint, says."""
+
     COMPLETE = "complete"
     DISCONNECTED = "disconnected"
     FAILED = "failed"
+    INCOMPLETE = "incomplete"
 
 
 usage_table = sa.Table(
     "usage_events",
     metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("id", RowId, primary_key=True),
     sa.Column("request_id", sa.String(64), nullable=False, unique=True),
     sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
     sa.Column("key_id", sa.ForeignKey("api_keys.id"), nullable=False),
@@ -40,11 +43,64 @@ usage_table = sa.Table(
     sa.Column("latency_ms", sa.Integer, nullable=False),
     sa.Column("created_at", UtcDateTime, nullable=False),
     sa.Column("tier", sa.String(8), nullable=False, server_default="default"),
+    sa.Column("project", sa.String(63)),
+    sa.Column("attempt", sa.SmallInteger, nullable=False, server_default="1"),
+    sa.Column("cold_loads", sa.SmallInteger, nullable=False, server_default="0"),
+    sa.Column("period", sa.String(7), nullable=False, server_default=""),
     sa.CheckConstraint("cached_tokens <= prompt_tokens", name="cached_in_prompt"),
     sa.CheckConstraint("cost_nanos >= 0", name="cost_not_negative"),
     sa.CheckConstraint("tier IN ('default', 'batch')", name="tier_known"),
     sa.Index("ix_usage_events_tenant_id_created_at", "tenant_id", "created_at"),
+    sa.Index("ix_usage_events_tenant_id_period", "tenant_id", "period", "created_at"),
 )
+
+attempts_table = sa.Table(
+    "failed_attempts",
+    metadata,
+    sa.Column("request_id", sa.String(64), primary_key=True),
+    sa.Column("attempt", sa.SmallInteger, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("model", sa.String(160), nullable=False),
+    sa.Column("replica", sa.String(64)),
+    sa.Column("boot", sa.String(32)),
+    sa.Column("error", sa.String(64), nullable=False),
+    sa.Column("prompt_tokens", sa.Integer, nullable=False),
+    sa.Column("completion_tokens", sa.Integer, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """An attempt at a request that gave nobody anything: recorded, not billed.
+
+    The tokens are those that the engine has counted nevertheless, its prompt once per sample.
+    """
+
+    request_id: str
+    attempt: int
+    tenant: str
+    model: str
+    replica: str | None
+    boot: str | None
+    error: str
+    created_at: datetime
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def row(self) -> dict[str, object]:
+        return {
+            "request_id": self.request_id,
+            "attempt": self.attempt,
+            "tenant_id": self.tenant,
+            "model": self.model,
+            "replica": self.replica,
+            "boot": self.boot,
+            "error": self.error[:64],
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "created_at": self.created_at,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +109,8 @@ class UsageEvent:
 
     `samples` is the request's `n`: the engine reads the prompt once per sample and counts it so,
     the customer pays for it once. `replica` and `boot` name the engine process that did the work.
-    `tier` is default or batch: at which of the plan's prices.
+    `tier` is default or batch: at which of the plan's prices. `attempt` is the one that was billed,
+    `cold_loads` whether the adapter had to be loaded for it. The ledger adds the billing period.
     """
 
     request_id: str
@@ -74,6 +131,9 @@ class UsageEvent:
     latency_ms: int
     created_at: datetime
     tier: str = "default"
+    project: str | None = None
+    attempt: int = 1
+    cold_loads: int = 0
 
     def row(self) -> dict[str, object]:
         return {
@@ -97,6 +157,9 @@ class UsageEvent:
             "latency_ms": self.latency_ms,
             "created_at": self.created_at,
             "tier": self.tier,
+            "project": self.project,
+            "attempt": self.attempt,
+            "cold_loads": self.cold_loads,
         }
 
 
@@ -131,70 +194,3 @@ class EngineTotal:
     boot: str
     prompt_tokens: int
     completion_tokens: int
-
-
-class Usage:
-    """Questions about the usage events of one store. Methods block."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def totals(
-        self, *, tenant: str | None = None, start: datetime | None = None, end: datetime | None = None
-    ) -> list[UsageTotal]:
-        """Totals by tenant, model, price version and tier over start ≤ created_at < end."""
-        c = usage_table.c
-        adapter = c.adapter_version.is_not(None)
-        query = (
-            sa.select(
-                c.tenant_id,
-                c.model,
-                adapter.label("adapter"),
-                c.plan_id,
-                c.tier,
-                sa.func.count().label("requests"),
-                sa.func.sum(c.prompt_tokens).label("prompt"),
-                sa.func.sum(c.cached_tokens).label("cached"),
-                sa.func.sum(c.completion_tokens).label("completion"),
-                sa.func.sum(c.cost_nanos).label("cost_nanos"),
-            )
-            .group_by(c.tenant_id, c.model, adapter, c.plan_id, c.tier)
-            .order_by(c.tenant_id, c.model, c.plan_id, c.tier.desc())
-        )
-        if tenant is not None:
-            query = query.where(c.tenant_id == tenant)
-        if start is not None:
-            query = query.where(c.created_at >= start)
-        if end is not None:
-            query = query.where(c.created_at < end)
-        with self._store.read() as connection:
-            return [
-                UsageTotal(
-                    row.tenant_id,
-                    row.model,
-                    bool(row.adapter),
-                    row.plan_id,
-                    row.requests,
-                    Tokens(int(row.prompt), int(row.cached), int(row.completion)),
-                    int(row.cost_nanos),
-                    row.tier,
-                )
-                for row in connection.execute(query)
-            ]
-
-    def by_engine(self) -> dict[tuple[str, str], EngineTotal]:
-        """Totals per (replica, boot), prompts counted once per sample as the engine counts them."""
-        c = usage_table.c
-        query = sa.select(
-            c.replica,
-            c.boot,
-            sa.func.sum(c.prompt_tokens * c.samples).label("prompt"),
-            sa.func.sum(c.completion_tokens).label("completion"),
-        ).group_by(c.replica, c.boot)
-        with self._store.read() as connection:
-            return {
-                (row.replica, row.boot): EngineTotal(
-                    row.replica, row.boot, int(row.prompt), int(row.completion)
-                )
-                for row in connection.execute(query)
-            }

@@ -135,11 +135,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The engine has the request; `replica` and `boot` name the process whose counters it moves."""
+    """The engine has the request; `replica` and `boot` name the process whose counters it moves.
+
+    `cold_loads` is 1 if its adapter had to be loaded into memory first.
+    """
 
     replica: str
     boot: str
     prompt_tokens: int
+    cold_loads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,18 @@ class Finished:
 
 
 Event = Accepted | Delta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """What a replica did for a request, all in all, for those who did not hear its Finished."""
+
+    replica: str
+    boot: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cold_loads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +241,12 @@ class Engine(Protocol):
 
     async def abort(self, request_id: str) -> None:
         """Stop generating; the stream ends with Finished. Unknown ids are ignored."""
+
+    async def finals(self, request_id: str) -> list[Final]:
+        """End the request for good, also if it has not begun, and say what was done: nobody else will ask.
+
+        Empty if no live replica has worked on it. Raises EngineUnavailable if a replica does not answer.
+        """
 
     async def counters(self) -> list[Counters]:
         """One entry per live replica. Raises EngineUnavailable."""

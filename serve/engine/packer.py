@@ -68,6 +68,11 @@ class Packer:
         """Ids of the adapters in memory."""
         return sorted(id for id, kept in self._packs.items() if kept.task.done() and not kept.failed)
 
+    def has(self, adapter: int) -> bool:
+        """In memory, or on its way there for somebody else."""
+        kept = self._packs.get(adapter)
+        return kept is not None and not kept.failed
+
     @asynccontextmanager
     async def hold(self, ref: AdapterRef) -> AsyncIterator[Path]:
         """The directory to name to the engine. However many ask for it at a time, it is packed once.

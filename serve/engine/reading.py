@@ -43,6 +43,12 @@ class Reader:
         numbers = range(samples * len(prompts))
         self._choices = [_Choice(index, parser(), request, prompts[0], whole=whole) for index in numbers]
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Prompt, cached and completion tokens until now."""
+        cached = min(sum(self._cached), self._prompt_tokens)
+        return self._prompt_tokens, cached, self._completion_tokens
+
     def read(self, part: int, output: Any) -> list[Event]:
         """The events in one RequestOutput of the prompt number `part`; the very last one is Finished."""
         batch: list[Event] = []
@@ -67,8 +73,7 @@ class Reader:
             self._left -= 1
             if not self._left:
                 self.finished = True
-                cached = min(sum(self._cached), self._prompt_tokens)
-                batch.append(Finished(self._prompt_tokens, cached, self._completion_tokens, self._aborted))
+                batch.append(Finished(*self.counts, self._aborted))
         return batch
 
     def _echoed(self, choice: "_Choice", part: int) -> Delta:

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from serve.engine.base import Counters, Event, GenerationRequest
+from serve.engine.base import Counters, Event, Final, GenerationRequest
 from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, Overloaded
 
 LIVENESS_INTERVAL_S = 2.0
@@ -80,6 +80,15 @@ class RemoteEngine:
             # With a replica that died the request has ended too, and says so itself.
             if isinstance(result, BespokeError) and not isinstance(result, EngineLost):
                 raise result
+
+    async def finals(self, request_id: str) -> list[Final]:
+        """See `serve.engine.base.Engine.finals`."""
+        results = await self._broadcast("finals", request_id)
+        for result in results:
+            # What a replica that died had counted is gone with its counters.
+            if isinstance(result, BespokeError) and not isinstance(result, EngineLost):
+                raise result
+        return [result for result in results if isinstance(result, Final)]
 
     async def counters(self) -> list[Counters]:
         """Those of the replicas that answer; raises if none does."""

@@ -9,7 +9,8 @@ import contextlib
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from serve.engine.base import (
     Accepted,
     Counters,
     Event,
+    Final,
     GenerationRequest,
     Message,
     Residency,
@@ -47,6 +49,8 @@ log = logging.getLogger(__name__)
 _PROMPT_COUNTER, _COMPLETION_COUNTER = "vllm:prompt_tokens", "vllm:generation_tokens"
 _PROBE = (Message("user", "Hello"),)
 _PROBE_LOGPROBS = 20
+_FINALS_MAX = 20_000  # requests whose counts are remembered: minutes of them, under the heaviest load
+_END_TIMEOUT_S = 10.0
 
 
 class VllmEngine:
@@ -70,6 +74,8 @@ class VllmEngine:
         self._slots = slots
         self._probed = (0, 0)
         self._parts: dict[str, int] = {}
+        self._ended: dict[str, asyncio.Event] = {}
+        self._finals: OrderedDict[str, Final | None] = OrderedDict()
         self.served = 0  # adapter versions that this base should serve
 
     @classmethod
@@ -177,9 +183,12 @@ class VllmEngine:
         """See `serve.engine.base.Engine.stream`."""
         rendered = await self._renderer.render(request)
         reader = self._reader(request, rendered)
+        adapter = request.adapter
+        cold = int(adapter is not None and self._packer is not None and not self._packer.has(adapter.id))
         async with contextlib.AsyncExitStack() as held:
             try:
                 lora = await held.enter_async_context(self._lora(request.adapter))
+                held.enter_context(self._remembered(request.request_id, reader, cold))
                 outputs = await held.enter_async_context(self._added(request, rendered, lora, reader))
             except BespokeError:
                 raise
@@ -189,7 +198,7 @@ class VllmEngine:
                 log.exception("request %s was not accepted", request.request_id)
                 raise _lost_or(EngineUnavailable(), self._llm) from error
             try:
-                yield [Accepted(self._replica, self._boot, rendered.prompt_tokens)]
+                yield [Accepted(self._replica, self._boot, rendered.prompt_tokens, cold)]
                 async for part, output in _merged(outputs):
                     batch = reader.read(part, output)
                     if batch:
@@ -233,8 +242,40 @@ class VllmEngine:
             del self._parts[request.request_id]
             if not reader.finished:
                 await self._llm.abort([queue.request_id for queue in queues], internal=True)
+                # Nobody reads on, but what vLLM has counted is in its queues and must be known (`finals`).
+                for part, queue in enumerate(queues):
+                    if (output := queue.get_nowait()) is not None:
+                        reader.read(part, output)
             for queue in queues:
                 queue.close()
+
+    @contextlib.contextmanager
+    def _remembered(self, request_id: str, reader: Reader, cold_loads: int) -> Iterator[None]:
+        """Remember what is done for the request. Raises EngineUnavailable if it was ended before it began."""
+        if request_id in self._finals:
+            raise EngineUnavailable()
+        ended = self._ended[request_id] = asyncio.Event()
+        try:
+            yield
+        finally:
+            self._remember(request_id, Final(self._replica, self._boot, *reader.counts, cold_loads))
+            del self._ended[request_id]
+            ended.set()
+
+    def _remember(self, request_id: str, final: Final | None) -> None:
+        self._finals[request_id] = final
+        while len(self._finals) > _FINALS_MAX:
+            self._finals.popitem(last=False)
+
+    async def finals(self, request_id: str) -> Final | None:
+        """See `serve.engine.base.Engine.finals`: this replica's, None if it has done nothing."""
+        if (ended := self._ended.get(request_id)) is not None:
+            await self.abort(request_id)
+            async with asyncio.timeout(_END_TIMEOUT_S):
+                await ended.wait()
+        elif request_id not in self._finals:
+            self._remember(request_id, None)
+        return self._finals.get(request_id)
 
     async def abort(self, request_id: str) -> None:
         parts = self._parts.get(request_id, 0)

@@ -19,11 +19,12 @@ from serve.api.batch_worker import BatchWorker
 from serve.api.wire import Limits
 from serve.batch_lines import Lines
 from serve.batches import Batch, Batches
+from serve.billing.books import Books
 from serve.billing.ledger import Ledger
 from serve.billing.pricing import BatchRates, Prices, Rates
 from serve.billing.usage import usage_table
 from serve.db import Store
-from serve.engine.base import Accepted, Counters, Delta, Event, Finished, GenerationRequest, Message
+from serve.engine.base import Accepted, Counters, Delta, Event, Final, Finished, GenerationRequest, Message
 from serve.errors import EngineFailed
 from serve.files import FileBounds, Files
 from serve.gateway import Gateway
@@ -119,6 +120,9 @@ class EchoEngine:
     async def abort(self, request_id: str) -> None:
         pass
 
+    async def finals(self, request_id: str) -> list[Final]:
+        return []
+
     async def counters(self) -> list[Counters]:
         return []
 
@@ -173,6 +177,8 @@ class Floor:
             catalogue=Catalogue(store, [TINY]),
             engines={TINY: self.engine},
             admission=Admission(store, "g"),
+            books=Books(Ledger(store)),
+            journal=None,
             metrics=Metrics(adapters_max=0),
             request_timeout_s=60,
             first_token_timeout_s=60,

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from serve.app import build_app
 from serve.billing.usage import usage_table
-from serve.engine.base import Accepted, Counters, Delta, Event, Finished, GenerationRequest
+from serve.engine.base import Accepted, Counters, Delta, Event, Final, Finished, GenerationRequest
 from serve.settings import Settings
 from tests.serve.conftest import TINY, onboard
 
@@ -56,6 +56,9 @@ class PlayingEngine:
 
     async def abort(self, request_id: str) -> None:
         self.aborted.set()
+
+    async def finals(self, request_id: str) -> list[Final]:
+        return []
 
     async def counters(self) -> list[Counters]:
         return []

@@ -12,7 +12,8 @@ from serve import generation as generation_module
 from serve.adapters import AdapterRef, Catalogue, Model
 from serve.admission import Admission
 from serve.api.errors import status_of
-from serve.billing.ledger import CLOSING, transfers_table
+from serve.billing.books import Books
+from serve.billing.ledger import CLOSING, Closing, Opening, Outcome, transfers_table
 from serve.billing.usage import usage_table
 from serve.db import Store
 from serve.engine.base import (
@@ -20,6 +21,7 @@ from serve.engine.base import (
     Counters,
     Delta,
     Event,
+    Final,
     Finished,
     GenerationRequest,
     Message,
@@ -84,6 +86,9 @@ class ScriptedEngine:
         self.aborts.append(request_id)
         self.aborted.set()
 
+    async def finals(self, request_id: str) -> list[Final]:
+        return []
+
     async def counters(self) -> list[Counters]:
         return []
 
@@ -94,6 +99,8 @@ def gateway_of(shop: Shop, engine: ScriptedEngine, **settings: float) -> Gateway
         catalogue=Catalogue(shop.store, ["tiny"]),
         engines={"tiny": engine},
         admission=Admission(shop.store, "test"),
+        books=Books(shop.ledger),
+        journal=None,
         metrics=Metrics(adapters_max=1),
         request_timeout_s=settings.get("request_timeout_s", 60),
         first_token_timeout_s=settings.get("first_token_timeout_s", 60),
@@ -116,7 +123,8 @@ def events(store: Store) -> list[dict[str, object]]:
 
 
 def closings(store: Store) -> list[str]:
-    closing = sa.select(transfers_table.c.kind).where(transfers_table.c.phase == CLOSING)
+    c = transfers_table.c
+    closing = sa.select(c.kind).where(c.phase == CLOSING, c.kind != "grant")
     with store.read() as connection:
         return list(connection.execute(closing).scalars())
 
@@ -474,16 +482,16 @@ def test_a_request_is_counted_under_its_adapters_version(
 
 
 def test_a_settlement_waits_for_the_store_to_come_back(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    settle, refusals = shop.ledger.settle, [StoreUnavailable(), StoreUnavailable()]
+    apply, refusals = shop.ledger.apply, [StoreUnavailable(), StoreUnavailable()]
 
-    def flaky(*args: object, **kwargs: object) -> bool:
-        if refusals:
+    def flaky(entries: Sequence[Opening | Closing]) -> list[Outcome]:
+        if isinstance(entries[0], Closing) and refusals:
             raise refusals.pop()
-        return settle(*args, **kwargs)  # type: ignore[arg-type]
+        return apply(entries)
 
     async def scenario() -> str:
         gateway = gateway_of(shop, ScriptedEngine(ANSWER))
-        monkeypatch.setattr(gateway.terms.ledger, "settle", flaky)
+        monkeypatch.setattr(shop.ledger, "apply", flaky)
         return await collect(await gateway.generate(shop.principal, call()))
 
     assert asyncio.run(scenario()) == "Hello"

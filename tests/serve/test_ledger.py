@@ -10,9 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from serve.billing.ledger import Hold, Ledger, transfers_table
+from serve.billing.ledger import Closing, Hold, Ledger, Opening, transfers_table
+from serve.billing.periods import periods_table
 from serve.billing.pricing import Prices, Tokens
-from serve.billing.usage import Status, Usage, UsageEvent
+from serve.billing.reports import Usage
+from serve.billing.rollups import hours_table
+from serve.billing.usage import Status, UsageEvent, usage_table
 from serve.db import Store
 from serve.errors import InsufficientCredit
 from serve.tenants import Principal, Tenants
@@ -23,8 +26,7 @@ LEASE = timedelta(minutes=10)
 
 def hold(shop: Shop, request_id: str, amount_nanos: int) -> Hold:
     made = Hold(request_id, "acme", amount_nanos)
-    with shop.store.write() as connection:
-        shop.ledger.hold(connection, made, at=NOON, lease=LEASE)
+    shop.ledger.hold(made, at=NOON, lease=LEASE)
     return made
 
 
@@ -86,7 +88,7 @@ def test_a_settle_that_fails_half_way_leaves_nothing_behind(shop: Shop) -> None:
     second = hold(shop, "r2", 1000)
     with pytest.raises(sa.exc.IntegrityError):
         shop.ledger.settle(second, event(shop, "r1"), at=NOON)  # an event that exists already
-    assert shop.ledger.open_holds() == [second]
+    assert [one.hold for one in shop.ledger.open_holds()] == [second]
     assert shop.ledger.account("acme").held_nanos == 1000
 
 
@@ -112,12 +114,70 @@ def test_parallel_holds_never_overshoot_the_credit(shop: Shop) -> None:
     assert shop.ledger.account("acme").available_nanos == 100_000_000
 
 
-def test_an_expired_hold_is_voided_once_and_a_live_one_is_left_alone(shop: Shop) -> None:
-    hold(shop, "r1", 1000)
-    assert shop.ledger.void_expired(at=NOON + LEASE) == 0
-    assert shop.ledger.void_expired(at=NOON + LEASE + timedelta(seconds=1)) == 1
-    assert shop.ledger.void_expired(at=NOON + LEASE + timedelta(seconds=1)) == 0
-    assert shop.ledger.account("acme").held_nanos == 0
+def test_a_hold_expires_with_its_lease(shop: Shop) -> None:
+    made = hold(shop, "r1", 1000)
+    assert not shop.ledger.open_holds(expired_at=NOON + LEASE)
+    (expired,) = shop.ledger.open_holds(expired_at=NOON + LEASE + timedelta(seconds=1))
+    assert expired.hold == made
+
+
+@pytest.mark.parametrize("kind", ["transfers", "usage_events"])
+@pytest.mark.parametrize("change", ["UPDATE {} SET tenant_id = 'acme'", "DELETE FROM {}"])
+def test_the_store_itself_refuses_to_change_what_was_written(shop: Shop, kind: str, change: str) -> None:
+    shop.ledger.settle(hold(shop, "r1", 1000), event(shop, "r1"), at=NOON)
+    with pytest.raises(sa.exc.DatabaseError, match="append-only"), shop.store.write() as connection:
+        connection.exec_driver_sql(change.format(kind))
+
+
+def test_many_steps_are_one_transaction_and_each_has_its_own_outcome(shop: Shop) -> None:
+    shop.ledger.open_account("acme", 2500)
+    holds = [Opening(Hold(f"r{number}", "acme", 1000), NOON, LEASE) for number in range(3)]
+    *admitted, refused = shop.ledger.apply(holds)
+    assert admitted == [True, True]
+    assert isinstance(refused, InsufficientCredit)
+    closings = [
+        Closing("r0", "acme", NOON, event=event(shop, "r0")),
+        Closing("r0", "acme", NOON, event=event(shop, "r0")),  # the same settlement, delivered twice
+        Closing("r1", "acme", NOON, reason="test"),
+        Closing("r9", "acme", NOON, reason="never held"),
+    ]
+    assert shop.ledger.apply(closings) == [True, False, True, False]
+    account = shop.ledger.account("acme")
+    assert (account.credit_nanos, account.spent_nanos, account.held_nanos) == (2500, 700, 0)
+
+
+def test_the_ledger_is_double_entry(shop: Shop) -> None:
+    """What was credited to an account, less what was debited, is its balance; all of them together are 0."""
+    shop.ledger.settle(hold(shop, "r1", 1000), event(shop, "r1"), at=NOON)
+    shop.ledger.open_account("acme", 5000)
+    c = transfers_table.c
+    closed = sa.select(c.debit, c.credit, c.amount_nanos).where(c.kind != "hold")
+    balances: dict[str, int] = {}
+    with shop.store.read() as connection:
+        for row in connection.execute(closed):
+            balances[row.debit] = balances.get(row.debit, 0) - row.amount_nanos
+            balances[row.credit] = balances.get(row.credit, 0) + row.amount_nanos
+    assert balances == {"acme": 5000 - 700, "platform": -5000, "revenue": 700}
+
+
+def test_an_events_hour_and_its_engines_total_are_summed_with_its_settlement(shop: Shop) -> None:
+    for number in range(3):
+        shop.ledger.settle(hold(shop, f"r{number}", 1000), event(shop, f"r{number}"), at=NOON)
+    c = hours_table.c
+    columns = (c.hour, c.period, c.model, c.requests, c.prompt_tokens, c.completion_tokens, c.cost_nanos)
+    with shop.store.read() as connection:
+        (row,) = connection.execute(sa.select(*columns)).all()
+    assert tuple(row) == (NOON, "2026-11", "tiny", 3, 30, 15, 2100)
+
+
+def test_what_is_settled_after_its_month_was_closed_belongs_to_the_next_one(shop: Shop) -> None:
+    with shop.store.write() as connection:
+        for period in ("2026-11", "2026-12"):
+            row = {"tenant_id": "acme", "period": period, "closed_at": NOON}
+            connection.execute(periods_table.insert().values(row))
+    shop.ledger.settle(hold(shop, "r1", 1000), event(shop, "r1"), at=NOON)
+    with shop.store.read() as connection:
+        assert connection.execute(sa.select(usage_table.c.period)).scalar_one() == "2027-01"
 
 
 def test_totals_count_the_prompt_once_for_the_customer_and_per_sample_for_the_engine(shop: Shop) -> None:
@@ -173,7 +233,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def expire(self) -> None:
-        self.shop.ledger.void_expired(at=NOON + 2 * LEASE)
+        for one in self.shop.ledger.open_holds(expired_at=NOON + 2 * LEASE):
+            assert self.shop.ledger.void(one.hold, "lease expired", at=NOON)
 
     @invariant()
     def account_is_the_sum_of_its_transfers(self) -> None:
@@ -184,7 +245,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 sa.select(sa.func.sum(c.amount_nanos)).where(c.kind == "settle")
             ).scalar()
         assert account.spent_nanos == (spent or 0)
-        assert account.held_nanos == sum(one.amount_nanos for one in self.shop.ledger.open_holds())
+        assert account.held_nanos == sum(one.hold.amount_nanos for one in self.shop.ledger.open_holds())
         assert account.available_nanos >= 0
 
 

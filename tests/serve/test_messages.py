@@ -16,6 +16,7 @@ from serve.api.errors import anthropic_body_of
 from serve.api.messages.routes import AnthropicError, AnthropicMessage
 from serve.api.messages.wire import MessagesRequest
 from serve.api.wire import Limits, parse
+from serve.billing.ledger import Ledger
 from serve.engine.base import Delta, JsonFormat, Message, Tool, ToolCall
 from serve.errors import BespokeError, EngineUnavailable, InvalidRequest
 from tests.serve.scripted import BROKEN, HELLO, LEFT, Json, Played, says
@@ -289,7 +290,7 @@ def test_errors_before_the_answer_have_anthropics_shape(tmp_path: Path) -> None:
 
 def test_a_tenant_without_credit_hears_of_its_bill(tmp_path: Path) -> None:
     played = Played(tmp_path, HELLO)
-    played.gateway.terms.ledger.open_account("acme", 0)
+    Ledger(played.store).open_account("acme", 0)
     assert refused(played, 429, ASK)["type"] == "billing_error"
 
 
