@@ -24,6 +24,7 @@ from serve.api import (
     models,
     openapi,
     operations,
+    organization,
     responses,
 )
 from serve.api.batch_input import InputBounds
@@ -54,7 +55,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def build_app(settings: Settings, engines: Mapping[str, Engine], steward: Watched | None = None) -> FastAPI:
-    """The gateway over `engines` (one per base); `steward` is where /metrics asks. Migrates the store first."""
+    """The gateway over `engines` (one per base); `steward` is asked by /metrics. Migrates the store first."""
     store = Store(settings.store_url)
     store.migrate()
     catalogue = Catalogue(store, list(engines))
@@ -132,7 +133,19 @@ def build_app(settings: Settings, engines: Mapping[str, Engine], steward: Watche
         steward=steward,
     )
     files.install(app, stored, Batches(store, stored, per_tenant=limits.batches_per_tenant))
-    routes = (chat, completions, responses, messages, embeddings, models, files, batches, operations, admin)
+    routes = (
+        chat,
+        completions,
+        responses,
+        messages,
+        embeddings,
+        models,
+        files,
+        batches,
+        operations,
+        organization,
+        admin,
+    )
     for resource in routes:
         app.include_router(resource.router)
     errors.install(app)

@@ -1,4 +1,4 @@
-"""Does the ledger agree with itself? Every balance and sum, made again from the rows that are only ever added.
+"""Does the ledger agree with itself? Every balance and sum, made again from rows that are only ever added.
 
 The transfers say what credit, spending and holds must be; the events say what transfers and roll-ups must be.
 All is read in one transaction, so it may run beside the gateways. It reads everything that ever was: minutes
@@ -136,7 +136,7 @@ def _engines(connection: sa.Connection) -> Check:
 
 
 def _budgets(connection: sa.Connection) -> Iterator[Check]:
-    """What budgets hold is what open holds remember; none has spent more than its subject was billed since."""
+    """What budgets hold is what open holds remember; none has spent more than its subject was billed."""
     h, s, e = holds_table.c, spend_table.c, usage_table.c
     reserved = defaultdict[tuple[Any, ...], int](int)
     for text, nanos in connection.execute(sa.select(h.budgets, h.amount_nanos).where(h.budgets.is_not(None))):

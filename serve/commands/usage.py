@@ -11,7 +11,7 @@ from serve.billing.invoice import period_bounds
 from serve.billing.ledger import Ledger
 from serve.billing.money import usd
 from serve.billing.reconcile import EngineCount, Reconciliation, reconcile
-from serve.billing.usage import Usage
+from serve.billing.reports import Usage
 from serve.commands.parts import HomeOption, console, open_store, settings_of, table
 from serve.errors import OperatorError, ReconciliationFailed
 

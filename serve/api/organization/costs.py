@@ -1,0 +1,80 @@
+"""GET /v1/organization/costs: what was charged, day by day, at list price.
+
+Shape: platform.openai.com/docs/api-reference/usage/costs. Ours besides: the exact amount in nano-USD,
+`tenant_ids`, and groups by tenant.
+"""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+
+from serve.api.admin.shapes import now
+from serve.api.context import Ctx
+from serve.api.organization.access import Reader, tenants_of
+from serve.api.organization.access import router as organization_router
+from serve.api.organization.window import GROUPS_MAX, Page, Window, in_buckets, span
+from serve.billing.costs import Cost, Costs
+from serve.billing.money import NANOS
+from serve.billing.reports import DAY, Question
+
+router: APIRouter = organization_router()
+
+Group = Literal["tenant", "project_id", "api_key_id", "line_item"]
+Groups = Annotated[list[Group], Field(max_length=4)]
+BY = {"tenant": "tenant", "project_id": "project", "api_key_id": "key"}
+
+
+class CostsQuery(Window):
+    bucket_width: Literal["1d"] = "1d"
+    limit: int = Field(7, ge=1, le=180, description="Days a page.")
+    group_by: Groups = Field([])
+    group_by_: Groups = Field([], alias="group_by[]")
+
+
+class Amount(BaseModel):
+    value: float = Field(description="As near as a number can be; `amount_nanos` is exact.")
+    currency: Literal["usd"] = "usd"
+
+
+class CostsResult(BaseModel):
+    """What is not grouped by is null; so is the project of what has none."""
+
+    object: Literal["organization.costs.result"] = "organization.costs.result"
+    amount: Amount
+    amount_nanos: int = Field(description="Nano-USD.")
+    tenant: str | None
+    line_item: str | None = Field(description="A model, or a charge such as 'training: acme/support@1'.")
+    project_id: str | None
+    api_key_id: str | None
+
+
+@router.get("/costs")
+def costs(query: Annotated[CostsQuery, Query()], reader: Reader, ctx: Ctx) -> Page[CostsResult]:
+    """Costs in buckets of a day."""
+    groups = query.names("group_by")
+    tenants = tenants_of(reader, query.names("tenant_ids"), grouped="tenant" in groups)
+    page = span(query, DAY, query.limit, now=now())
+    question = Question(
+        page.start,
+        page.end,
+        tenants=tenants,
+        projects=query.names("project_ids"),
+        keys=query.names("api_key_ids"),
+        by=frozenset(BY[group] for group in groups if group in BY),
+        groups_max=GROUPS_MAX,
+    )
+    found = Costs(ctx.store).ask(question, line_items="line_item" in groups)
+    data, has_more, next_page = in_buckets(page, DAY, ((cost.bucket, _result(cost)) for cost in found))
+    return Page(data=data, has_more=has_more, next_page=next_page)
+
+
+def _result(cost: Cost) -> CostsResult:
+    return CostsResult(
+        amount=Amount(value=cost.nanos / NANOS),
+        amount_nanos=cost.nanos,
+        tenant=cost.tenant,
+        line_item=cost.line_item,
+        project_id=cost.project,
+        api_key_id=cost.key,
+    )
