@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from serve.api import batch_run
 from serve.api.batch_output import write_output
 from serve.batches import Batch, Status
+from serve.billing import books
 from serve.errors import (
     Conflict,
     EngineFailed,
@@ -42,6 +43,7 @@ def floor(new_database: NewDatabase, tmp_path: Path) -> Iterator[Floor]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_run, "PAUSE_S_MIN", 0.001)
+    monkeypatch.setattr(books, "BATCH_MAX", 1)  # so that the number of writes is always the same
     monkeypatch.setattr(batch_run, "PAUSE_S_MAX", 0.01)
 
 

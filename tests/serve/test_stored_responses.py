@@ -1,6 +1,8 @@
 """What `POST /v1/responses` stores: there when the client has its answer, its tenant's alone, and bounded."""
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from serve.api.responses.objects import DeletedResponse, InputItemList, ResponseObject
-from serve.billing.ledger import Ledger
+from serve.billing.ledger import Closing, Ledger, Opening, Outcome
 from serve.db import Store
 from serve.engine.base import Message
 from serve.errors import ResponseNotFound, StoreUnavailable
@@ -245,22 +247,23 @@ def test_an_answer_that_cannot_be_stored_is_billed_all_the_same(
 def test_an_answer_is_stored_in_the_transaction_that_bills_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle, refused = Ledger.settle, []
+    apply, refused = Ledger.apply, []
 
-    def flaky(self: Ledger, *args: Any, **kwargs: Any) -> bool:
-        if refused:
-            return settle(self, *args, **kwargs)
+    def flaky(self: Ledger, entries: Sequence[Opening | Closing]) -> list[Outcome]:
+        (entry,) = entries
+        if refused or not isinstance(entry, Closing):
+            return apply(self, entries)
         refused.append(True)
-        also = kwargs.pop("also")
 
         def away(connection: sa.Connection) -> None:
-            also(connection)
+            assert entry.also is not None
+            entry.also(connection)
             raise sa.exc.OperationalError("commit", None, Exception())
 
-        return settle(self, *args, **kwargs, also=away)
+        return apply(self, [replace(entry, also=away)])
 
     played = Played(tmp_path, HELLO)
-    monkeypatch.setattr(Ledger, "settle", flaky)
+    monkeypatch.setattr(Ledger, "apply", flaky)
     body = played.say(PATH, ASK)
     assert refused
     assert played.ask("GET", f"{PATH}/{body['id']}").json() == body
