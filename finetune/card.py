@@ -74,12 +74,16 @@ class _Part(BaseModel):
 
 
 class Data(_Part):
-    """What the adapter learned from. `dropped` counts rows by reason; their text is in no card."""
+    """What the adapter learned from. `dropped` counts rows by reason; their text is in no card.
+
+    `trained_tokens` is what training read, each row as often as it was read; older cards do not say.
+    """
 
     source_sha256: Sha256
     train_rows: int = Field(ge=1)
     heldout_rows: int = Field(ge=1)
     dropped: dict[str, int]
+    trained_tokens: int | None = Field(None, ge=1, le=10**15)
 
 
 class Libraries(_Part):

@@ -140,6 +140,7 @@ def run(
                 train_rows=trained.rows,
                 heldout_rows=metrics.heldout_rows,
                 dropped={**report.dropped_counts, **({"too_many_tokens": too_long} if too_long else {})},
+                trained_tokens=trained.tokens,
             )
             card = _card(job, staging, base_digest, learned, metrics, judge(metrics))
             directory = publish(staging, adapters, card)

@@ -30,13 +30,17 @@ OnStep = Callable[[int, int, float, float], None]
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """`rows_too_long` were left out for exceeding the recipe's max_length_tokens."""
+    """`rows_too_long` were left out for exceeding the recipe's max_length_tokens.
+
+    `tokens` are what all steps read together.
+    """
 
     rows: int
     rows_too_long: int
     steps: int
     final_loss: float
     tokens_per_s: float
+    tokens: int
 
 
 def train(
@@ -99,7 +103,7 @@ def train(
         raise TrainingDiverged(len(batches), loss_value)
     _save(adapter, out, base)
     rate = tokens / (time.perf_counter() - started)
-    return Trained(len(examples), too_long, len(batches), loss_value, rate)
+    return Trained(len(examples), too_long, len(batches), loss_value, rate, tokens)
 
 
 def _first_trained_layer(model: Any, recipe: Recipe) -> int:

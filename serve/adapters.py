@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from finetune.card import AdapterCard, validate_name, verify
 from finetune.errors import FinetuneError
 from serve.audit import SYSTEM, record
+from serve.billing.charges import charge_training
 from serve.db import Store, UtcDateTime, metadata
 from serve.errors import CatalogueError, ModelNotFound, UnknownRecord
 from serve.lora_files import inspect
@@ -149,7 +150,7 @@ class Catalogue:
     ) -> AdapterRef:
         """Enter the published adapter in `directory` (`…/<tenant>/<name>/<version>`) as pending.
 
-        Idempotent: a version that is known stays as it is.
+        Idempotent: a version that is known stays as it is. Its training is billed if the tenant's plan has a price.
 
         Raises CatalogueError if the card and the bytes disagree, the place or the base contradicts the card,
         its gate did not pass or its files do not fit the base; UnknownRecord for an unknown tenant.
@@ -172,6 +173,15 @@ class Catalogue:
                 )
                 _count_change(connection)
                 _record(connection, "register", adapter, actor, at)
+                charge_training(
+                    self._store,
+                    connection,
+                    tenant=card.tenant,
+                    adapter_id=adapter.id,
+                    subject=adapter.model,
+                    tokens=card.data.trained_tokens,
+                    at=at,
+                )
         except sa.exc.IntegrityError as error:
             raise UnknownRecord(f"There is no tenant '{card.tenant}'.") from error
         return adapter

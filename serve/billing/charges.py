@@ -11,8 +11,9 @@ import sqlalchemy as sa
 
 from serve.billing.ledger import lock_account, transfer
 from serve.billing.periods import open_periods
+from serve.billing.pricing import Prices, PriceVersion
 from serve.billing.upsert import insert
-from serve.db import RowId, UtcDateTime, metadata
+from serve.db import RowId, Store, UtcDateTime, metadata
 
 KINDS = ("training", "residency")
 
@@ -76,3 +77,54 @@ def charge(connection: sa.Connection, made: Charge) -> bool:
         reason=made.kind,
         at=made.created_at,
     )
+
+
+def charge_training(
+    store: Store,
+    connection: sa.Connection,
+    *,
+    tenant: str,
+    adapter_id: int,
+    subject: str,
+    tokens: int | None,
+    at: datetime,
+) -> bool:
+    """Bill the training of an adapter version, once, when it is registered.
+
+    False if there is nothing to bill: its tokens are not known, no plan is in force, the plan has no price
+    for it, or it has been billed.
+    """
+    price = Prices(store).at(connection, tenant, at)
+    if price is None or not tokens or not price.plan.training_nanos_per_mtok:
+        return False
+    return charge(
+        connection,
+        Charge(
+            reference=f"training:{adapter_id}",
+            tenant=tenant,
+            kind="training",
+            subject=subject,
+            quantity=tokens,
+            plan_id=price.id,
+            amount_nanos=(tokens * price.plan.training_nanos_per_mtok + 500_000) // 1_000_000,
+            created_at=at,
+        ),
+    )
+
+
+def adapter_hour(adapter_id: int, tenant: str, subject: str, hour: datetime, price: PriceVersion) -> Charge:
+    """An adapter version's hour of being ready. `hour` is its beginning."""
+    return Charge(
+        reference=residency_reference(adapter_id, hour),
+        tenant=tenant,
+        kind="residency",
+        subject=subject,
+        quantity=1,
+        plan_id=price.id,
+        amount_nanos=price.plan.adapter_hour_nanos,
+        created_at=hour,
+    )
+
+
+def residency_reference(adapter_id: int, hour: datetime) -> str:
+    return f"residency:{adapter_id}:{hour:%Y-%m-%dT%H}"

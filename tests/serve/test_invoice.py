@@ -1,4 +1,5 @@
 import csv
+import json
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -6,26 +7,30 @@ from pathlib import Path
 import pytest
 from pypdf import PdfReader
 
-from serve.billing.invoice import Invoices, invoices_table, period_bounds
-from serve.billing.invoice_files import write_csv, write_pdf
+from serve.billing.invoice import Invoices, period_bounds
+from serve.billing.invoice_document import InvoiceDocument, Party
+from serve.billing.invoice_files import json_text, write_csv
+from serve.billing.invoice_pdf import write_pdf
 from serve.billing.ledger import Hold
 from serve.billing.money import nanos_of_usd, usd
+from serve.billing.parties import SELLER, Parties
 from serve.billing.pricing import BatchRates, Prices, Rates, Tokens
 from serve.billing.usage import Status, UsageEvent
 from serve.errors import OperatorError, UnknownRecord
-from tests.serve.conftest import NOON, PLAN, Shop
+from tests.serve.conftest import NOON, PLAN, RATES, Shop
 
 MONTH = "2026-11"
 
 
-def buy(shop: Shop, number: int, *, adapter: bool, days: int = 0, tier: str = "default") -> int:
+def buy(
+    shop: Shop, number: int, *, adapter: bool, days: int = 0, tier: str = "default", times: int = 1
+) -> int:
     """One settled request; returns its cost."""
-    tokens = Tokens(100 + number, 20, 30 + number)
+    tokens = Tokens(times * (100 + number), times * 20, times * (30 + number))
     cost = shop.price.rates(adapter=adapter, batch=tier == "batch").cost_nanos(tokens)
     at = NOON + timedelta(days=days)
     hold = Hold(f"r{number}", "acme", cost)
-    with shop.store.write() as connection:
-        shop.ledger.hold(connection, hold, at=at, lease=timedelta(hours=1))
+    shop.ledger.hold(hold, at=at, lease=timedelta(hours=1))
     event = UsageEvent(
         request_id=hold.request_id,
         tenant="acme",
@@ -48,6 +53,10 @@ def buy(shop: Shop, number: int, *, adapter: bool, days: int = 0, tier: str = "d
     )
     assert shop.ledger.settle(hold, event, at=at)
     return cost
+
+
+def text_of(path: Path) -> str:
+    return "".join(page.extract_text() for page in PdfReader(path).pages)
 
 
 def test_an_invoice_is_the_sum_of_the_months_events_to_the_nano(shop: Shop) -> None:
@@ -77,17 +86,41 @@ def test_the_files_say_what_the_invoice_says(shop: Shop, tmp_path: Path) -> None
     invoice = Invoices(shop.store).create("acme", MONTH, at=NOON)
     write_csv(invoice, tmp_path / "i.csv")
     rows = list(csv.DictReader((tmp_path / "i.csv").open()))
-    subtotals = [nanos_of_usd(row["amount_usd"]) for row in rows if row["class"] == "subtotal"]
-    (total,) = [nanos_of_usd(row["amount_usd"]) for row in rows if row["class"] == "total"]
+    subtotals = [nanos_of_usd(row["amount"]) for row in rows if row["class"] == "subtotal"]
+    (total,) = [nanos_of_usd(row["amount"]) for row in rows if row["class"] == "total"]
     assert sum(subtotals) == total == invoice.document.total_nanos
+    said = json.loads(json_text(invoice))
+    assert InvoiceDocument.model_validate(said["document"]) == invoice.document
+    assert said["total_nanos"] == total
     write_pdf(invoice, tmp_path / "i.pdf")
-    text = "".join(page.extract_text() for page in PdfReader(tmp_path / "i.pdf").pages)
+    text = text_of(tmp_path / "i.pdf")
     for expected in ("acme-2026-11-r1", "November 2026", "acme/support", usd(invoice.document.total_nanos)):
         assert expected in text
 
 
+def test_seller_and_buyer_are_on_the_invoice_whatever_their_letters_are(shop: Shop, tmp_path: Path) -> None:
+    parties = Parties(shop.store)
+    parties.put(SELLER, Party(name="Bespoke GmbH", address="Hauptstraße 1\n10115 Berlin", tax_id="DE123"))
+    parties.put("acme", Party(name="Łódź 東京 株式会社", address="ul. Żółta 5", tax_id="PL9"))
+    buy(shop, 1, adapter=True)
+    invoice = Invoices(shop.store).create("acme", MONTH, at=NOON)
+    write_pdf(invoice, tmp_path / "i.pdf")
+    for expected in ("Bespoke GmbH", "DE123", "PL9"):
+        assert expected in text_of(tmp_path / "i.pdf")
+    assert "Łódź 東京" in json_text(invoice)
+    with pytest.raises(UnknownRecord):
+        parties.put("nobody", Party(name="x"))
+
+
+def test_without_their_details_the_pdf_says_what_is_missing(shop: Shop, tmp_path: Path) -> None:
+    write_pdf(Invoices(shop.store).create("acme", MONTH, at=NOON), tmp_path / "i.pdf")
+    text = text_of(tmp_path / "i.pdf")
+    assert "the seller's details are not set" in text
+    assert "no billing details given" in text
+
+
 def test_batches_are_lines_of_their_own_at_their_own_rates(shop: Shop, tmp_path: Path) -> None:
-    half = Rates(**{name: nanos // 2 for name, nanos in PLAN.adapter.model_dump().items()})
+    half = Rates(**{name: nanos // 2 for name, nanos in RATES.model_dump().items()})
     plan = PLAN.model_copy(update={"batch": BatchRates(base=half, adapter=half)})
     prices = Prices(shop.store)
     cheaper = replace(shop, price=prices.publish(plan, at=NOON))
@@ -98,22 +131,32 @@ def test_batches_are_lines_of_their_own_at_their_own_rates(shop: Shop, tmp_path:
         ("acme/support", direct),
         ("acme/support (batch)", batch),
     ]
-    assert [line.completion_nanos_per_mtok for line in lines] == [400_000_000, 200_000_000]
+    assert [line.items[-1].nanos for line in lines] == [400_000_000, 200_000_000]
     write_csv(invoice, tmp_path / "i.csv")
     rows = list(csv.DictReader((tmp_path / "i.csv").open()))
-    subtotals = {row["tier"]: row["amount_usd"] for row in rows if row["class"] == "subtotal"}
+    subtotals = {row["tier"]: row["amount"] for row in rows if row["class"] == "subtotal"}
     assert subtotals == {"default": usd(direct), "batch": usd(batch)}
     write_pdf(invoice, tmp_path / "i.pdf")
-    assert "(batch)" in "".join(page.extract_text() for page in PdfReader(tmp_path / "i.pdf").pages)
+    assert "(batch)" in text_of(tmp_path / "i.pdf")
 
 
-def test_an_invoice_from_before_there_were_tiers_is_still_the_same(shop: Shop) -> None:
-    buy(shop, 1, adapter=True)
-    first = Invoices(shop.store).create("acme", MONTH, at=NOON)
-    with shop.store.write() as connection:
-        old = first.document.model_dump_json().replace(',"tier":"default"', "")
-        connection.execute(invoices_table.update().values(document=old))
-    assert Invoices(shop.store).create("acme", MONTH, at=NOON + timedelta(hours=1)) == first
+def test_a_document_from_before_0009_is_read_as_what_it_said() -> None:
+    line = {
+        "model": "tiny",
+        "price": "standard v1",
+        "requests": 1,
+        "uncached_prompt_tokens": 3,
+        "cached_prompt_tokens": 2,
+        "completion_tokens": 1,
+        "prompt_nanos_per_mtok": 30,
+        "cached_prompt_nanos_per_mtok": 20,
+        "completion_nanos_per_mtok": 10,
+        "amount_nanos": 7,
+    }
+    said = {"tenant": "acme", "period": MONTH, "currency": "USD", "lines": [line]}
+    document = InvoiceDocument.model_validate_json(json.dumps(said))
+    assert (document.total_nanos, document.lines[0].tier) == (7, "default")
+    assert [(item.quantity, item.nanos) for item in document.lines[0].items] == [(3, 30), (2, 20), (1, 10)]
 
 
 def test_a_month_without_usage_is_an_empty_invoice(shop: Shop, tmp_path: Path) -> None:
