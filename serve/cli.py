@@ -23,8 +23,10 @@ SUBCOMMANDS = {
     "platform": ("serve.commands.platform:app", "Platform keys, for the admin API."),
     "audit": ("serve.commands.audit:app", "Who did what, newest first."),
     "price": ("serve.commands.price:app", "Publish price plans and put tenants on them."),
+    "budget": ("serve.commands.budget:app", "Budgets of tenants, projects and keys: set, list, retire."),
     "usage": ("serve.commands.usage:app", "Usage per tenant; reconcile it with the engines."),
-    "invoice": ("serve.commands.invoice:app", "Make invoices as table, CSV and PDF."),
+    "invoice": ("serve.commands.invoice:app", "Invoices: make, review, finalize, credit, export."),
+    "credit": ("serve.commands.credit:app", "Grants of credit: prepaid, promotional, lines."),
 }
 
 

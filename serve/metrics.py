@@ -19,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from serve.billing.pricing import Tokens
+from serve.billing.thresholds import SHOWN_MAX, BudgetFigures
 from serve.engine.base import Counters, Residency
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # a second series per series, which no dashboard of ours reads
@@ -199,6 +200,31 @@ class _Residency:
             self._evictions.add_metric(labels, evictions)
         self._waiting.add_metric(who, one.waiting)
         self._wait_max.add_metric(who, one.wait_s_max)
+
+
+class BudgetCollector(Collector):
+    """The fullest budgets, by ids that tell nobody who the customers are."""
+
+    def __init__(self, figures: BudgetFigures) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterable[Metric]:
+        used = GaugeMetricFamily(
+            "bespoke_budget_used_ratio",
+            f"Spent of the limit in the current period: the {SHOWN_MAX} fullest budgets.",
+            labels=["budget", "level", "period"],
+        )
+        for budget, level, period, ratio in self._figures.used:
+            used.add_metric([budget, level, period], ratio)
+        told = CounterMetricFamily("bespoke_budget_notices", "Thresholds of budgets that were told.")
+        told.add_metric([], self._figures.notices)
+        return [used, told]
+
+
+def render_budgets(figures: BudgetFigures) -> bytes:
+    registry = CollectorRegistry()
+    registry.register(BudgetCollector(figures))
+    return generate_latest(registry)
 
 
 def render(metrics: Metrics, counters: list[Counters]) -> bytes:

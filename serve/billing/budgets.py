@@ -8,7 +8,7 @@ reserved from, so that it gives back there whatever was changed meanwhile.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
@@ -71,7 +71,12 @@ class Budget:
 
     def period_at(self, at: datetime) -> str:
         """The name of the period, in UTC, that `at` falls into: 2026-11-24, 2026-11 or total."""
-        return at.strftime(PERIODS[self.period])
+        return at.astimezone(UTC).strftime(PERIODS[self.period])
+
+    def reached_pct(self, spent_nanos: int) -> int:
+        """The highest threshold that `spent_nanos` reaches; 0 if none."""
+        reached = (pct for pct in self.notify_pcts if spent_nanos * 100 >= pct * self.limit_nanos)
+        return max(reached, default=0) if spent_nanos else 0
 
     def binds(self, tenant: str, project: str | None, key_id: str | None) -> bool:
         subjects = {"tenant": tenant, "project": project, "key": key_id}

@@ -14,6 +14,7 @@ from serve.api import admin, errors, models
 from serve.api.context import Context
 from serve.api.edge import Edge
 from serve.audit import Audit
+from serve.billing.budget_book import Budgets
 from serve.billing.pricing import Prices
 from serve.errors import StoreUnavailable
 from serve.metrics import Metrics
@@ -64,6 +65,9 @@ class Desk:
                 "tenant": tenant,
                 "key": key_id,
                 "project": project,
+                "budget": Budgets(shop.store)
+                .create(tenant, "project", project, "month", 9, at=NOON)
+                .budget.id,
                 "name": "support",
                 "version": other.version,
             }
@@ -89,7 +93,11 @@ class Desk:
     def call(self, route: tuple[str, str], tenant: str, bearer: str, **more: str) -> httpx.Response:
         method, path = route
         names = self.names.get(tenant, self.names["acme"] | {"tenant": tenant}) | more
-        return self.ask(method, path.format(**names), bearer, json=BODIES.get(route))
+        body = {
+            name: value.format(**names) if isinstance(value, str) else value
+            for name, value in BODIES.get(route, {}).items()
+        }
+        return self.ask(method, path.format(**names), bearer, json=body if route in BODIES else None)
 
 
 @pytest.fixture
@@ -109,6 +117,9 @@ BODIES: dict[tuple[str, str], Json] = {
     ("PATCH", T + "/keys/{key}"): {"name": "crm"},
     ("POST", T + "/keys/{key}/rotate"): {"overlap_s": 60},
     ("DELETE", T + "/keys/{key}"): {},
+    ("POST", T + "/budgets"): {"project": "{project}", "period": "day", "limit_nanos": 5},
+    ("PATCH", T + "/budgets/{budget}"): {"limit_nanos": 6},
+    ("DELETE", T + "/budgets/{budget}"): {},
     ("POST", A + "/prices"): PLAN.model_copy(update={"name": "gold"}).model_dump(),
     ("PUT", T + "/subscription"): {"plan": "standard"},
     ("POST", V + "/promote"): {},
@@ -124,7 +135,7 @@ ROUTES = sorted(
     if isinstance(route, APIRoute)
     for method in route.methods
 )
-OWN = [route for route in ROUTES if "/projects" in route[1] or "/keys" in route[1]]
+OWN = [route for route in ROUTES if any(part in route[1] for part in ("/projects", "/keys", "/budgets"))]
 
 
 def test_every_route_that_changes_something_is_tried_here() -> None:

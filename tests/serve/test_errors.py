@@ -24,6 +24,7 @@ EXAMPLES = [
     errors.ResponseNotFound("resp_x"),
     errors.IdempotencyConflict(),
     errors.InsufficientCredit("acme", 5, 3),
+    errors.BudgetExceeded("project", "month", 10, 5, 3),
     errors.NotBillable("acme"),
     errors.RateLimited("tokens", 1000, 900, 200, 3),
     errors.Unavailable("later"),

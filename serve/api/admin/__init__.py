@@ -2,10 +2,10 @@
 
 from fastapi import APIRouter
 
-from serve.api.admin import adapters, audit, keys, platform_keys, prices, projects, tenants
+from serve.api.admin import adapters, audit, budgets, keys, platform_keys, prices, projects, tenants
 
 router = APIRouter()
-for resource in (tenants, projects, keys, prices, adapters, audit, platform_keys):
+for resource in (tenants, projects, keys, budgets, prices, adapters, audit, platform_keys):
     router.include_router(resource.router)
 
 __all__ = ["router"]
