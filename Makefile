@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup demo serve test check bench-adapters lock clean
+.PHONY: setup demo serve test check bench-adapters bench-ledger lock clean
 
 setup: .venv/.ready
 
@@ -28,6 +28,9 @@ check: setup
 bench-adapters: setup
 	@$(BIN)/bespoke base import configs/bases/smollm2-135m.yaml
 	@$(BIN)/python -m loadtests.bench.adapters
+
+bench-ledger: setup
+	@$(BIN)/python -m loadtests.bench.ledger
 
 lock: setup
 	bash scripts/lock.sh

@@ -56,7 +56,7 @@ def fill(path: Path, events: int, *, end: datetime, seed: int) -> list[Customer]
         start = (start - timedelta(days=1)).replace(day=1)
     with closing(Store(f"sqlite:///{path}")) as store:
         store.migrate()
-        customers = _customers(store, start)
+        customers = onboard(store, start)
     hours = int((end - start).total_seconds() // 3600)
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         # Not durable while it is filled; nobody reads it yet.
@@ -77,12 +77,12 @@ def fill(path: Path, events: int, *, end: datetime, seed: int) -> list[Customer]
     return customers
 
 
-def _customers(store: Store, at: datetime) -> list[Customer]:
-    """In one transaction: each of a tenant's parts by itself would be an fsync."""
+def onboard(store: Store, at: datetime, *, tenants: int = TENANTS) -> list[Customer]:
+    """Customers with credit, three keys each, on the standard plan, in one transaction."""
     price = Prices(store).publish(read_plan(PLAN), at=at)
     customers = []
     with store.write() as connection:
-        for number in range(TENANTS):
+        for number in range(tenants):
             name, web = f"customer-{number:03d}", f"proj_{number:03d}"
             connection.execute(tenants_table.insert().values(id=name, created_at=at))
             project = {"id": web, "tenant_id": name, "name": "web", "created_at": at}
