@@ -2,6 +2,7 @@
 One PostgreSQL for all tests that want it."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,11 @@ from tests.postgres import MigratedDatabases, Postgres
 
 # `serve.deployment` sets this before it imports ray; here a test that runs vLLM may import ray first.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+# Some images forbid Python to keep what it compiled. Each of the hundreds of processes that these tests
+# start would compile all its imports again: 10 s of a vLLM process's 17, and an engine is three of them.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 settings.register_profile(
     "suite", derandomize=True, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]

@@ -21,6 +21,7 @@ def engine(tiny: Path, tiny_nf4: BaseCard) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its scheduler in this process: one start less
         vllm = pytest.importorskip("vllm")
         llm = vllm.LLM(
             str(tiny.parent / tiny_nf4.name), enforce_eager=True, max_model_len=512, max_num_seqs=4
