@@ -308,6 +308,7 @@ def _lock(connection: sa.Connection, tenants: Iterable[str]) -> None:
 def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) -> dict[int, Outcome]:
     outcomes: dict[int, Outcome] = {}
     bound = budgets.in_force(connection, {opening.hold.tenant for _, opening in openings})
+    together = _take_together(connection, openings, {budget.tenant for budget in bound})
     transfers, opened = [], []
     for i, opening in openings:
         hold = opening.hold
@@ -316,7 +317,8 @@ def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) ->
             with connection.begin_nested() if opening.also or own else contextlib.nullcontext():
                 if opening.also is not None:
                     opening.also(connection)
-                _take(connection, hold)
+                if hold.tenant not in together:
+                    _take(connection, hold)
                 reserved = budgets.reserve(connection, own, hold.amount_nanos, at=opening.at)
         except sa.exc.DBAPIError:
             raise
@@ -345,15 +347,32 @@ def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) ->
     return outcomes
 
 
+def _take_together(
+    connection: sa.Connection, openings: list[tuple[int, Opening]], bound: set[str]
+) -> set[str]:
+    """The tenants whose holds are taken by one update: they have enough, and nothing else may refuse."""
+    sums: dict[str, int] = defaultdict(int)
+    alone = set(bound)
+    for _, opening in openings:
+        sums[opening.hold.tenant] += opening.hold.amount_nanos
+        if opening.also is not None:
+            alone.add(opening.hold.tenant)
+    return {t for t, amount in sorted(sums.items()) if t not in alone and _reserved(connection, t, amount)}
+
+
+def _reserved(connection: sa.Connection, tenant: str, amount_nanos: int) -> bool:
+    c = accounts_table.c
+    reserving = (
+        accounts_table.update()
+        .where(c.tenant_id == tenant, c.credit_nanos - c.spent_nanos - c.held_nanos >= amount_nanos)
+        .values(held_nanos=c.held_nanos + amount_nanos)
+    )
+    return connection.execute(reserving).rowcount == 1
+
+
 def _take(connection: sa.Connection, hold: Hold) -> None:
     """Raises InsufficientCredit."""
-    c = accounts_table.c
-    reserved = connection.execute(
-        accounts_table.update()
-        .where(c.tenant_id == hold.tenant, c.credit_nanos - c.spent_nanos - c.held_nanos >= hold.amount_nanos)
-        .values(held_nanos=c.held_nanos + hold.amount_nanos)
-    )
-    if reserved.rowcount == 0:
+    if not _reserved(connection, hold.tenant, hold.amount_nanos):
         account = _account(connection, hold.tenant)
         raise InsufficientCredit(hold.tenant, hold.amount_nanos, account.available_nanos if account else 0)
 

@@ -133,10 +133,11 @@ def metric(gateway: Gateway, name: str, **labels: str) -> float | None:
     return gateway.terms.metrics.registry.get_sample_value(name, labels)
 
 
-async def play(shop: Shop, script: Script) -> str:
+async def play(shop: Shop, script: Script, request_id: str = "req_1") -> str:
     gateway = gateway_of(shop, ScriptedEngine(script))
     try:
-        return await collect(await gateway.generate(shop.principal, call()))
+        asked = replace(call(), request_id=request_id)
+        return await collect(await gateway.generate(shop.principal, asked))
     finally:
         await gateway.drain()
 
@@ -538,3 +539,18 @@ def test_the_bound_on_prompt_tokens_is_never_below_the_tokenizers_count(home: Pa
         replace(hello, prompt=(Message("user", text),)), 10_000
     )
     assert len(tokenizer.encode(text)) <= prompt_tokens_max(replace(hello, prompt=Texts((text,))), 10_000)
+
+
+def test_nothing_per_token_touches_the_store(shop: Shop) -> None:
+    """Invariant 8: a long answer makes as many transactions as a short one."""
+    begun: list[object] = []
+    sa.event.listen(shop.store._engine, "begin", begun.append)
+
+    def transactions(tokens: int) -> int:
+        deltas: list[list[Event]] = [[Delta(0, "a", 1)] for _ in range(tokens)]
+        begun.clear()
+        answer = [[ACCEPTED], *deltas, [Delta(0, "", 0, "length"), Finished(10, 0, tokens, aborted=False)]]
+        asyncio.run(play(shop, answer, request_id=f"req_{tokens}"))
+        return len(begun)
+
+    assert transactions(1) == transactions(300) > 0
