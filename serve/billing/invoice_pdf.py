@@ -5,7 +5,7 @@ if this system has it; else what cannot be set is shown as "?", and the exact na
 """
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from fpdf import FPDF
@@ -32,13 +32,14 @@ class _Sheet(FPDF):  # type: ignore[misc] # fpdf2 is not typed
 
     def __init__(self, title: str, made_at: datetime, text: str) -> None:
         super().__init__(format="A4", unit="mm")
-        self._title, self.family, self._latin = title, "helvetica", True
+        self._title, self.family, self._glyphs = title, "helvetica", frozenset(range(256))
         if not _is_latin(text):
             folder = next((f for f in DEJAVU if (f / "DejaVuSans-Bold.ttf").is_file()), None)
             if folder is not None:
-                self.family, self._latin = "dejavu", False
+                self.family = "dejavu"
                 self.add_font(self.family, "", folder / "DejaVuSans.ttf")
                 self.add_font(self.family, "B", folder / "DejaVuSans-Bold.ttf")
+                self._glyphs = frozenset({ord("\n"), *self.fonts["dejavu"].cmap})
         self.set_title(title)
         self.set_creator("Bespoke")
         self.set_creation_date(made_at)
@@ -49,9 +50,8 @@ class _Sheet(FPDF):  # type: ignore[misc] # fpdf2 is not typed
 
     def normalize_text(self, text: str) -> str:
         """What cannot be set is a question mark, not an exception."""
-        if self._latin:
-            text = text.encode("latin-1", "replace").decode("latin-1")
-        normalized: str = super().normalize_text(text)
+        shown = "".join(letter if ord(letter) in self._glyphs else "?" for letter in text)
+        normalized: str = super().normalize_text(shown)
         return normalized
 
     def footer(self) -> None:
@@ -89,7 +89,7 @@ def pdf_bytes(invoice: Invoice) -> bytes:
             ("Invoice number", invoice.number),
             ("Date of issue", f"{(invoice.issued_at or invoice.created_at):%Y-%m-%d}"),
             ("Billing period", period_name(document.period)),
-            ("", f"{start:%Y-%m-%d} to {end:%Y-%m-%d}, UTC, end excluded"),
+            ("", f"{start:%Y-%m-%d} to {end - timedelta(days=1):%Y-%m-%d} (UTC)"),
             ("Price plan", document.plan or "none"),
             ("Currency", document.currency),
         ],
@@ -138,10 +138,10 @@ def _kind(invoice: Invoice) -> str:
 
 def _head(sheet: _Sheet, kind: str, seller: Party | None) -> None:
     seller = seller or NO_SELLER
-    sheet.ink(18, bold=True)
-    sheet.cell(110, 9, seller.name)
     sheet.ink(12)
-    sheet.cell(0, 9, kind, align="R", new_x="LMARGIN", new_y="NEXT")
+    sheet.cell(0, 9, kind, align="R", new_x="LMARGIN")
+    sheet.ink(18, bold=True)
+    sheet.multi_cell(116, 9, seller.name, align="L", new_x="LMARGIN", new_y="NEXT")
     sheet.ink(8.5, muted=True)
     sheet.multi_cell(110, 4, _details(seller), align="L", new_x="LMARGIN", new_y="NEXT")
     sheet.set_draw_color(*RULE)
@@ -184,7 +184,7 @@ def _line_items(sheet: _Sheet, document: InvoiceDocument) -> None:
         items = line.items or (Item(what="", quantity=0, nanos=0, per=1),)
         for position, item in enumerate(items):
             last = position == len(items) - 1
-            what = f"{number}. {_described(line)}" if position == 0 else ""
+            what = _described(number, line) if position == 0 else ""
             rows.append([what, *_cells(item), usd(line.amount_nanos) if last else ""])
     if not rows:
         rows.append(["No usage in this period", "", "", "", usd(0)])
@@ -193,11 +193,9 @@ def _line_items(sheet: _Sheet, document: InvoiceDocument) -> None:
     _table(sheet, columns, (50, 46, 26, 26, 26), aligned, rows)
 
 
-def _described(line: InvoiceLine) -> str:
-    if line.kind == "minimum":
-        return f"{line.model}\n{line.price}"
-    counts = f", {line.requests:,} requests" if line.kind == "usage" else f", {line.kind}"
-    return f"{line.label}\n{line.price}{counts}"
+def _described(number: int, line: InvoiceLine) -> str:
+    counts = {"usage": f", {line.requests:,} requests", "minimum": ""}.get(line.kind, f", {line.kind}")
+    return f"{line.label}\nLine {number}, {line.price}{counts}"
 
 
 def _cells(item: Item) -> list[str]:
@@ -247,6 +245,8 @@ def _totals(sheet: _Sheet, document: InvoiceDocument) -> None:
 
 def _remarks(sheet: _Sheet, invoice: Invoice) -> None:
     document = invoice.document
+    if sheet.will_page_break(36):
+        sheet.add_page()
     sheet.ln(6)
     sheet.ink(8, muted=True)
     remarks = [

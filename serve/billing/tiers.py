@@ -124,7 +124,9 @@ def _graduated(steps: Sequence[Step], tokens: int) -> list[Part]:
     for step in steps:
         end = tokens if step.up_to_tokens is None else min(tokens, step.up_to_tokens)
         if end > begin or not made:
-            note = f"above {begin:,}" if begin else "from the first"
+            note = f"above {begin:,}" if begin else ""
+            if not begin and step.up_to_tokens is not None:
+                note = f"first {step.up_to_tokens:,}"
             made.append(Part(note, end - begin, step.nanos_per_mtok))
         begin = max(begin, end)
     return made

@@ -1,15 +1,16 @@
 """`bespoke price`: price plans."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import yaml
-from pydantic import ValidationError
 
 from serve.audit import command_actor
 from serve.billing.money import usd
-from serve.billing.pricing import Prices, read_plan
+from serve.billing.pricing import PricePlan, Prices, Rates, TieredRates, read_plan
+from serve.billing.tiers import Graduated, Package, Volume
 from serve.commands.parts import HomeOption, console, now, open_store, settings_of, table
 from serve.errors import OperatorError
 
@@ -23,28 +24,68 @@ def publish(
     """Store a plan as a new version; an unchanged plan stays the version it is."""
     try:
         plan = read_plan(file)
-    except (ValidationError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise OperatorError(f"{file}: {error}") from None
     version = Prices(open_store(settings_of(home))).publish(plan, at=now(), actor=command_actor())
     console.print(f"published [bold]{version.label}[/]")
 
 
 @app.command()
-def assign(tenant: str, plan: str, home: HomeOption = None) -> None:
-    """Put a tenant on the newest version of a plan, from now on."""
-    version = Prices(open_store(settings_of(home))).subscribe(tenant, plan, at=now(), actor=command_actor())
-    console.print(f"{tenant} pays [bold]{version.label}[/] from now on")
+def assign(
+    tenant: str,
+    plan: str,
+    from_: Annotated[
+        datetime | None,
+        typer.Option("--from", formats=["%Y-%m-%d"], help="The first day (UTC); default: from now on."),
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """Put a tenant on the newest version of a plan that may be paid by then."""
+    at = now()
+    begin = from_.replace(tzinfo=UTC) if from_ else at
+    if begin < at:
+        raise OperatorError("What is past keeps its price: say a day that is to come.")
+    version = Prices(open_store(settings_of(home))).subscribe(tenant, plan, at=begin, actor=command_actor())
+    since = f"{begin:%Y-%m-%d}" if from_ else "now"
+    console.print(f"{tenant} pays [bold]{version.label}[/] from {since} on")
 
 
 @app.command("list")
 def index(home: HomeOption = None) -> None:
-    """Every version of every plan; prices in USD per million tokens."""
-    rows = table("plan", "model", ">prompt", ">cached prompt", ">completion")
+    """Every version of every plan; prices per million tokens, in the plan's currency."""
+    rows = table("plan", "model", ">prompt", ">cached prompt", ">completion", ">cold load", "currency")
     for version in Prices(open_store(settings_of(home))).versions():
-        plan = version.plan
-        kinds = [("base", plan.base), ("adapter", plan.adapter)]
-        if plan.batch is not None:
-            kinds += [("base, batch", plan.batch.base), ("adapter, batch", plan.batch.adapter)]
-        for kind, rates in kinds:
-            rows.add_row(version.label, kind, *(usd(value) for value in rates.model_dump().values()))
+        for kind, rates in _kinds(version.plan):
+            classes = (
+                rates.prompt_nanos_per_mtok,
+                rates.cached_prompt_nanos_per_mtok,
+                rates.completion_nanos_per_mtok,
+                rates.cold_load_nanos,
+            )
+            rows.add_row(version.label, kind, *map(_price, classes), version.plan.currency)
     console.print(rows)
+
+
+def _kinds(plan: PricePlan) -> list[tuple[str, Rates | TieredRates]]:
+    kinds = [("base", plan.base), ("adapter", plan.adapter)]
+    if plan.batch is not None:
+        kinds += [("base, batch", plan.batch.base), ("adapter, batch", plan.batch.adapter)]
+    for name, own in plan.models.items():
+        kinds.append((name, own.direct))
+        if own.batch is not None:
+            kinds.append((f"{name}, batch", own.batch))
+    return kinds
+
+
+def _price(price: "int | Graduated | Volume | Package") -> str:
+    match price:
+        case Graduated(graduated=steps) | Volume(volume=steps):
+            each = (
+                usd(s.nanos_per_mtok) + ("" if s.up_to_tokens is None else f" up to {s.up_to_tokens:,}")
+                for s in steps
+            )
+            return f"{'graduated' if isinstance(price, Graduated) else 'volume'}: " + ", ".join(each)
+        case Package(package=size):
+            return f"{usd(size.nanos)} a package of {size.tokens:,}"
+        case _:
+            return usd(price)

@@ -95,7 +95,7 @@ def test_a_line_is_rounded_once_and_included_tokens_are_free(
     items = [item for line in lines for item in line.items]
     for position, name in enumerate(("prompt tokens", "prompt tokens, cached", "completion tokens")):
         free = sum(
-            item.included for item in items if item.what.split(", from")[0].split(", above")[0] == name
+            item.included for item in items if item.what.split(", first")[0].split(", above")[0] == name
         )
         assert free == min(quota[position], sum(of[position] for of in tokens))
 

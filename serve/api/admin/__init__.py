@@ -2,10 +2,33 @@
 
 from fastapi import APIRouter
 
-from serve.api.admin import adapters, audit, budgets, keys, platform_keys, prices, projects, tenants
+from serve.api.admin import (
+    adapters,
+    audit,
+    budgets,
+    credits,
+    invoices,
+    keys,
+    platform_keys,
+    prices,
+    projects,
+    tenants,
+)
 
 router = APIRouter()
-for resource in (tenants, projects, keys, budgets, prices, adapters, audit, platform_keys):
+_RESOURCES = (
+    tenants,
+    projects,
+    keys,
+    budgets,
+    prices,
+    credits,
+    invoices,
+    adapters,
+    audit,
+    platform_keys,
+)
+for resource in _RESOURCES:
     router.include_router(resource.router)
 
 __all__ = ["router"]

@@ -1,9 +1,10 @@
 """/admin/v1/prices, and which of them a tenant pays."""
 
+from datetime import timedelta
 from typing import Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from serve.api.admin.access import By
 from serve.api.admin.access import router as admin_router
@@ -14,13 +15,16 @@ from serve.api.admin.shapes import (
     Limit,
     Listing,
     PlainName,
+    Timestamp,
     listing,
+    moment,
     now,
     seconds,
     slice_page,
 )
 from serve.api.context import Ctx
 from serve.billing.pricing import PricePlan, Prices, PriceVersion
+from serve.errors import InvalidRequest
 
 router: APIRouter = admin_router("prices")
 
@@ -35,6 +39,7 @@ class PriceWire(Identified):
 
 class NewSubscription(Body):
     plan: PlainName
+    effective_at: Timestamp | None = Field(None, description="Not in the past; null: from now on.")
 
 
 class SubscriptionWire(BaseModel):
@@ -57,8 +62,10 @@ def index(ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[PriceWire
 
 @router.put("/tenants/{tenant}/subscription")
 def subscribe(tenant: str, body: NewSubscription, by: By, ctx: Ctx) -> SubscriptionWire:
-    """Put a tenant on the newest version of a plan, from now on."""
-    at = now()
+    """Put a tenant on a plan: on its newest version that may be paid by then."""
+    at = moment(body.effective_at) or now()
+    if at < now() - timedelta(seconds=1):
+        raise InvalidRequest("What is past keeps its price.", "effective_at", "invalid_value")
     version = Prices(ctx.store).subscribe(tenant, body.plan, at=at, actor=by.actor)
     return SubscriptionWire(tenant=tenant, price=_wire(version), effective_at=seconds(at))
 

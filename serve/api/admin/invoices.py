@@ -1,0 +1,355 @@
+"""/admin/v1/invoices: from draft to paid, what is behind their lines, and as files; and who is on them."""
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel, Field, StringConstraints
+
+from serve.api.admin.access import By
+from serve.api.admin.access import router as admin_router
+from serve.api.admin.shapes import (
+    After,
+    Body,
+    Identified,
+    Limit,
+    Listing,
+    PlainName,
+    listing,
+    maybe_seconds,
+    now,
+    seconds,
+)
+from serve.api.context import Ctx
+from serve.billing.credit_notes import LINES_MAX, CreditNote, CreditNotes
+from serve.billing.invoice import Invoices
+from serve.billing.invoice_document import InvoiceDocument, Party
+from serve.billing.invoice_files import csv_text, json_text
+from serve.billing.invoice_pdf import pdf_bytes
+from serve.billing.invoice_records import Invoice, State, StateChange
+from serve.billing.invoice_usage import InvoiceUsage, UsageRequest, UsageSum, Within
+from serve.billing.parties import SELLER, Parties
+from serve.errors import InvalidRequest
+from serve.listing import Page
+
+router: APIRouter = admin_router("invoices")
+
+Month = Annotated[str, StringConstraints(pattern="^[0-9]{4}-(0[1-9]|1[0-2])$")]
+Reason = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=200)]
+Position = Annotated[int, Field(ge=1, le=100_000)]
+
+
+class NewInvoice(Body):
+    tenant: PlainName
+    period: Month = Field(description="The month, as 2026-11.")
+
+
+class Transition(Body):
+    state: Literal["draft", "review", "finalized", "paid", "void"]
+    reason: Reason = Field("", description="It is kept in the invoice's history.")
+
+
+class NoteAmount(Body):
+    line: Position | None = Field(None, description="The invoice's line, from 1.")
+    amount_nanos: int = Field(ge=1, le=10**18, description="Gross.")
+
+
+class NewCreditNote(Body):
+    reason: Annotated[Reason, StringConstraints(min_length=1)]
+    lines: list[NoteAmount] = Field(min_length=1, max_length=LINES_MAX)
+
+
+class ChangeWire(BaseModel):
+    state: str
+    actor: str
+    reason: str
+    at: int
+
+
+class InvoiceWire(Identified):
+    """Amounts in nanos of the document's currency; only what is payable is rounded, to cents."""
+
+    object: Literal["invoice"] = "invoice"
+    draft_id: str
+    tenant: str
+    period: str
+    state: str
+    created_at: int
+    issued_at: int | None
+    sha256: str | None
+    subtotal_nanos: int
+    tax_nanos: int
+    total_nanos: int
+    due_nanos: int
+    payable_nanos: int
+
+
+class WholeInvoiceWire(InvoiceWire):
+    document: InvoiceDocument
+    history: list[ChangeWire]
+
+
+class CreditNoteWire(Identified):
+    object: Literal["credit_note"] = "credit_note"
+    invoice: str
+    reason: str
+    currency: str
+    amount_nanos: int
+    tax_nanos: int
+    lines: list[NoteAmount]
+    issued_at: int
+    sha256: str
+
+
+class InvoiceSumWire(Identified):
+    """A day or a key; at list price, as it was charged."""
+
+    object: Literal["invoice.sum"] = "invoice.sum"
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cost_nanos: int
+
+
+class InvoiceRequestWire(Identified):
+    object: Literal["invoice.request"] = "invoice.request"
+    at: int
+    key: str
+    model: str
+    tier: str
+    price: str = Field(description="The price version that it was charged at.")
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cost_nanos: int
+    status: str
+
+
+class PartyWire(BaseModel):
+    object: Literal["billing_details"] = "billing_details"
+    details: Party | None
+
+
+@router.post("/invoices", status_code=201)
+def create(body: NewInvoice, by: By, ctx: Ctx) -> WholeInvoiceWire:
+    """The invoice of a month: what is final as it is, else a draft; a new revision only if it says more."""
+    invoices = Invoices(ctx.store)
+    return _whole(invoices, invoices.create(body.tenant, body.period, at=now(), actor=by.actor))
+
+
+@router.get("/invoices")
+def index(
+    ctx: Ctx,
+    after: After = None,
+    limit: Limit = 20,
+    tenant: PlainName | None = None,
+    period: Month | None = None,
+    state: State | None = None,
+) -> Listing[InvoiceWire]:
+    """Newest first."""
+    states = tuple(State) if state is None else (state,)
+    found = Invoices(ctx.store).page(tenant=tenant, period=period, states=states, after=after, limit=limit)
+    return listing(found, wire)
+
+
+@router.get("/invoices/{invoice}")
+def show(invoice: str, ctx: Ctx) -> WholeInvoiceWire:
+    invoices = Invoices(ctx.store)
+    return _whole(invoices, invoices.get(invoice))
+
+
+@router.post("/invoices/{invoice}/transition")
+def transition(invoice: str, body: Transition, by: By, ctx: Ctx) -> WholeInvoiceWire:
+    """draft → review → finalized → paid, or void; from review back to draft."""
+    invoices = Invoices(ctx.store)
+    moves = {
+        "draft": invoices.reopen,
+        "review": invoices.review,
+        "finalized": invoices.finalize,
+        "paid": invoices.pay,
+        "void": invoices.void,
+    }
+    return _whole(invoices, moves[body.state](invoice, at=now(), actor=by.actor, reason=body.reason))
+
+
+@router.get("/invoices/{invoice}/usage")
+def usage(
+    invoice: str,
+    ctx: Ctx,
+    by: Annotated[Literal["day", "key"], Query(description="What to sum up.")] = "day",
+    line: Annotated[int | None, Query(ge=1, le=100_000, description="Only this line, from 1.")] = None,
+    day: Annotated[str | None, Query(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")] = None,
+    key: Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = None,
+    after: After = None,
+    limit: Limit = 100,
+) -> Listing[InvoiceSumWire]:
+    """Its days or keys, or those of one of its lines."""
+    found = InvoiceUsage(ctx.store).sums(_get(ctx, invoice), by, within(line, day, key))
+    rest = [group for group in found if after is None or group.group > after]
+    return listing(Page(rest[:limit], len(rest) > limit), sum_wire)
+
+
+@router.get("/invoices/{invoice}/requests")
+def requests(
+    invoice: str,
+    ctx: Ctx,
+    line: Annotated[int | None, Query(ge=1, le=100_000, description="Only this line, from 1.")] = None,
+    day: Annotated[str | None, Query(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")] = None,
+    key: Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = None,
+    after: After = None,
+    limit: Limit = 20,
+) -> Listing[InvoiceRequestWire]:
+    """Its requests, oldest first, or those of a line, a day, a key; on a line of charges, those."""
+    chosen = within(line, day, key)
+    found = InvoiceUsage(ctx.store).requests(_get(ctx, invoice), chosen, after=after, limit=limit)
+    return listing(found, request_wire)
+
+
+@router.get("/invoices/{invoice}/file", response_class=Response, responses={200: {"content": {"*/*": {}}}})
+async def file(
+    invoice: str, ctx: Ctx, format: Annotated[Literal["csv", "json", "pdf"], Query()] = "pdf"
+) -> Response:
+    """The invoice as CSV, JSON or PDF."""
+    found = await asyncio.to_thread(_get, ctx, invoice)
+    return await asyncio.to_thread(file_of, found, format)
+
+
+@router.post("/invoices/{invoice}/credit-notes", status_code=201)
+def credit(invoice: str, body: NewCreditNote, by: By, ctx: Ctx) -> CreditNoteWire:
+    """Give part of a final invoice back, or all of it; never more than it is in sum."""
+    amounts = [(line.line, line.amount_nanos) for line in body.lines]
+    note = CreditNotes(ctx.store).issue(invoice, amounts, reason=body.reason, at=now(), actor=by.actor)
+    return note_wire(note)
+
+
+@router.get("/invoices/{invoice}/credit-notes")
+def credit_notes(invoice: str, ctx: Ctx) -> Listing[CreditNoteWire]:
+    return listing(Page(CreditNotes(ctx.store).of(invoice), False), note_wire)
+
+
+@router.put("/seller")
+def put_seller(body: Party, by: By, ctx: Ctx) -> PartyWire:
+    """Who sells, on documents from now on."""
+    Parties(ctx.store).put(SELLER, body, actor=by.actor)
+    return PartyWire(details=body)
+
+
+@router.get("/seller")
+def get_seller(ctx: Ctx) -> PartyWire:
+    return PartyWire(details=Parties(ctx.store).get(SELLER))
+
+
+@router.put("/tenants/{tenant}/billing-details")
+def put_buyer(tenant: str, body: Party, by: By, ctx: Ctx) -> PartyWire:
+    """Who the tenant is, on documents from now on."""
+    Parties(ctx.store).put(tenant, body, actor=by.actor)
+    return PartyWire(details=body)
+
+
+@router.get("/tenants/{tenant}/billing-details")
+def get_buyer(tenant: str, ctx: Ctx) -> PartyWire:
+    ctx.tenants.get(tenant)
+    return PartyWire(details=Parties(ctx.store).get(tenant))
+
+
+def within(line: int | None, day: str | None, key: str | None) -> Within:
+    """Raises InvalidRequest if `day` is none."""
+    try:
+        midnight = None if day is None else datetime.strptime(day, "%Y-%m-%d").replace(tzinfo=UTC)
+    except ValueError:
+        raise InvalidRequest(f"'{day}' is not a day.", "day", "invalid_value") from None
+    return Within(line, midnight, key)
+
+
+def file_of(invoice: Invoice, format: str) -> Response:
+    """The invoice as "csv", "json" or "pdf", to be saved under its number."""
+    name = {"content-disposition": f'attachment; filename="{invoice.number}.{format}"'}
+    if format == "csv":
+        return Response(csv_text(invoice), media_type="text/csv; charset=utf-8", headers=name)
+    if format == "json":
+        return Response(json_text(invoice), media_type="application/json", headers=name)
+    return Response(pdf_bytes(invoice), media_type="application/pdf", headers=name)
+
+
+def wire(invoice: Invoice) -> InvoiceWire:
+    return InvoiceWire.model_validate(_fields(invoice))
+
+
+def note_wire(note: CreditNote) -> CreditNoteWire:
+    said = note.document
+    return CreditNoteWire(
+        id=note.number,
+        invoice=said.invoice,
+        reason=said.reason,
+        currency=said.currency,
+        amount_nanos=said.amount_nanos,
+        tax_nanos=said.tax_nanos,
+        lines=[NoteAmount(line=line.line, amount_nanos=line.amount_nanos) for line in said.lines],
+        issued_at=seconds(note.issued_at),
+        sha256=note.sha256,
+    )
+
+
+def sum_wire(group: UsageSum) -> InvoiceSumWire:
+    return InvoiceSumWire(
+        id=group.group,
+        requests=group.requests,
+        prompt_tokens=group.prompt_tokens,
+        cached_tokens=group.cached_tokens,
+        completion_tokens=group.completion_tokens,
+        cost_nanos=group.cost_nanos,
+    )
+
+
+def request_wire(one: UsageRequest) -> InvoiceRequestWire:
+    return InvoiceRequestWire(
+        id=one.id,
+        at=seconds(one.at),
+        key=one.key_id,
+        model=one.model,
+        tier=one.tier,
+        price=one.price,
+        prompt_tokens=one.prompt_tokens,
+        cached_tokens=one.cached_tokens,
+        completion_tokens=one.completion_tokens,
+        cost_nanos=one.cost_nanos,
+        status=one.status,
+    )
+
+
+def _get(ctx: Ctx, number: str) -> Invoice:
+    return Invoices(ctx.store).get(number)
+
+
+def _whole(invoices: Invoices, invoice: Invoice) -> WholeInvoiceWire:
+    history = [_change(change) for change in invoices.history(invoice.draft_number)]
+    return WholeInvoiceWire.model_validate(
+        _fields(invoice) | {"document": invoice.document, "history": history}
+    )
+
+
+def _fields(invoice: Invoice) -> dict[str, object]:
+    document = invoice.document
+    return {
+        "id": invoice.number,
+        "draft_id": invoice.draft_number,
+        "tenant": document.tenant,
+        "period": document.period,
+        "state": invoice.state.value,
+        "created_at": seconds(invoice.created_at),
+        "issued_at": maybe_seconds(invoice.issued_at),
+        "sha256": invoice.sha256,
+        "subtotal_nanos": document.subtotal_nanos,
+        "tax_nanos": document.tax_nanos,
+        "total_nanos": document.total_nanos,
+        "due_nanos": document.due_nanos,
+        "payable_nanos": document.payable_nanos,
+    }
+
+
+def _change(change: StateChange) -> ChangeWire:
+    return ChangeWire(
+        state=change.state.value, actor=change.actor, reason=change.reason, at=seconds(change.at)
+    )
