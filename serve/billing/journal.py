@@ -62,7 +62,10 @@ class Journal:
         self.name = uuid.uuid4().hex
         self._path = directory / f"{self.name}{SUFFIX}"
         self._failed = failed
-        self._file = _locked(self._path)
+        # Under this name once it is locked: whoever finds it free may take it for a dead gateway's.
+        beside = self._path.with_suffix(".new")
+        self._file = _locked(beside)
+        beside.rename(self._path)
         self._size = 0
         self._records: dict[str, Record] = {}
         self._dirty: set[str] = set()
@@ -83,8 +86,10 @@ class Journal:
         end = End(event.status, event.finish_reason, event.ttft_ms, event.latency_ms, event.created_at)
         with self._lock:
             self._records[event.request_id] = record = Record(served, end)
-            self._dirty.discard(event.request_id)
-            self._append({event.request_id: record})
+            if self._append({event.request_id: record}):
+                self._dirty.discard(event.request_id)
+            else:
+                self._dirty.add(event.request_id)
 
     def forget(self, request_id: str) -> None:
         """The request is settled or voided."""
@@ -93,14 +98,12 @@ class Journal:
             self._dirty.discard(request_id)
 
     def flush(self) -> None:
-        """Write what has changed, and have it on the disk."""
+        """Write what has changed, and have it on the disk. What cannot be written is tried the next time."""
         with self._lock:
             dirty = {request_id: self._records[request_id] for request_id in self._dirty}
-            self._dirty.clear()
-            if self._size > SIZE_BYTES_MAX:
-                self._begin_anew()
-            elif dirty:
-                self._append(dirty)
+            anew = self._size > SIZE_BYTES_MAX and self._begin_anew()
+            if anew or (dirty and self._append(dirty)):
+                self._dirty.clear()
             file, size = self._file, self._size
         if size:
             with self._telling():
@@ -123,7 +126,8 @@ class Journal:
             except Exception:
                 log.exception("the journal could not be flushed")
 
-    def _append(self, records: dict[str, Record]) -> None:
+    def _append(self, records: dict[str, Record]) -> bool:
+        """Whether they are in the file."""
         data = b"".join(_line(request_id, record) for request_id, record in records.items())
         with self._telling():
             # A line that a full disk cut off must not spoil the next one.
@@ -133,20 +137,28 @@ class Journal:
                 os.ftruncate(self._file, self._size - written)
                 self._size -= written
                 raise OSError("the record was not written whole")
+            return True
+        return False
 
-    def _begin_anew(self) -> None:
-        """A file with what is open only, in the place of one that has grown."""
+    def _begin_anew(self) -> bool:
+        """Whether a file with what is open only is in the place of one that has grown."""
         beside = self._path.with_suffix(".new")
         with self._telling():
             file = _locked(beside)
-            data = b"".join(_line(request_id, record) for request_id, record in self._records.items())
-            if os.write(file, data) < len(data):
-                os.close(file)
-                raise OSError("the journal was not written whole")
-            os.fdatasync(file)
-            beside.rename(self._path)
+            try:
+                data = b"".join(_line(request_id, record) for request_id, record in self._records.items())
+                if os.write(file, data) < len(data):
+                    raise OSError("the journal was not written whole")
+                os.fdatasync(file)
+                beside.rename(self._path)
+            except OSError:
+                os.close(file)  # and with it the lock, for the next time
+                beside.unlink(missing_ok=True)
+                raise
             os.close(self._file)
             self._file, self._size = file, len(data)
+            return True
+        return False
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
@@ -186,7 +198,7 @@ def journals(directory: Path) -> list[Path]:
 
 def _locked(path: Path) -> int:
     file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_RDWR, 0o600)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else knows its name yet
     return file
 
 
