@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from serve.billing.charges import charges_table
-from serve.billing.reports import Question, Usage, bucket_of, everyone
+from serve.billing.reports import DAY, Question, Usage, bucket_of, everyone
 from serve.billing.usage import label_of
 from serve.db import Store
 
@@ -58,7 +58,7 @@ class Costs:
     def _charges(self, question: Question) -> Iterator[tuple[datetime, str, str, int]]:
         c = charges_table.c
         with self._store.read() as connection:
-            bucket = bucket_of(connection, c.created_at, question.width)
+            bucket = bucket_of(connection, c.created_at, question.width or DAY)
             groups = (bucket, c.tenant_id, c.kind, c.subject)
             query = (
                 sa.select(*groups, sa.func.sum(c.amount_nanos))

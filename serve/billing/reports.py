@@ -31,14 +31,14 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What was used in start ≤ t < end, in buckets of `width`: days, hours or minutes of UTC.
+    """What was used in start ≤ t < end, in buckets of `width`: days, hours or minutes of UTC. None: in one.
 
     Empty filters let everything through; `by` names what to tell apart.
     """
 
     start: datetime
     end: datetime
-    width: timedelta = DAY
+    width: timedelta | None = DAY
     tenants: Names = ()
     projects: Names = ()
     keys: Names = ()
@@ -76,10 +76,13 @@ class Usage:
         Raises InvalidRequest if they are more than the question's `groups_max`.
         """
         names = [name for name in DIMENSIONS if name in question.by]
-        sums = self._sums(question, ["bucket", *names])
+        if question.width is None:
+            sums = [((None, *group), counts) for group, counts in self._sums(question, names)]
+        else:
+            sums = self._sums(question, ["bucket", *names])
         return [
             Used(
-                datetime.fromisoformat(bucket).replace(tzinfo=UTC),
+                question.start if bucket is None else datetime.fromisoformat(bucket).replace(tzinfo=UTC),
                 requests,
                 Tokens(prompt, cached, completion),
                 cold_loads,
@@ -114,11 +117,14 @@ class Usage:
         sums: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0] * len(SUMS))
         limit = None if question.groups_max is None else question.groups_max + 1
         with self._store.read() as connection:
-            for table, start, end in parts(question.start, question.end, question.width):
-                columns = _columns(connection, table, question.width)
+            width = question.width or DAY
+            for table, start, end in parts(question.start, question.end, width):
+                columns = _columns(connection, table, width)
                 groups = [columns[name] for name in names]
                 query = sa.select(*groups, *_counts(table)).group_by(*groups).limit(limit)
                 for row in connection.execute(query.where(*_within(table, question, start, end))):
+                    if row[-1] is None:
+                        continue  # without groups SQL sums up no rows, too
                     found = sums[tuple(row[: len(names)])]
                     for position, count in enumerate(row[len(names) :]):
                         found[position] += int(count)

@@ -1,5 +1,7 @@
-"""`bespoke usage`: who used what; and whether the ledger agrees with the engines."""
+"""`bespoke usage`: who used what; whether the ledger agrees with itself, and with the engines."""
 
+from datetime import datetime
+from enum import StrEnum
 from typing import Annotated
 
 import httpx
@@ -7,31 +9,105 @@ import typer
 from prometheus_client.parser import text_string_to_metric_families
 from rich.table import Table
 
-from serve.billing.invoice import period_bounds
+from serve.audit import command_actor
+from serve.billing.forecast import forecast
 from serve.billing.ledger import Ledger
-from serve.billing.money import usd
+from serve.billing.money import cents, usd
+from serve.billing.months import period_bounds
+from serve.billing.proof import verify
 from serve.billing.reconcile import EngineCount, Reconciliation, reconcile
-from serve.billing.reports import Usage
-from serve.commands.parts import HomeOption, console, open_store, settings_of, table
+from serve.billing.reports import DAY, EVER, Question, Usage
+from serve.billing.rollups import rebuild
+from serve.billing.usage import label_of
+from serve.commands.parts import HomeOption, console, now, open_store, settings_of, table
 from serve.errors import OperatorError, ReconciliationFailed
 
 app = typer.Typer(no_args_is_help=True)
+
+
+class By(StrEnum):
+    MODEL = "model"
+    DAY = "day"
+    KEY = "key"
+    PROJECT = "project"
 
 
 @app.command()
 def show(
     tenant: Annotated[str | None, typer.Argument()] = None,
     month: Annotated[str | None, typer.Option(help="As 2026-11; default: all time.")] = None,
+    by: Annotated[By, typer.Option(help="What else to tell apart.")] = By.MODEL,
+    key: Annotated[str | None, typer.Option(help="Only this key's, by its id.")] = None,
+    project: Annotated[str | None, typer.Option(help="Only this project's, by its id.")] = None,
     home: HomeOption = None,
 ) -> None:
     """Requests, tokens and cost per tenant and model."""
-    start, end = period_bounds(month) if month else (None, None)
-    totals = Usage(open_store(settings_of(home))).totals(tenant=tenant, start=start, end=end)
-    rows = table("tenant", "model", ">requests", ">prompt", ">of it cached", ">completion", ">cost USD")
-    for total in totals:
-        counts = (total.requests, total.tokens.prompt, total.tokens.cached, total.tokens.completion)
-        rows.add_row(total.tenant, total.label, *(f"{count:,}" for count in counts), usd(total.cost_nanos))
+    start, end = period_bounds(month) if month else EVER
+    question = Question(
+        start,
+        end,
+        DAY if by == By.DAY else None,
+        tenants=(tenant,) if tenant else (),
+        keys=(key,) if key else (),
+        projects=(project,) if project else (),
+        by=frozenset({"tenant", "model", "tier", by.value}),
+    )
+    between = () if by == By.MODEL else (f"!{by.value}",)
+    columns = (">requests", ">prompt", ">of it cached", ">completion", ">cost USD")
+    rows = table("tenant", *between, "model", *columns)
+    for used in Usage(open_store(settings_of(home))).ask(question):
+        groups = {
+            By.MODEL: (),
+            By.DAY: (f"{used.bucket:%Y-%m-%d}",),
+            By.KEY: (used.key,),
+            By.PROJECT: (used.project or "-",),
+        }
+        t, label = used.tokens, label_of(used.model or "", used.tier or "")
+        counts = (used.requests, t.prompt, t.cached, t.completion)
+        rows.add_row(
+            used.tenant, *groups[by], label, *(f"{count:,}" for count in counts), usd(used.cost_nanos)
+        )
     console.print(rows)
+
+
+@app.command(name="forecast")
+def forecast_month(tenant: Annotated[str | None, typer.Argument()] = None, home: HomeOption = None) -> None:
+    """What this month will have cost at its end, at list price."""
+    made = forecast(open_store(settings_of(home)), tenant=tenant, at=now())
+    rows = table(
+        "what", ">to date USD", ">at month's end", ">lowest", ">highest", title=f"{made.month:%Y-%m}"
+    )
+    for one in (*made.line_items, made.total):
+        amounts = (one.to_date_nanos, one.projected_nanos, one.low_nanos, one.high_nanos)
+        rows.add_row(one.line_item or "total", *(cents(nanos) for nanos in amounts))
+    console.print(rows)
+    console.print(f"month to date + mean of the last {made.basis_days} full days (UTC) x days left")
+
+
+@app.command(name="verify")
+def verify_ledger(home: HomeOption = None) -> None:
+    """Make every balance and sum again from the rows that are only ever added; exit 1 if any differs."""
+    checks = verify(open_store(settings_of(home)))
+    rows = table("check", ">compared", ">different")
+    wrong = table("check", "!what", ">kept", ">said")
+    for one in checks:
+        rows.add_row(one.name, f"{one.compared:,}", f"{len(one.differences):,}")
+        for different in one.differences:
+            wrong.add_row(one.name, different.subject, f"{different.kept:,}", f"{different.said:,}")
+    console.print(rows)
+    if wrong.row_count:
+        console.print(wrong)
+        raise ReconciliationFailed("The ledger does not agree with itself.")
+    console.print("the ledger agrees with itself to the nano", style="green")
+
+
+@app.command(name="rebuild")
+def rebuild_hours(
+    day: Annotated[datetime, typer.Argument(formats=["%Y-%m-%d"], help="In UTC.")], home: HomeOption = None
+) -> None:
+    """Make the hours of a day anew from its events."""
+    wrong = rebuild(open_store(settings_of(home)), day.date(), actor=command_actor(), at=now())
+    console.print(f"{day:%Y-%m-%d}: {wrong} rows differed")
 
 
 @app.command()
