@@ -28,7 +28,21 @@ from serve.errors import OperatorError
 from serve.settings import EngineSettings, Settings
 from tests.faults.failpoints import FaultyEngine, FaultyGateway, FaultySteward, Hit, Traps
 from tests.postgres import Postgres
-from tests.serve.conftest import TENANTS, TINY, Live, free_port, import_tiny, onboard, wait_until
+from tests.serve.conftest import (  # fixtures, too
+    TENANTS,
+    TINY,
+    Live,
+    free_port,
+    import_tiny,
+    migrated_sqlite,
+    new_database,
+    onboard,
+    shop,
+    store,
+    wait_until,
+)
+
+__all__ = ["migrated_sqlite", "new_database", "shop", "store"]  # for the tests of the store alone
 
 TENANT = TENANTS[0]
 TOKENS = 150

@@ -10,14 +10,14 @@ SIZE_BYTES = 256 << 10
 
 
 @contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A folder into which `SIZE_BYTES` go, or, where tmpfs may not be mounted, files of this size."""
+def small_disk(folder: Path, size_bytes: int = SIZE_BYTES) -> Iterator[Path]:
+    """A folder into which `size_bytes` go, or, where tmpfs may not be mounted, files of this size."""
     folder.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={SIZE_BYTES}", "tmpfs", str(folder)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)], capture_output=True
     ).returncode:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE_BYTES, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
         try:
             yield folder
         finally:
