@@ -2,13 +2,16 @@
 
 import json
 import logging
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
 from serve.api.errors import anthropic_body_of, body_of, status_of
 from serve.audit import Audit
@@ -19,6 +22,9 @@ from serve.billing.notices import notices_table
 from serve.billing.pricing import Tokens
 from serve.billing.thresholds import figures, notify_due
 from serve.billing.usage import Status, UsageEvent
+from serve.billing.webhooks import secret_of
+from serve.cli import app
+from serve.commands.parts import console
 from serve.errors import (
     AlreadyExists,
     BudgetExceeded,
@@ -28,7 +34,8 @@ from serve.errors import (
     UnknownRecord,
 )
 from serve.metrics import render_budgets
-from tests.serve.conftest import NOON, Shop
+from serve.tenants import server_secret
+from tests.serve.conftest import NOON, Shop, on_sqlite
 
 LEASE = timedelta(minutes=10)
 HOOK = "https://hooks.example.com/budgets"
@@ -448,3 +455,33 @@ def test_an_event_of_a_failed_settlement_moves_no_budget(till: Till) -> None:
     with pytest.raises(sa.exc.IntegrityError):
         till.shop.ledger.settle(second, replace(till.event(second, 20), request_id="r1"), at=NOON)
     assert till.standing(budget) == (10, 100)
+
+
+@on_sqlite
+def test_budgets_are_set_shown_and_retired_by_command(
+    till: Till, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BESPOKE_DATABASE_URL", till.shop.store.url)
+    monkeypatch.setattr(console, "width", 200)
+
+    def say(*arguments: str, code: int = 0) -> str:
+        done = CliRunner().invoke(app, ["budget", *arguments, "--home", str(tmp_path)])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    made = say("set", "acme", "--limit-usd", "50", "--project", till.project, "--webhook", HOOK)
+    budget = re.findall(r"bud_\w+", made)[0]
+    assert "may spend 50.00 USD (month)" in made
+    again = say("set", "acme", "--limit-usd", "60.5", "--project", till.project, "--soft", "--notify", "90")
+    assert budget in again
+    assert "is expected to spend 60.50 USD" in again
+    shown = say("show", "acme", budget)
+    assert "notifies at: 90 %" in shown
+    assert "webhook: none" in shown
+    assert f"retired {budget}" in say("retire", "acme", budget)
+    assert "soft" in say("list", "acme")
+    assert say("secret", "acme").strip() == secret_of(server_secret(tmp_path), "acme")
+    for wrong in (["--limit-usd", "x"], ["--limit-usd", "1", "--notify", "x"]):
+        say("set", "acme", *wrong, code=2)
+    say("set", "acme", "--limit-usd", "1", "--project", "p", "--key", "k", code=2)
+    assert till.budgets.get("acme", budget, at=NOON).budget.limit_nanos == 60_500_000_000
