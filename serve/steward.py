@@ -21,6 +21,7 @@ from serve.billing.books import Books
 from serve.billing.ledger import Ledger
 from serve.billing.reconcile import EngineCount, Reconciliation, reconcile
 from serve.billing.reports import Usage
+from serve.billing.thresholds import BudgetFigures, figures
 from serve.db import Store
 from serve.engine.base import Counters, Engine
 from serve.errors import EngineUnavailable, StoreUnavailable
@@ -31,6 +32,7 @@ from serve.responses import Responses
 log = logging.getLogger(__name__)
 
 Chore = Callable[[], Awaitable[None]]
+NO_BUDGETS = BudgetFigures((), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Measurements:
     drift: tuple[Reconciliation, ...] = ()
     drift_at: float | None = None
     chores: Mapping[str, float] = field(default_factory=dict)
+    budgets: BudgetFigures = NO_BUDGETS
 
 
 class Watched(Protocol):
@@ -95,6 +98,7 @@ class Steward:
     async def measurements(self) -> Measurements:
         """Raises StoreUnavailable."""
         holds = await asyncio.to_thread(self._ledger.open_holds)
+        budgets = await asyncio.to_thread(figures, self._store, self._now())
         oldest_s = (self._now() - holds[0].created_at).total_seconds() if holds else 0.0
         return Measurements(
             len(holds),
@@ -104,6 +108,7 @@ class Steward:
             self._drift,
             self._drift_at,
             {name: time.monotonic() - done_s for name, done_s in self._done_s.items()},
+            budgets,
         )
 
     async def _repeat(self, name: str, interval_s: float, chore: Chore) -> None:

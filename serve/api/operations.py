@@ -17,7 +17,7 @@ from serve.api.document import errors
 from serve.api.objects import Readiness, Status
 from serve.engine.base import Counters
 from serve.errors import EngineUnavailable, Unauthenticated, Unavailable
-from serve.metrics import render
+from serve.metrics import render, render_budgets
 from serve.steward import Measurements, Watched
 
 router = APIRouter()
@@ -54,7 +54,9 @@ async def metrics(request: Request, ctx: Ctx) -> Response:
             continue  # an engine that is down has no counters; the gateway's own still count
     text = render(ctx.metrics, counters)
     if ctx.steward is not None:
-        text += steward_metrics.render(await _measured(ctx.steward))
+        measured = await _measured(ctx.steward)
+        text += steward_metrics.render(measured)
+        text += b"" if measured is None else render_budgets(measured.budgets)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
