@@ -54,6 +54,7 @@ APP_NAME = "bespoke"
 # Serve counts an abort like a request; a replica that is full of requests must still take one.
 CONTROL_CALLS = 64
 STEWARD_TIMEOUT_S = 3.0
+HEALTH_CHECK_PERIOD_S = 2  # a process that has died is missed for so long at most
 
 
 class EngineDeployment:
@@ -202,7 +203,7 @@ def build(settings: Settings) -> Any:
             max_ongoing_requests=settings.limits.ongoing_requests + CONTROL_CALLS,
             max_queued_requests=settings.limits.queued_requests,
             ray_actor_options={"num_cpus": 0, "num_gpus": _gpus(settings)},
-            health_check_period_s=2,
+            health_check_period_s=HEALTH_CHECK_PERIOD_S,
             health_check_timeout_s=30,
             # A replica that is told to stop gets no new requests and this long to end those it has.
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
@@ -219,10 +220,15 @@ def build(settings: Settings) -> Any:
         # Queueing and refusing belong to the engine's bounds, where refusals have OpenAI's shape.
         max_ongoing_requests=8192,
         ray_actor_options={"num_cpus": 0},
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
     )
     steward = ray_serve.deployment(StewardDeployment).options(
-        name="steward", num_replicas=1, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=5
+        name="steward",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=5,
     )
     return gateway.bind(settings, contexts, engines, steward.bind(settings, contexts, engines))
 

@@ -49,7 +49,7 @@ TOKENS = 150
 GATEWAYS = 3
 ENGINE = f"engine-{TINY}"
 CLOSED_S_MAX = 30.0  # by then nothing is open any more, if its engine lives
-REPLACED_S_MAX = 60.0
+REPLACED_S_MAX = 240.0  # an engine needs a minute or two to start
 OBSERVATIONS = "BESPOKE_FAULTS_JSON"  # where to write what was seen
 
 
@@ -79,6 +79,7 @@ class Ask:
         self.code: str | None = None
         self.request_id = ""
         self.tokens = 0
+        self.arrivals: list[tuple[float, int]] = []  # when (time.monotonic) how many tokens had come
         self.finish_reason: str | None = None
         self.broken: str | None = None
         self._site = site
@@ -103,9 +104,9 @@ class Ask:
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), "the stream did not end in time"
 
-    @property
-    def ended(self) -> bool:
-        return not self._thread.is_alive()
+    def tokens_at(self, moment_s: float) -> int:
+        """How many had come by then."""
+        return max((tokens for at_s, tokens in self.arrivals if at_s <= moment_s), default=0)
 
     def _read(self) -> None:
         url, key = f"{self._site.url}/v1/chat/completions", self._site.keys[TENANT]
@@ -129,6 +130,7 @@ class Ask:
         for choice in event.get("choices", ()):
             self.finish_reason = choice["finish_reason"]
             self.tokens += len((choice.get("logprobs") or {}).get("content") or ())
+            self.arrivals.append((time.monotonic(), self.tokens))
             if self.tokens:
                 self._begun.set()
 
@@ -159,7 +161,7 @@ class Site(Live):
             counts = {"gateway": GATEWAYS, "steward": 1, ENGINE: 1}
             return all(len(self.pids(name)) == count for name, count in counts.items()) and self._ready()
 
-        wait_until(whole, 180, 0.1)
+        wait_until(whole, REPLACED_S_MAX, 0.1)
 
     def _ready(self) -> bool:
         try:
@@ -167,16 +169,17 @@ class Site(Live):
         except httpx.TransportError:
             return False
 
-    def kill(self, deployment: str) -> set[int]:
-        """SIGKILL for all of its replicas and their children. Their pids."""
-        pids = self.pids(deployment)
-        assert pids
-        for pid in pids:
-            replica = psutil.Process(pid)
-            for process in (replica, *replica.children(recursive=True)):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        return pids
+    def kill(self, *deployments: str, also: int | None = None) -> None:
+        """SIGKILL for the process `also`, and for all replicas of `deployments` and their children."""
+        victims = [] if also is None else [psutil.Process(also)]
+        for deployment in deployments:
+            for pid in self.pids(deployment):
+                replica = psutil.Process(pid)
+                victims += [replica, *replica.children(recursive=True)]
+        assert victims
+        for process in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def wait_hit(self, point: str, marker: str) -> Hit:
         found: list[Hit] = []

@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +20,7 @@ from typing import Any
 
 from serve import generation, recovery
 from serve.api.batch_worker import BatchWorker
-from serve.billing import ledger
+from serve.billing import books, ledger
 from serve.deployment import EngineDeployment, GatewayDeployment, StewardDeployment
 from serve.engine.base import Accepted, Delta, Event, GenerationRequest
 from serve.engine.remote import RemoteEngine
@@ -195,23 +195,21 @@ def _watch_engines(traps: Traps) -> None:
 
 
 def _watch_ledger(traps: Traps, who: str, marker_of: Callable[[str], str | None]) -> None:
-    record, apply = ledger._record, ledger.Ledger.apply
+    record, close = ledger._record, books.Books.close
 
     def _record(connection: Any, closed: list[ledger.Closing], held: Any) -> None:
         record(connection, closed, held)
-        come(DURING_SETTLE, closed)
+        for one in closed:  # in the transaction, with all rows written and locked
+            traps.come_blocking(at(who, DURING_SETTLE), marker_of(one.request_id), one.request_id)
 
-    def _apply(self: ledger.Ledger, entries: Any) -> list[ledger.Outcome]:
-        outcomes = apply(self, entries)
-        come(AFTER_SETTLE, [entry for entry in entries if isinstance(entry, ledger.Closing)])
-        return outcomes
-
-    def come(moment: str, closings: Iterable[ledger.Closing]) -> None:
-        for closing in closings:
-            traps.come_blocking(at(who, moment), marker_of(closing.request_id), closing.request_id)
+    async def _close(self: books.Books, closing: ledger.Closing) -> bool:
+        outcome = await close(self, closing)
+        request_id = closing.request_id
+        await traps.come(at(who, AFTER_SETTLE), marker_of(request_id), request_id)
+        return outcome
 
     ledger._record = _record
-    ledger.Ledger.apply = _apply  # type: ignore[method-assign]
+    books.Books.close = _close  # type: ignore[method-assign]
 
 
 def _marker_of(prompt: Any) -> str | None:

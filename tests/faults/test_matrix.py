@@ -61,7 +61,7 @@ def test_a_database_that_is_killed_delays_a_settlement_and_spoils_none(whole: Si
     refused = whole.post(body("while-the-database-is-away", 1))
     whole.postgres.start()
     assert refused.status_code == 503
-    assert refused.json()["error"]["code"] == "store_unavailable", refused.text
+    assert refused.json()["error"]["code"] == "service_unavailable", refused.text
     ask.wait_ended()
     whole.wait_closed(hit.request_id)
     seen = whole.observe("database", moment, ask, hit.request_id, since(killed_s))
