@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup demo serve test check bench-adapters bench-ledger lock clean
+.PHONY: setup demo serve test test-faults check bench-adapters bench-ledger lock clean
 
 setup: .venv/.ready
 
@@ -18,6 +18,9 @@ serve: setup
 
 test: setup check
 	$(BIN)/pytest
+
+test-faults: setup
+	$(BIN)/pytest tests/faults
 
 check: setup
 	$(BIN)/ruff check .

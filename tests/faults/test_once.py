@@ -1,4 +1,4 @@
-"""What must be billed once is billed once: keys and batch lines of dead gateways, a budget's last requests."""
+"""What must be billed once is billed once: keys, batch lines, and a budget's last requests."""
 
 import json
 import time
