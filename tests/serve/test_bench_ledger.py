@@ -1,0 +1,30 @@
+"""The ledger's benchmark in small: what it fills is what settlements would have written, and it asks for real."""
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from loadtests.bench import ledger
+from serve.billing.proof import verify
+from serve.db import Store
+from serve.settings import Settings
+
+
+def test_what_is_filled_agrees_with_itself_and_can_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "ASKED", 1)
+    read = ledger.reading(tmp_path, 3000, seed=1)
+    assert set(read["answers_s"]) == set(ledger.questions("anybody"))
+    assert read["invoice_s"] > 0
+    with closing(Store(Settings(home=tmp_path).store_url)) as store:
+        (hours,) = (one for one in verify(store) if one.name == "hours = usage events")
+    assert hours.compared > 1000
+    assert hours.differences == ()
+
+
+def test_settlements_are_counted_and_timed(tmp_path: Path) -> None:
+    figures = ledger.settlements(f"sqlite:///{tmp_path}/ledger.db", requests=600, timed=20)
+    assert figures["settles_per_s"] > 0
+    assert 0 < figures["p50_ms"] <= figures["p99_ms"]
