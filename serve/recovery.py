@@ -99,7 +99,10 @@ class Recovery:
         try:
             found = await self._finals(sale.base, request_id)
         except EngineUnavailable:
-            if self._now() < self._asked.setdefault(request_id, self._now()) + ENGINE_PATIENCE:
+            at = self._now()
+            # A clock that has stepped back begins the wait anew, and does not prolong it by the step.
+            asked = self._asked[request_id] = min(self._asked.get(request_id, at), at)
+            if at < asked + ENGINE_PATIENCE:
                 return False
             found = []
         self._asked.pop(request_id, None)

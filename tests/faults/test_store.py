@@ -17,8 +17,10 @@ from serve.billing.proof import verify
 from serve.billing.usage import Status, UsageEvent
 from serve.db import Store
 from serve.errors import StoreUnavailable
+from serve.recovery import ENGINE_PATIENCE
 from tests.faults.disks import small_disk
 from tests.serve.conftest import NOON, Shop, onboard
+from tests.serve.test_recovery import Scene
 
 LEASE = timedelta(minutes=10)
 COST_NANOS = 700
@@ -121,6 +123,23 @@ def test_a_clock_that_steps_back_neither_frees_a_hold_early_nor_leaks_one(shop: 
     account = shop.ledger.account("acme")
     assert (account.spent_nanos, account.held_nanos) == (COST_NANOS, 0)
     assert [check for check in verify(shop.store) if check.differences] == []
+
+
+def test_a_clock_that_steps_back_does_not_prolong_the_patience_with_an_engine_that_is_away(
+    shop: Shop, tmp_path: Path
+) -> None:
+    scene = Scene(shop, tmp_path / "journals")
+    scene.hold("a gateway elsewhere")
+    scene.engine.away = True
+    scene.now = NOON + LEASE * 2
+    scene.run()
+    scene.now = NOON + LEASE + timedelta(seconds=1)
+    scene.run()
+    assert not scene.closings()
+    scene.now += ENGINE_PATIENCE
+    scene.run()
+    assert scene.closings() == ["void"]
+    scene.books.stop()
 
 
 @pytest.mark.parametrize("full", ["the disk", "the database"])
