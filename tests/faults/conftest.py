@@ -69,6 +69,7 @@ class Seen:
     billed_tokens: int
     ledger: str
     closed_s: float
+    counted: bool = True  # whether it is of one request, whose tokens were counted
 
 
 class Ask:
@@ -220,7 +221,7 @@ class Site(Live):
 
     def note(self, fault: str, moment: str, client: str, ledger: str, seconds: float = 0.0) -> None:
         """An observation that is not of one request."""
-        self.seen.append(Seen(fault, moment, client, 0, 0, ledger, round(seconds, 1)))
+        self.seen.append(Seen(fault, moment, client, 0, 0, ledger, round(seconds, 1), counted=False))
 
     def check(self) -> None:
         """What must be so after every fault, once it is over; waited for within bounds."""
