@@ -1,6 +1,7 @@
 """The admin API, over HTTP and without an engine: for the operator, and for two tenants' own admins."""
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,8 @@ from serve.api.context import Context
 from serve.api.edge import Edge
 from serve.audit import Audit
 from serve.billing.budget_book import Budgets
+from serve.billing.charges import Charge, charge
+from serve.billing.invoice import Invoices
 from serve.billing.pricing import Prices
 from serve.errors import StoreUnavailable
 from serve.metrics import Metrics
@@ -22,7 +25,19 @@ from tests.serve.conftest import NOON, PLAN, TINY, Shop
 from tests.serve.lora_samples import publish_base, publish_sample
 
 Json = dict[str, Any]
+LONG_AGO = datetime(2025, 2, 1, tzinfo=UTC)
 ADMIN = frozenset({"admin"})
+
+
+def old_invoice(shop: Shop, tenant: str) -> str:
+    """The number of an invoice that is final, of a month long ago."""
+    at = LONG_AGO - timedelta(days=1)
+    with shop.store.write() as connection:
+        charge(connection, Charge(f"old:{tenant}", tenant, "training", "x", 1, shop.price.id, 1000, at))
+    invoices = Invoices(shop.store)
+    draft = invoices.create(tenant, "2025-01", at=LONG_AGO)
+    invoices.review(draft.number, at=LONG_AGO)
+    return invoices.finalize(draft.number, at=LONG_AGO).number
 
 
 class Desk:
@@ -70,6 +85,7 @@ class Desk:
                 .budget.id,
                 "name": "support",
                 "version": other.version,
+                "invoice": old_invoice(shop, tenant),
             }
 
     _given = frozenset({"tenants", "catalogue", "engines", "store", "metrics"})
@@ -122,6 +138,12 @@ BODIES: dict[tuple[str, str], Json] = {
     ("DELETE", T + "/budgets/{budget}"): {},
     ("POST", A + "/prices"): PLAN.model_copy(update={"name": "gold"}).model_dump(),
     ("PUT", T + "/subscription"): {"plan": "standard"},
+    ("POST", T + "/grants"): {"amount_nanos": 5},
+    ("PUT", T + "/billing-details"): {"name": "Acme Ltd"},
+    ("PUT", A + "/seller"): {"name": "Bespoke Ltd"},
+    ("POST", A + "/invoices"): {"tenant": "acme", "period": "2026-11"},
+    ("POST", A + "/invoices/{invoice}/transition"): {"state": "paid"},
+    ("POST", A + "/invoices/{invoice}/credit-notes"): {"reason": "slow", "lines": [{"amount_nanos": 5}]},
     ("POST", V + "/promote"): {},
     ("POST", V + "/pin"): {},
     ("POST", V + "/unpin"): {},
