@@ -36,7 +36,7 @@ budgets_table = sa.Table(
     sa.CheckConstraint("limit_nanos >= 0", name="limit_not_negative"),
     sa.CheckConstraint(f"scope IN {SCOPES}", name="scope_known"),
     sa.CheckConstraint(f"period IN {tuple(PERIODS)}", name="period_known"),
-    sa.Index("ix_budgets_tenant_id", "tenant_id"),
+    sa.Index("ix_budgets_tenant_id_subject", "tenant_id", "subject"),
 )
 
 spend_table = sa.Table(
@@ -48,6 +48,7 @@ spend_table = sa.Table(
     sa.Column("held_nanos", sa.BigInteger, nullable=False),
     sa.Column("notified_pct", sa.Integer, nullable=False),
     sa.CheckConstraint("held_nanos >= 0", name="held_not_negative"),
+    sa.Index("ix_budget_spend_period", "period"),
 )
 
 Reservation = tuple[str, str]  # budget id, period

@@ -5,7 +5,7 @@ import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -85,15 +85,19 @@ def figures(store: Store, at: datetime) -> BudgetFigures:
 
 
 def _current(at: datetime, *earlier: datetime) -> sa.Select[Any]:
-    """Budgets in force with what they spent in the periods of `at` and `earlier`, found by their keys."""
+    """Budgets in force and what they spent in the periods of `at` and `earlier`, found by the periods' names.
+
+    No two kinds of period have a name in common, so a name says the budget's kind, too.
+    """
     b, s = budgets_table.c, spend_table.c
-
-    def span(moment: datetime) -> sa.ColumnElement[str]:
-        return sa.case({name: moment.strftime(form) for name, form in PERIODS.items()}, value=b.period)
-
-    spans = [span(moment) for moment in (at, *earlier)]
-    joined = budgets_table.join(spend_table, sa.and_(s.budget_id == b.id, s.period.in_(spans)))
-    return sa.select(b.id, s.period).select_from(joined).where(b.retired_at.is_(None), s.spent_nanos > 0)
+    moments = [moment.astimezone(UTC) for moment in (at, *earlier)]
+    spans = sorted({moment.strftime(form) for moment in moments for form in PERIODS.values()})
+    joined = budgets_table.join(spend_table, s.budget_id == b.id)
+    return (
+        sa.select(b.id, s.period)
+        .select_from(joined)
+        .where(s.period.in_(spans), s.spent_nanos > 0, b.retired_at.is_(None))
+    )
 
 
 def _candidates(store: Store, at: datetime) -> list[tuple[str, str]]:
