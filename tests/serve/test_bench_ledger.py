@@ -1,4 +1,4 @@
-"""The ledger's benchmark in small: what it fills is what settlements would have written, and it asks for real."""
+"""The ledger's benchmark in small: what it fills agrees with itself, and what it asks is answered."""
 
 from contextlib import closing
 from pathlib import Path
