@@ -28,6 +28,7 @@ def engine(tiny: Path, tiny_nf4: BaseCard) -> Iterator[Any]:
         )
         yield llm
         llm.llm_engine.engine_core.shutdown()
+        vllm.envs.disable_envs_cache()  # which an engine's core makes of its process's environment
 
 
 def logprobs(directory: Path, token_ids: list[int], *, quantized: bool) -> torch.Tensor:
