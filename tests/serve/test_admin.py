@@ -249,7 +249,7 @@ WRONG: list[tuple[str, Json | None, str | None]] = [
     ("/tenants/acme/keys", {"name": "a\x00b"}, "name"),
     ("/tenants/acme/keys", {"limits": {"tokens_per_min": 0}}, "limits.tokens_per_min"),
     ("/tenants/acme/keys", {"limits": {"models": ["a*b"]}}, "models"),
-    ("/prices", {"name": "x"}, "currency"),
+    ("/prices", {"name": "x"}, "base"),
 ]
 
 
