@@ -202,10 +202,7 @@ def _within(
     at = c.hour if table is hours_table else c.created_at
     yield at >= start
     yield at < end
-    if question.tenants:
-        yield c.tenant_id.in_(question.tenants)
-    elif table is usage_table:
-        yield c.tenant_id.in_(everyone())
+    yield c.tenant_id.in_(question.tenants or everyone())
     for column, wanted in (
         (c.project, question.projects),
         (c.key_id, question.keys),
