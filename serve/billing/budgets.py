@@ -100,10 +100,11 @@ def budget_of(row: "sa.Row[tuple[object, ...]]") -> Budget:
     )
 
 
-def in_force(connection: sa.Connection, tenants: Iterable[str]) -> list[Budget]:
-    """The budgets of `tenants` that bind requests now."""
+def in_force(connection: sa.Connection, tenants: set[str], subjects: set[str]) -> list[Budget]:
+    """The budgets of `tenants` that bind requests of any of `subjects` now."""
     c = budgets_table.c
-    query = sa.select(budgets_table).where(c.tenant_id.in_(sorted(set(tenants))), c.retired_at.is_(None))
+    whose = (c.tenant_id.in_(sorted(tenants)), c.subject.in_(sorted(subjects)))
+    query = sa.select(budgets_table).where(*whose, c.retired_at.is_(None))
     return [budget_of(row) for row in connection.execute(query.order_by(c.id))]
 
 

@@ -307,7 +307,9 @@ def _lock(connection: sa.Connection, tenants: Iterable[str]) -> None:
 
 def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) -> dict[int, Outcome]:
     outcomes: dict[int, Outcome] = {}
-    bound = budgets.in_force(connection, {opening.hold.tenant for _, opening in openings})
+    tenants = {opening.hold.tenant for _, opening in openings}
+    asking = {name for _, opening in openings for name in (opening.hold.project, opening.hold.key_id) if name}
+    bound = budgets.in_force(connection, tenants, tenants | asking)
     together = _take_together(connection, openings, {budget.tenant for budget in bound})
     transfers, opened = [], []
     for i, opening in openings:
