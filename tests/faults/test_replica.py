@@ -51,7 +51,7 @@ def test_an_engine_that_is_killed_costs_no_more_than_it_has_told(whole: Site) ->
     assert (cut.client, cut.ledger) == ("an error event (engine_failed)", "settled, failed")
     assert MID_TOKENS <= cut.sent_tokens <= cut.billed_tokens < LONG_TOKENS
     for moment in (BEFORE_DISPATCH, BEFORE_FIRST_TOKEN):
-        assert seen[moment].client.startswith("503")
+        assert "service_unavailable" in seen[moment].client
         assert seen[moment].ledger.startswith("void")
         assert (seen[moment].sent_tokens, seen[moment].billed_tokens) == (0, 0)
 
