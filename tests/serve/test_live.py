@@ -16,7 +16,7 @@ import pytest
 from serve.adapters import Catalogue, State, newest_published
 from serve.billing.ledger import Ledger
 from serve.billing.reconcile import reconcile
-from serve.billing.usage import Usage
+from serve.billing.reports import Usage
 from serve.commands.usage import engine_counts
 from serve.tenants import Tenants, server_secret
 from tests.serve.conftest import NOON, TENANTS, TINY, TINY_TWO, Live, enter, wait_until
