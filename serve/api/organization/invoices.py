@@ -1,0 +1,119 @@
+"""GET /v1/organization/invoices: a tenant's issued invoices, what is behind them, and as files.
+
+A draft is the operator's; what is issued (finalized, paid or void) is the customer's to read.
+"""
+
+import asyncio
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Response
+
+from serve.api.admin.invoices import (
+    CreditNoteWire,
+    InvoiceRequestWire,
+    InvoiceSumWire,
+    InvoiceWire,
+    file_of,
+    note_wire,
+    request_wire,
+    sum_wire,
+    wire,
+    within,
+)
+from serve.api.admin.shapes import After, Limit, Listing, listing
+from serve.api.context import Ctx
+from serve.api.organization.access import Reader, TenantName, tenant_of
+from serve.api.organization.access import router as organization_router
+from serve.billing.credit_notes import CreditNotes
+from serve.billing.invoice import Invoices
+from serve.billing.invoice_records import FINAL, Invoice, State
+from serve.billing.invoice_usage import InvoiceUsage
+from serve.errors import UnknownRecord
+from serve.listing import Page
+
+router: APIRouter = organization_router()
+
+ISSUED = (*FINAL, State.VOID)
+Line = Annotated[int | None, Query(ge=1, le=100_000, description="Only this line, from 1.")]
+Day = Annotated[str | None, Query(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
+Key = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+@router.get("/invoices")
+def index(
+    reader: Reader, ctx: Ctx, tenant: TenantName = None, after: After = None, limit: Limit = 20
+) -> Listing[InvoiceWire]:
+    """Newest first."""
+    who = tenant_of(reader, tenant)
+    return listing(Invoices(ctx.store).page(tenant=who, states=ISSUED, after=after, limit=limit), wire)
+
+
+@router.get("/invoices/{invoice}")
+def show(invoice: str, reader: Reader, ctx: Ctx, tenant: TenantName = None) -> InvoiceWire:
+    return wire(_issued(ctx, invoice, tenant_of(reader, tenant)))
+
+
+@router.get("/invoices/{invoice}/file", response_class=Response, responses={200: {"content": {"*/*": {}}}})
+async def file(
+    invoice: str,
+    reader: Reader,
+    ctx: Ctx,
+    tenant: TenantName = None,
+    format: Annotated[Literal["csv", "json", "pdf"], Query()] = "pdf",
+) -> Response:
+    found = await asyncio.to_thread(_issued, ctx, invoice, tenant_of(reader, tenant))
+    return await asyncio.to_thread(file_of, found, format)
+
+
+@router.get("/invoices/{invoice}/usage")
+def usage(
+    invoice: str,
+    reader: Reader,
+    ctx: Ctx,
+    tenant: TenantName = None,
+    by: Annotated[Literal["day", "key"], Query(description="What to sum up.")] = "day",
+    line: Line = None,
+    day: Day = None,
+    key: Key = None,
+    after: After = None,
+    limit: Limit = 100,
+) -> Listing[InvoiceSumWire]:
+    """Its days or keys, or those of one of its lines."""
+    found = _issued(ctx, invoice, tenant_of(reader, tenant))
+    groups = InvoiceUsage(ctx.store).sums(found, by, within(line, day, key))
+    rest = [group for group in groups if after is None or group.group > after]
+    return listing(Page(rest[:limit], len(rest) > limit), sum_wire)
+
+
+@router.get("/invoices/{invoice}/requests")
+def requests(
+    invoice: str,
+    reader: Reader,
+    ctx: Ctx,
+    tenant: TenantName = None,
+    line: Line = None,
+    day: Day = None,
+    key: Key = None,
+    after: After = None,
+    limit: Limit = 20,
+) -> Listing[InvoiceRequestWire]:
+    """Its requests, oldest first, or those of a line, a day, a key; on a line of charges, those."""
+    found = _issued(ctx, invoice, tenant_of(reader, tenant))
+    page = InvoiceUsage(ctx.store).requests(found, within(line, day, key), after=after, limit=limit)
+    return listing(page, request_wire)
+
+
+@router.get("/invoices/{invoice}/credit-notes")
+def credit_notes(
+    invoice: str, reader: Reader, ctx: Ctx, tenant: TenantName = None
+) -> Listing[CreditNoteWire]:
+    found = _issued(ctx, invoice, tenant_of(reader, tenant))
+    return listing(Page(CreditNotes(ctx.store).of(found.number), False), note_wire)
+
+
+def _issued(ctx: Ctx, number: str, tenant: str | None) -> Invoice:
+    """Raises UnknownRecord: for another tenant's, and for a draft, as if there were none."""
+    found = Invoices(ctx.store).get(number, tenant=tenant)
+    if found.state not in ISSUED:
+        raise UnknownRecord(f"There is no invoice '{number[:100]}'.")
+    return found
