@@ -16,7 +16,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from serve.billing.books import Books
-from serve.billing.journal import End, Record, journals, later, taken
+from serve.billing.journal import End, Record, journals, later, remove, taken
 from serve.billing.ledger import Closing, Ledger, OpenHold
 from serve.billing.pricing import Tokens
 from serve.billing.sale import Sale, Served
@@ -68,7 +68,7 @@ class Recovery:
                     continue
                 holds = await asyncio.to_thread(self._ledger.held_by, path.stem)
                 if await self._close_all(holds, records):
-                    path.unlink(missing_ok=True)
+                    remove(path)
         at = self._now()
         expired = await asyncio.to_thread(self._ledger.open_holds, expired_at=at, limit=1000)
         lost = [

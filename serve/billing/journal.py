@@ -30,7 +30,7 @@ from serve.billing.usage import Status, UsageEvent
 log = logging.getLogger(__name__)
 
 FLUSH_S = 0.1
-SUFFIX = ".journal"
+SUFFIX, BESIDE = ".journal", ".new"
 SIZE_BYTES_MAX = 4 << 20
 
 
@@ -63,7 +63,7 @@ class Journal:
         self._path = directory / f"{self.name}{SUFFIX}"
         self._failed = failed
         # Under this name once it is locked: whoever finds it free may take it for a dead gateway's.
-        beside = self._path.with_suffix(".new")
+        beside = self._path.with_suffix(BESIDE)
         self._file = _locked(beside)
         beside.rename(self._path)
         self._size = 0
@@ -142,7 +142,7 @@ class Journal:
 
     def _begin_anew(self) -> bool:
         """Whether a file with what is open only is in the place of one that has grown."""
-        beside = self._path.with_suffix(".new")
+        beside = self._path.with_suffix(BESIDE)
         with self._telling():
             file = _locked(beside)
             try:
@@ -173,7 +173,7 @@ class Journal:
 def taken(path: Path) -> Iterator[dict[str, Record] | None]:
     """The records of a journal whose gateway is dead, and the lock on it; None if the gateway lives.
 
-    Remove the file inside, once all of it is settled.
+    `remove` it inside, once all of it is settled.
     """
     try:
         file = os.open(path, os.O_RDWR)
@@ -190,6 +190,12 @@ def taken(path: Path) -> Iterator[dict[str, Record] | None]:
         yield _read(path) if mine else None
     finally:
         os.close(file)
+
+
+def remove(path: Path) -> None:
+    """Nothing of a dead gateway's journal is left, nor of the one that it may have begun anew."""
+    path.with_suffix(BESIDE).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def journals(directory: Path) -> list[Path]:

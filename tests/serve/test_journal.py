@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from serve.billing import journal as journal_module
-from serve.billing.journal import FLUSH_S, End, Journal, Record, journals, later, taken
+from serve.billing.journal import FLUSH_S, End, Journal, Record, journals, later, remove, taken
 from serve.billing.pricing import Tokens
 from serve.billing.sale import Sale, Served
 from serve.billing.usage import Status, UsageEvent
@@ -231,6 +231,16 @@ def test_a_disk_that_is_full_when_the_journal_has_grown_does_not_end_its_growing
             journal.mark("req_last", served(5))
             wait_until(lambda: path.stat().st_size < 1000 and b"req_last" in path.read_bytes(), 10)
         assert left(disk) == {"req_last": Record(served(5))}
+
+
+def test_a_journal_that_is_removed_takes_with_it_what_was_begun_anew(tmp_path: Path) -> None:
+    with closing(Journal(tmp_path)) as journal:
+        journal.mark("req_1", served(1))
+    (path,) = journals(tmp_path)
+    path.with_suffix(".new").touch()  # its gateway died while it began anew
+    with taken(path):
+        remove(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_times_are_kept_to_the_microsecond_and_in_utc(tmp_path: Path) -> None:
