@@ -266,14 +266,17 @@ class Service:
         self._scratch = Path(tempfile.mkdtemp(prefix="bespoke-"))
         os.environ["VLLM_RPC_BASE_PATH"] = str(self._scratch)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(self._scratch),
-        )
-        self._children = psutil.Process().children(recursive=True)
+        others = psutil.Process().children(recursive=True)
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(self._scratch),
+            )
+        finally:  # even what a start that failed has left
+            self._children = [one for one in psutil.Process().children(recursive=True) if one not in others]
         _check_node_on(settings.host)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
@@ -286,8 +289,9 @@ class Service:
 
     def stop(self) -> None:
         """End every process that this service started; what does not go by itself is killed."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._children += psutil.Process().children(recursive=True)
+        for process in tuple(self._children):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._children += process.children(recursive=True)
         if ray.is_initialized():
             with contextlib.suppress(Exception):
                 ray_serve.delete(APP_NAME)

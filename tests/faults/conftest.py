@@ -16,8 +16,9 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
+from serve.billing.accounts import CLOSING, OPENING, transfers_table
 from serve.billing.budgets import budgets_table, spend_table
-from serve.billing.ledger import CLOSING, OPENING, Ledger, transfers_table
+from serve.billing.ledger import Ledger
 from serve.billing.proof import verify
 from serve.billing.reconcile import Reconciliation, reconcile
 from serve.billing.reports import Usage
@@ -286,6 +287,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             keys = onboard(store, home, TENANTS)
             with deployment.Service(settings) as service:
                 yield Site(service.url, settings, store, keys, postgres, Traps(home), seen)
+            # What the service did not start, it does not end.
+            assert [check for check in verify(store) if check.differences] == []
     if path := os.environ.get(OBSERVATIONS):
         Path(path).write_text(json.dumps([asdict(one) for one in seen], indent=1))
 
