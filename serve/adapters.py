@@ -150,7 +150,7 @@ class Catalogue:
     ) -> AdapterRef:
         """Enter the published adapter in `directory` (`…/<tenant>/<name>/<version>`) as pending.
 
-        Idempotent: a version that is known stays as it is. Its training is billed if the tenant's plan has a price.
+        Idempotent: a version that is known stays as it is. Its training is billed if the plan has a price.
 
         Raises CatalogueError if the card and the bytes disagree, the place or the base contradicts the card,
         its gate did not pass or its files do not fit the base; UnknownRecord for an unknown tenant.

@@ -15,7 +15,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from serve.batches import OK, Status, batches_table, results_table
-from serve.billing.ledger import CLOSING, OPENING, Hold, Ledger, transfers_table
+from serve.billing.accounts import CLOSING, OPENING, transfers_table
+from serve.billing.ledger import Hold, Ledger
 from serve.db import Store
 from serve.generation import Generation
 

@@ -346,7 +346,7 @@ class Generation:
         self._stopping = asyncio.create_task(abort(), context=detached())
 
     async def _settle_or_void(self, failure: BespokeError | None) -> None:
-        """Close the hold, however long the store is away; the journal knows, should this process die first."""
+        """Close the hold, however long the store is away; the journal knows, if this process dies first."""
         at, served_by = self._terms.now(), self._served_by
         if served_by is None or self.tokens.completion == 0:
             closing = self._void(failure, at)

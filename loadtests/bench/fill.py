@@ -17,7 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serve.billing.ledger import accounts_table, transfer
+from serve.billing.accounts import accounts_table, transfer
 from serve.billing.pricing import Prices, PriceVersion, Tokens, read_plan, subscriptions_table
 from serve.billing.rollups import SUMS, hours_table
 from serve.billing.usage import usage_table

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import sqlalchemy as sa
 
 from serve.audit import SYSTEM, record
+from serve.billing.accounts import holds_table, lock_account
 from serve.billing.budgets import PERIODS, SCOPES, Budget, budget_of, budgets_table, spend_table
-from serve.billing.ledger import holds_table, lock_account
 from serve.billing.rollups import hours_table
 from serve.billing.webhooks import check_url
 from serve.db import Store

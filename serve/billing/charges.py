@@ -9,7 +9,7 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from serve.billing.ledger import lock_account, transfer
+from serve.billing.accounts import lock_account, transfer
 from serve.billing.periods import open_periods
 from serve.billing.pricing import Prices, PriceVersion
 from serve.billing.upsert import insert

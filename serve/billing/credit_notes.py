@@ -13,9 +13,9 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict
 
 from serve.audit import SYSTEM, record
+from serve.billing.accounts import lock_account, transfer
 from serve.billing.invoice_document import InvoiceDocument, sha256_of
 from serve.billing.invoice_records import FINAL, State, find, invoice_of, next_number
-from serve.billing.ledger import lock_account, transfer
 from serve.db import Store, UtcDateTime, metadata
 from serve.errors import Conflict
 

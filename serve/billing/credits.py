@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from serve.audit import SYSTEM, record
-from serve.billing.ledger import accounts_table, lock_account, transfer
+from serve.billing.accounts import accounts_table, lock_account, transfer
 from serve.db import Store, UtcDateTime, metadata
 from serve.errors import Conflict, UnknownRecord
 from serve.listing import Page, page

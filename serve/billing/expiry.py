@@ -5,8 +5,8 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from serve.audit import SYSTEM, record
+from serve.billing.accounts import accounts_table, lock_account, transfer
 from serve.billing.credits import Grant, grant_of, grants_table
-from serve.billing.ledger import accounts_table, lock_account, transfer
 from serve.billing.statement import credit_left
 from serve.db import Store
 

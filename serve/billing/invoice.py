@@ -16,6 +16,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from serve.audit import SYSTEM, record
+from serve.billing.accounts import lock_account, transfer
 from serve.billing.charges import charges_table
 from serve.billing.credit_notes import credited_nanos
 from serve.billing.invoice_document import InvoiceDocument, sha256_of
@@ -36,7 +37,6 @@ from serve.billing.invoice_records import (
     select_invoices,
     states_table,
 )
-from serve.billing.ledger import lock_account, transfer
 from serve.billing.months import period_bounds
 from serve.billing.periods import periods_table
 from serve.billing.rollups import hours_table
@@ -60,7 +60,7 @@ class Invoices:
     def create(self, tenant: str, period: str, *, at: datetime, actor: str = SYSTEM) -> Invoice:
         """The invoice of `tenant` for the month `period` ("2026-11").
 
-        What is final stays as it is, and so does a draft that would say the same; else a new revision is made.
+        What is final stays as it is, and so does a draft that would say the same; else there is a revision.
 
         Raises OperatorError for a malformed period, UnknownRecord for an unknown tenant.
         """

@@ -2,9 +2,7 @@
 
 A request reserves the most it can cost before any work is dispatched (hold); afterwards it either
 pays what it used and gives back the rest (settle), or gives back everything (void). The two-phase
-shape is TigerBeetle's (docs.tigerbeetle.com, "Two-Phase Transfers"), and so is the double entry: each
-transfer names the account it debits and the one it credits. Transfers are only ever added; the store
-itself refuses anything else (migration 0008).
+shape is TigerBeetle's (docs.tigerbeetle.com, "Two-Phase Transfers").
 
 Facts of the schema carry the guarantees, not look-ups: a request is closed by whoever deletes its row of
 `open_holds`; (request_id, phase) is unique; and the hold's conditional UPDATE reserves only credit that
@@ -15,7 +13,7 @@ import contextlib
 import json
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -24,58 +22,25 @@ import sqlalchemy as sa
 
 from serve.audit import SYSTEM, record
 from serve.billing import budgets, rollups
+from serve.billing.accounts import (
+    CLOSING,
+    OPENING,
+    Account,
+    account_of,
+    accounts_table,
+    holds_table,
+    lock,
+    transfer,
+    transfer_row,
+    transfers_table,
+)
 from serve.billing.periods import open_periods
 from serve.billing.upsert import insert
 from serve.billing.usage import FailedAttempt, UsageEvent, attempts_table, usage_table
-from serve.db import RowId, Store, UtcDateTime, metadata
+from serve.db import Store
 from serve.errors import InsufficientCredit, UnknownRecord
 
-OPENING, CLOSING = 1, 2
-REVENUE, PLATFORM = "revenue", "platform"
-KINDS = ("hold", "settle", "void", "grant", "withdraw", "expire", "charge", "refund", "payment")
 Also = Callable[[sa.Connection], None]
-
-accounts_table = sa.Table(
-    "accounts",
-    metadata,
-    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), primary_key=True),
-    sa.Column("credit_nanos", sa.BigInteger, nullable=False),
-    sa.Column("spent_nanos", sa.BigInteger, nullable=False),
-    sa.Column("held_nanos", sa.BigInteger, nullable=False),
-    sa.CheckConstraint("held_nanos >= 0", name="held_not_negative"),
-)
-
-transfers_table = sa.Table(
-    "transfers",
-    metadata,
-    sa.Column("id", RowId, primary_key=True),
-    sa.Column("request_id", sa.String(64), nullable=False),
-    sa.Column("phase", sa.SmallInteger, nullable=False),
-    sa.Column("kind", sa.String(8), nullable=False),
-    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
-    sa.Column("debit", sa.String(63), nullable=False),
-    sa.Column("credit", sa.String(63), nullable=False),
-    sa.Column("amount_nanos", sa.BigInteger, nullable=False),
-    sa.Column("reason", sa.String(64)),
-    sa.Column("created_at", UtcDateTime, nullable=False),
-    sa.UniqueConstraint("request_id", "phase"),
-    sa.CheckConstraint("amount_nanos >= 0", name="amount_not_negative"),
-    sa.CheckConstraint(f"kind IN {KINDS}", name="kind_known"),
-    sa.Index("ix_transfers_tenant_id_kind", "tenant_id", "kind"),
-)
-
-holds_table = sa.Table(
-    "open_holds",
-    metadata,
-    sa.Column("request_id", sa.String(64), primary_key=True),
-    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
-    sa.Column("amount_nanos", sa.BigInteger, nullable=False),
-    sa.Column("budgets", sa.Text),
-    sa.Column("sale", sa.Text),
-    sa.Column("owner", sa.String(64)),
-    sa.Column("lease_expires_at", UtcDateTime, nullable=False, index=True),
-    sa.Column("created_at", UtcDateTime, nullable=False),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +66,6 @@ class OpenHold:
     hold: Hold
     created_at: datetime
     lease_expires_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """Integers of nano-USD; what is available is credit − spent − held."""
-
-    tenant: str
-    credit_nanos: int
-    spent_nanos: int
-    held_nanos: int
-
-    @property
-    def available_nanos(self) -> int:
-        return self.credit_nanos - self.spent_nanos - self.held_nanos
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +113,8 @@ class Ledger:
             with self._store.write() as connection:
                 row = {"tenant_id": tenant, "credit_nanos": 0, "spent_nanos": 0, "held_nanos": 0}
                 connection.execute(insert(connection, accounts_table).on_conflict_do_nothing(), row)
-                _lock(connection, [tenant])
-                account = _account(connection, tenant)
+                lock(connection, [tenant])
+                account = account_of(connection, tenant)
                 assert account is not None
                 change = credit_nanos - account.credit_nanos
                 transfer(
@@ -183,7 +134,7 @@ class Ledger:
     def account(self, tenant: str) -> Account:
         """Raises UnknownRecord if the tenant has no account."""
         with self._store.read() as connection:
-            account = _account(connection, tenant)
+            account = account_of(connection, tenant)
         if account is None:
             raise UnknownRecord(f"The tenant '{tenant}' has no account.")
         return account
@@ -198,7 +149,7 @@ class Ledger:
         outcomes: dict[int, Outcome] = {}
         with self._store.write() as connection:
             # First and in one order: two gateways never wait for each other's accounts in a circle.
-            _lock(connection, {_tenant_of(entry) for entry in entries})
+            lock(connection, {_tenant_of(entry) for entry in entries})
             openings = [(i, entry) for i, entry in enumerate(entries) if isinstance(entry, Opening)]
             if openings:
                 outcomes |= _open_all(connection, openings)
@@ -247,62 +198,8 @@ class Ledger:
         return outcome
 
 
-def transfer(
-    connection: sa.Connection,
-    tenant: str,
-    kind: str,
-    amount_nanos: int,
-    *,
-    reference: str,
-    reason: str,
-    at: datetime,
-) -> bool:
-    """Move money that is no request's, in the caller's transaction: exactly once per `reference`.
-
-    A grant, payment or refund raises the tenant's credit, a withdrawal or expiry lowers it; a charge is
-    spent.
-    Nothing asks whether there is enough. False if `reference` has been moved before.
-    """
-    into = kind in ("grant", "payment", "refund")
-    other = REVENUE if kind in ("charge", "refund") else PLATFORM
-    row = {
-        "request_id": reference,
-        "phase": CLOSING,
-        "kind": kind,
-        "tenant_id": tenant,
-        "debit": other if into else tenant,
-        "credit": tenant if into else other,
-        "amount_nanos": amount_nanos,
-        "reason": reason[:64],
-        "created_at": at,
-    }
-    inserted = connection.execute(insert(connection, transfers_table).on_conflict_do_nothing(), row)
-    if inserted.rowcount == 0:
-        return False
-    c = accounts_table.c
-    if kind == "charge":
-        values = {"spent_nanos": c.spent_nanos + amount_nanos}
-    else:
-        values = {"credit_nanos": c.credit_nanos + (amount_nanos if into else -amount_nanos)}
-    connection.execute(accounts_table.update().where(c.tenant_id == tenant).values(values))
-    return True
-
-
-def lock_account(connection: sa.Connection, tenant: str) -> None:
-    """Nobody settles for `tenant` until the caller's transaction ends."""
-    _lock(connection, [tenant])
-
-
 def _tenant_of(entry: Opening | Closing) -> str:
     return entry.hold.tenant if isinstance(entry, Opening) else entry.tenant
-
-
-def _lock(connection: sa.Connection, tenants: Iterable[str]) -> None:
-    if connection.dialect.name == "sqlite":
-        return  # a write transaction is alone there
-    c = accounts_table.c
-    query = sa.select(c.tenant_id).where(c.tenant_id.in_(sorted(set(tenants))))
-    connection.execute(query.order_by(c.tenant_id).with_for_update()).all()
 
 
 def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) -> dict[int, Outcome]:
@@ -329,7 +226,7 @@ def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) ->
             continue
         outcomes[i] = True
         transfers.append(
-            _row(hold.request_id, OPENING, "hold", hold.tenant, hold.amount_nanos, None, opening.at)
+            transfer_row(hold.request_id, OPENING, "hold", hold.tenant, hold.amount_nanos, None, opening.at)
         )
         opened.append(
             {
@@ -375,7 +272,7 @@ def _reserved(connection: sa.Connection, tenant: str, amount_nanos: int) -> bool
 def _take(connection: sa.Connection, hold: Hold) -> None:
     """Raises InsufficientCredit."""
     if not _reserved(connection, hold.tenant, hold.amount_nanos):
-        account = _account(connection, hold.tenant)
+        account = account_of(connection, hold.tenant)
         raise InsufficientCredit(hold.tenant, hold.amount_nanos, account.available_nanos if account else 0)
 
 
@@ -402,7 +299,7 @@ def _close_all(connection: sa.Connection, closings: list[tuple[int, Closing]]) -
 def _record(connection: sa.Connection, closed: list[Closing], held: dict[str, Any]) -> None:
     """The transfers, events, sums and balances of requests whose holds are released."""
     transfers = [
-        _row(
+        transfer_row(
             one.request_id,
             CLOSING,
             "settle" if one.event else "void",
@@ -450,27 +347,6 @@ def _release(connection: sa.Connection, moves: dict[str, list[int]]) -> None:
     )
     rows = [{"t": t, "held": held, "spent": spent} for t, (held, spent) in sorted(moves.items())]
     connection.execute(releasing, rows)
-
-
-def _row(
-    request_id: str, phase: int, kind: str, tenant: str, amount: int, reason: str | None, at: datetime
-) -> dict[str, Any]:
-    return {
-        "request_id": request_id,
-        "phase": phase,
-        "kind": kind,
-        "tenant_id": tenant,
-        "debit": tenant,
-        "credit": REVENUE,
-        "amount_nanos": amount,
-        "reason": reason,
-        "created_at": at,
-    }
-
-
-def _account(connection: sa.Connection, tenant: str) -> Account | None:
-    row = connection.execute(sa.select(accounts_table).where(accounts_table.c.tenant_id == tenant)).first()
-    return Account(row.tenant_id, row.credit_nanos, row.spent_nanos, row.held_nanos) if row else None
 
 
 def _open_hold(row: "sa.Row[Any]") -> OpenHold:

@@ -14,8 +14,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from serve.billing.accounts import accounts_table, holds_table, transfers_table
 from serve.billing.budgets import PERIODS, budget_of, budgets_table, spend_table
-from serve.billing.ledger import accounts_table, holds_table, transfers_table
 from serve.billing.rollups import SUMS, engines_table, hours_table
 from serve.billing.usage import attempts_table, usage_table
 from serve.db import Store

@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serve.billing.ledger import accounts_table
+from serve.billing.accounts import accounts_table
 from serve.billing.pricing import Tokens
 from serve.billing.rollups import SUMS, engines_table, hours_table
 from serve.billing.usage import EngineTotal, UsageTotal, usage_table

@@ -15,9 +15,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from serve.billing.accounts import holds_table, transfers_table
 from serve.billing.budget_book import Budgets
 from serve.billing.budgets import Budget, spend_table
-from serve.billing.ledger import Closing, Hold, Ledger, Opening, holds_table, transfers_table
+from serve.billing.ledger import Closing, Hold, Ledger, Opening
 from serve.billing.pricing import Prices, Tokens
 from serve.billing.usage import Status, UsageEvent
 from serve.db import Store

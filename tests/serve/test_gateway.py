@@ -12,8 +12,9 @@ from serve import generation as generation_module
 from serve.adapters import AdapterRef, Catalogue, Model
 from serve.admission import Admission
 from serve.api.errors import status_of
+from serve.billing.accounts import CLOSING, transfers_table
 from serve.billing.books import Books
-from serve.billing.ledger import CLOSING, Closing, Opening, Outcome, transfers_table
+from serve.billing.ledger import Closing, Opening, Outcome
 from serve.billing.usage import usage_table
 from serve.db import Store
 from serve.engine.base import (

@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from serve.audit import Audit
+from serve.billing.accounts import transfers_table
 from serve.billing.charges import Charge, charge
 from serve.billing.credit_notes import CreditNotes, notes_table
 from serve.billing.credits import Credits
@@ -15,7 +16,6 @@ from serve.billing.invoice import Invoices
 from serve.billing.invoice_document import sha256_of
 from serve.billing.invoice_records import Invoice, State, finals_table, invoices_table, states_table
 from serve.billing.invoice_usage import InvoiceUsage, Within
-from serve.billing.ledger import transfers_table
 from serve.billing.pricing import PricePlan, Prices
 from serve.errors import Conflict, InvalidRequest, UnknownRecord
 from tests.serve.conftest import NOON, PLAN, Shop

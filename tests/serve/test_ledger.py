@@ -10,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from serve.billing.ledger import Closing, Hold, Ledger, Opening, transfers_table
+from serve.billing.accounts import transfers_table
+from serve.billing.ledger import Closing, Hold, Ledger, Opening
 from serve.billing.periods import periods_table
 from serve.billing.pricing import Prices, Tokens
 from serve.billing.reports import Usage

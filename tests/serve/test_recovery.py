@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from serve.billing.accounts import transfers_table
 from serve.billing.books import Books
 from serve.billing.journal import Journal, journals
-from serve.billing.ledger import Hold, transfers_table
+from serve.billing.ledger import Hold
 from serve.billing.pricing import Tokens
-from serve.billing.sale import Sale, Served
 from serve.billing.reports import Usage
+from serve.billing.sale import Sale, Served
 from serve.billing.usage import Status, attempts_table, usage_table
 from serve.engine.base import Final
 from serve.errors import EngineUnavailable

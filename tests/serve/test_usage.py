@@ -10,8 +10,9 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from serve.audit import Audit
+from serve.billing.accounts import transfer
 from serve.billing.budget_book import Budgets
-from serve.billing.ledger import Closing, Hold, transfer
+from serve.billing.ledger import Closing, Hold
 from serve.billing.pricing import Tokens
 from serve.billing.proof import verify
 from serve.billing.reports import DAY, HOUR, MINUTE, Question, Usage, floor, parts

@@ -89,7 +89,8 @@ def _transfers(sqlite: bool) -> None:
     )
     op.execute(
         f"INSERT INTO transfers ({names}, debit, credit) "
-        "SELECT 'opening-' || tenant_id, 2, 'grant', tenant_id, credit_nanos, 'credit before 0008', CURRENT_TIMESTAMP, 'platform', tenant_id FROM accounts"
+        "SELECT '=' || tenant_id, 2, 'grant', tenant_id, credit_nanos, 'credit before 0008', "
+        "CURRENT_TIMESTAMP, 'platform', tenant_id FROM accounts"
     )
     op.drop_table("transfers_before")
 

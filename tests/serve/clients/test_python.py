@@ -5,6 +5,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -313,20 +314,18 @@ def test_the_client_retries_a_429_until_there_is_room(live: Live) -> None:
 
 
 def test_the_client_retries_a_503_until_the_store_is_back(live: Live) -> None:
-    database = sqlite3.connect(
-        live.settings.home / "ledger.db", isolation_level=None, check_same_thread=False
-    )
-    database.execute("BEGIN IMMEDIATE")
-    freeing = threading.Timer(7, lambda: database.execute("ROLLBACK"))
-    freeing.start()
     statuses: list[int] = []
-    seen = httpx.Client(
-        event_hooks={"response": [lambda answer: statuses.append(answer.status_code)]}, timeout=60
-    )
+
+    def free_it_after_the_first(answer: httpx.Response) -> None:
+        statuses.append(answer.status_code)
+        if len(statuses) == 1:
+            database.execute("ROLLBACK")
+
+    seen = httpx.Client(event_hooks={"response": [free_it_after_the_first]}, timeout=60)
     client = client_of(live, live.keys[LUMEN], max_retries=5, http_client=seen)
-    assert client.chat.completions.create(model=TINY, messages=HELLO, max_tokens=2).choices
-    freeing.join()
-    database.close()
+    with closing(sqlite3.connect(live.settings.home / "ledger.db", isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        assert client.chat.completions.create(model=TINY, messages=HELLO, max_tokens=2).choices
     assert statuses[0] == 503
     assert statuses[-1] == 200
 
