@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Some images set it: then each process that imports torch or vLLM compiles them anew, 10 s of CPU each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo serve test test-faults check bench-adapters bench-ledger lock clean
 
