@@ -97,7 +97,9 @@ class Ask:
             return "the whole answer"
         if self.status == 200:
             return f"an error event ({self.code})" if self.code else "a stream that is cut off"
-        return f"{self.status} ({self.code})" if self.status else f"no answer ({self.broken})"
+        if self.status is None:
+            return f"no answer ({self.broken})"
+        return f"{self.status} ({self.code})" if self.code else f"{self.status}"
 
     def wait_begun(self) -> None:
         assert self._begun.wait(60), "the stream did not begin in time"
