@@ -8,6 +8,7 @@ time: a request is closed once, whoever comes first.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from functools import partial
@@ -31,6 +32,10 @@ AT_ONCE = 32
 ENGINE_PATIENCE = timedelta(seconds=60)
 # A live gateway closes what it opened, however late. This long after the lease it has forgotten to.
 OWNER_PATIENCE = timedelta(hours=1)
+
+# The store may commit a dead gateway's last hold a moment after that was looked for: its journal is kept, and
+# looked at, a little longer than anything takes to commit.
+KEPT_S = 30.0
 
 Release = Callable[[str, sa.Connection], None]
 
@@ -67,7 +72,7 @@ class Recovery:
                     alive.add(path.stem)
                     continue
                 holds = await asyncio.to_thread(self._ledger.held_by, path.stem)
-                if await self._close_all(holds, records):
+                if await self._close_all(holds, records) and time.time() - path.stat().st_mtime > KEPT_S:
                     remove(path)
         at = self._now()
         expired = await asyncio.to_thread(self._ledger.open_holds, expired_at=at, limit=1000)

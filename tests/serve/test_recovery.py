@@ -140,9 +140,21 @@ def test_a_dead_gateways_request_is_billed_by_the_engines_count(scene: Scene) ->
     assert scene.events() == [("incomplete", 10, 4, 7)]
     assert Usage(scene.shop.store).by_engine()["r", "b"].completion_tokens == 7
     assert ONE in scene.engine.ended
-    assert not journals(scene.directory)
     scene.run()
     assert scene.closings() == ["settle"]
+
+
+def test_a_hold_that_the_store_commits_after_its_gateways_death_is_closed_too(scene: Scene) -> None:
+    journal = scene.gateway()
+    die(journal)
+    scene.run()
+    scene.hold(journal.name)
+    scene.run()
+    assert scene.closings() == ["void"]
+    (path,) = journals(scene.directory)
+    os.utime(path, (0, 0))
+    scene.run()
+    assert not journals(scene.directory)
 
 
 def test_without_its_engine_it_is_billed_by_the_last_checkpoint(scene: Scene) -> None:
