@@ -8,6 +8,7 @@ from functools import partial
 from serve.billing.expiry import expire_due
 from serve.billing.notices import deliver_due
 from serve.billing.rollups import rollup_drift
+from serve.billing.runs import draft_due
 from serve.billing.thresholds import notify_due
 from serve.billing.webhooks import post, secret_of
 from serve.db import Store
@@ -40,6 +41,7 @@ def _chores(store: Store, secret: bytes) -> dict[str, tuple[float, Callable[[dat
         "notices": (2.0, lambda at: deliver_due(store, at, post, partial(secret_of, secret))),
         "credits": (60.0, partial(expire_due, store)),
         "residency": (300.0, partial(charge_residency, store)),
+        "drafts": (3600.0, partial(draft_due, store)),
         "rollups": (3600.0, partial(_check_rollups, store)),
     }
 
