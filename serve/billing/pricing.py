@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -329,4 +330,10 @@ def _begins(version: PriceVersion) -> datetime:
 
 
 def _version(row: "sa.Row[tuple[object, ...]]") -> PriceVersion:
-    return PriceVersion(row.id, row.version, PricePlan.model_validate_json(row.document))
+    return PriceVersion(row.id, row.version, _plan(str(row.document)))
+
+
+@lru_cache(maxsize=1024)
+def _plan(document: str) -> PricePlan:
+    """Read once: every request asks for its plan, and a version never changes."""
+    return PricePlan.model_validate_json(document)
