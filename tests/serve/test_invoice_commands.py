@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from serve.billing.pricing import read_plan
 from serve.cli import app
 from serve.commands import invoice as command
+from serve.commands.parts import console
 from tests.serve.conftest import CONFIGS, Shop, on_sqlite
 from tests.serve.test_invoice import MONTH, buy
 
@@ -22,7 +23,8 @@ def bespoke(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # typ
     monkeypatch.setenv("BESPOKE_DATABASE_URL", shop.store.url)
     monkeypatch.setenv("BESPOKE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(command, "now", lambda: NEXT_MONTH)
-    runner = CliRunner(env={"COLUMNS": "200"})
+    monkeypatch.setattr(console, "_width", 200)
+    runner = CliRunner()
 
     def run(*words: str) -> str:
         done = runner.invoke(app, list(words))

@@ -2,10 +2,11 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from datetime import timedelta
+from typing import TypeVar
 
 import pytest
 import sqlalchemy as sa
@@ -16,11 +17,12 @@ from serve.billing.budgets import spend_table
 from serve.billing.ledger import Closing, Hold, Ledger, Opening
 from serve.billing.rollups import hours_table
 from serve.db import Store
-from serve.errors import BudgetExceeded
+from serve.errors import BudgetExceeded, StoreUnavailable
 from tests.serve.conftest import NOON, Shop
 from tests.serve.test_budgets import Till
 
 LEASE = timedelta(minutes=10)
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -40,6 +42,13 @@ def a_hold(till: Till, number: int, amount_nanos: int) -> Hold:
     return Hold(f"many-{number}", "acme", amount_nanos, till.project, till.key, sale)
 
 
+def patiently(act: Callable[[], T]) -> T:
+    """On a slow machine the others' writes may keep one waiting for longer than the store does."""
+    while True:
+        with suppress(StoreUnavailable):
+            return act()
+
+
 @pytest.mark.parametrize("level", ["tenant", "project", "key"])
 def test_200_parallel_holds_at_the_edge_of_a_hard_budget_never_overshoot_it(
     till: Till, stores: list[Store], level: str
@@ -50,7 +59,7 @@ def test_200_parallel_holds_at_the_edge_of_a_hard_budget_never_overshoot_it(
     def attempt(number: int) -> Hold | str:
         hold = a_hold(till, number, 30)
         try:
-            ledgers[number % 3].hold(hold, at=NOON, lease=LEASE)
+            patiently(lambda: ledgers[number % 3].hold(hold, at=NOON, lease=LEASE))
         except BudgetExceeded as refused:
             return refused.scope
         return hold
@@ -63,11 +72,12 @@ def test_200_parallel_holds_at_the_edge_of_a_hard_budget_never_overshoot_it(
     assert {till.standing(budget) for budget in made.values()} == {(0, 990)}
 
     def close(hold: Hold) -> int:
+        """Twice each, from another store than took it."""
         number = int(hold.request_id.removeprefix("many-"))
         ledger = ledgers[(number + 1) % 3]
         if number % 2:
-            return sum(ledger.void(hold, "test", at=NOON) for _ in range(2))
-        return sum(ledger.settle(hold, till.event(hold, 20), at=NOON) for _ in range(2))
+            return sum(patiently(lambda: ledger.void(hold, "test", at=NOON)) for _ in range(2))
+        return sum(patiently(lambda: ledger.settle(hold, till.event(hold, 20), at=NOON)) for _ in range(2))
 
     with ThreadPoolExecutor(12) as pool:
         assert set(pool.map(close, admitted)) == {1}
