@@ -17,7 +17,17 @@ from typing import Annotated, Any
 
 import sqlalchemy as sa
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    Tag,
+)
+from pydantic_core import CoreSchema
 
 from serve.audit import SYSTEM, record
 from serve.billing.tiers import Nanos, TokenPrice, list_price
@@ -117,8 +127,21 @@ def _rates_form(value: Any) -> str:
     return "tiered" if isinstance(value, TieredRates) else "flat"
 
 
+class _AnyOf:
+    """In JSON Schema a union's forms may overlap: flat rates are of both."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        made = handler(schema)
+        made["anyOf"] = made.pop("oneOf")
+        return made
+
+
 AnyRates = Annotated[
-    Annotated[Rates, Tag("flat")] | Annotated[TieredRates, Tag("tiered")], Discriminator(_rates_form)
+    Annotated[Rates, Tag("flat")] | Annotated[TieredRates, Tag("tiered")],
+    Discriminator(_rates_form),
+    _AnyOf(),
 ]
 
 

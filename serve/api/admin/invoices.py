@@ -35,7 +35,7 @@ from serve.listing import Page
 
 router: APIRouter = admin_router("invoices")
 
-Month = Annotated[str, StringConstraints(pattern="^[0-9]{4}-(0[1-9]|1[0-2])$")]
+Month = Annotated[str, StringConstraints(pattern="^20[0-9]{2}-(0[1-9]|1[0-2])$")]
 Reason = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=200)]
 Position = Annotated[int, Field(ge=1, le=100_000)]
 
