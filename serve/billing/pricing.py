@@ -20,6 +20,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -179,6 +180,15 @@ def _percent(text: str) -> str:
     return text
 
 
+def _day(value: Any) -> date:
+    """A day as text, or as YAML reads it; a number is none."""
+    if isinstance(value, str):
+        return date.fromisoformat(value)
+    if isinstance(value, date) and not isinstance(value, datetime):
+        return value
+    raise ValueError("write a day as 2026-12-01")
+
+
 class Tax(BaseModel):
     """`percent` is a decimal with at most four places, as text: "19", "8.875"."""
 
@@ -214,7 +224,7 @@ class PricePlan(BaseModel):
     adapter: AnyRates
     batch: BatchRates | None = None
     models: dict[ModelName, ModelRates] = Field(default_factory=dict, max_length=MODELS_MAX)
-    effective_from: date | None = None
+    effective_from: Annotated[date, BeforeValidator(_day)] | None = None
     training_nanos_per_mtok: Nanos = 0
     adapter_hour_nanos: Nanos = 0
     minimum_nanos: Nanos = 0

@@ -115,3 +115,9 @@ def test_everything_wrong_with_a_plan_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValidationError) as wrong:
         read_plan(file)
     assert {error["loc"][0] for error in wrong.value.errors()} == {"currency", "base", "adapter", "foo"}
+
+
+@pytest.mark.parametrize("day", [0, 20261201, "0", "soon", "2026-12-01T00:00:00"])
+def test_a_day_is_written_as_one(day: object) -> None:
+    with pytest.raises(ValidationError):
+        PricePlan.model_validate(PLAN.model_dump() | {"effective_from": day})

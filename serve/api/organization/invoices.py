@@ -35,7 +35,7 @@ router: APIRouter = organization_router()
 
 ISSUED = (*FINAL, State.VOID)
 Line = Annotated[int | None, Query(ge=1, le=100_000, description="Only this line, from 1.")]
-Day = Annotated[str | None, Query(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
+Day = Annotated[str | None, Query(pattern=r"^20[0-9]{2}-[0-9]{2}-[0-9]{2}$")]
 Key = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
