@@ -54,6 +54,7 @@ APP_NAME = "bespoke"
 # Serve counts an abort like a request; a replica that is full of requests must still take one.
 CONTROL_CALLS = 64
 STEWARD_TIMEOUT_S = 3.0
+SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
 HEALTH_CHECK_PERIOD_S = 2  # a process that has died is missed for so long at most
 
 
@@ -264,7 +265,7 @@ class Service:
         check_free(settings.host, settings.port)
         # Short, because Unix socket paths have at most 107 bytes; private, because they are doors.
         self._scratch = Path(tempfile.mkdtemp(prefix="bespoke-"))
-        os.environ["VLLM_RPC_BASE_PATH"] = str(self._scratch)
+        os.environ[SOCKETS_VARIABLE] = str(self._scratch)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         others = psutil.Process().children(recursive=True)
         try:
@@ -302,6 +303,8 @@ class Service:
                 process.kill()
         psutil.wait_procs(alive, timeout=5)
         if self._scratch is not None:
+            # An engine that this process starts later must not look for its sockets where nothing is.
+            os.environ.pop(SOCKETS_VARIABLE, None)
             shutil.rmtree(self._scratch, ignore_errors=True)
 
 

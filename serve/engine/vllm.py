@@ -9,8 +9,8 @@ import contextlib
 import logging
 import os
 import uuid
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from serve.engine.base import (
     Sampling,
     Texts,
 )
+from serve.engine.finals import Finals
 from serve.engine.packer import Packer
 from serve.engine.reading import Reader
 from serve.engine.rendering import Rendered, Renderer, refusal_of
@@ -49,8 +50,6 @@ log = logging.getLogger(__name__)
 _PROMPT_COUNTER, _COMPLETION_COUNTER = "vllm:prompt_tokens", "vllm:generation_tokens"
 _PROBE = (Message("user", "Hello"),)
 _PROBE_LOGPROBS = 20
-_FINALS_MAX = 20_000  # requests whose counts are remembered: minutes of them, under the heaviest load
-_END_TIMEOUT_S = 10.0
 
 
 class VllmEngine:
@@ -74,8 +73,7 @@ class VllmEngine:
         self._slots = slots
         self._probed = (0, 0)
         self._parts: dict[str, int] = {}
-        self._ended: dict[str, asyncio.Event] = {}
-        self._finals: OrderedDict[str, Final | None] = OrderedDict()
+        self._finals = Finals(self.abort)
         self.served = 0  # adapter versions that this base should serve
 
     @classmethod
@@ -188,7 +186,8 @@ class VllmEngine:
         async with contextlib.AsyncExitStack() as held:
             try:
                 lora = await held.enter_async_context(self._lora(request.adapter))
-                held.enter_context(self._remembered(request.request_id, reader, cold))
+                count = partial(self._final, reader, cold)
+                held.enter_context(self._finals.remembering(request.request_id, count))
                 outputs = await held.enter_async_context(self._added(request, rendered, lora, reader))
             except BespokeError:
                 raise
@@ -249,33 +248,12 @@ class VllmEngine:
             for queue in queues:
                 queue.close()
 
-    @contextlib.contextmanager
-    def _remembered(self, request_id: str, reader: Reader, cold_loads: int) -> Iterator[None]:
-        """Remember what is done for the request. Raises EngineUnavailable if it was ended before it began."""
-        if request_id in self._finals:
-            raise EngineUnavailable()
-        ended = self._ended[request_id] = asyncio.Event()
-        try:
-            yield
-        finally:
-            self._remember(request_id, Final(self._replica, self._boot, *reader.counts, cold_loads))
-            del self._ended[request_id]
-            ended.set()
-
-    def _remember(self, request_id: str, final: Final | None) -> None:
-        self._finals[request_id] = final
-        while len(self._finals) > _FINALS_MAX:
-            self._finals.popitem(last=False)
+    def _final(self, reader: Reader, cold_loads: int) -> Final:
+        return Final(self._replica, self._boot, *reader.counts, cold_loads)
 
     async def finals(self, request_id: str) -> Final | None:
         """See `serve.engine.base.Engine.finals`: this replica's, None if it has done nothing."""
-        if (ended := self._ended.get(request_id)) is not None:
-            await self.abort(request_id)
-            async with asyncio.timeout(_END_TIMEOUT_S):
-                await ended.wait()
-        elif request_id not in self._finals:
-            self._remember(request_id, None)
-        return self._finals.get(request_id)
+        return await self._finals.of(request_id)
 
     async def abort(self, request_id: str) -> None:
         parts = self._parts.get(request_id, 0)
