@@ -2,12 +2,15 @@
 
 An engine's stream is always: one Accepted, then Deltas, then one Finished; or an exception. Counts
 are made at the source from token ids and ride with the events, so nobody parses text to bill it.
+Events are msgspec's structs, because one of them is made, sent and read for each token (`channel.py`).
 After `abort` the stream still ends with Finished, which carries what was generated until then.
 """
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from serve.adapters import AdapterRef
 
@@ -133,8 +136,7 @@ class TokenLogprob:
     top: tuple[tuple[str, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a", gc=False):
     """The engine has the request; `replica` and `boot` name the process whose counters it moves.
 
     `cold_loads` is 1 if its adapter had to be loaded into memory first.
@@ -146,8 +148,7 @@ class Accepted:
     cold_loads: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d", gc=False):
     """What is new in one choice and the number of tokens behind it (a token may add no text yet).
 
     `stop_sequence` is the one of the request's that ended the choice.
@@ -163,8 +164,7 @@ class Delta:
     stop_sequence: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f", gc=False):
     """The engine's final word on the request. Counts are totals over all choices."""
 
     prompt_tokens: int

@@ -1,4 +1,4 @@
-"""The gateway's side of an engine: a Ray Serve handle behind the engine seam.
+"""The gateway's side of an engine: a Ray Serve handle and a channel behind the engine seam.
 
 The handle is passed in, so this module needs no ray; what ray raises for a lost replica or a full
 queue is told apart by `classify`, which the composition root supplies.
@@ -9,25 +9,34 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from serve.engine.base import Counters, Event, Final, GenerationRequest
+from serve.engine.base import Counters, Event, Final, Finished, GenerationRequest
+from serve.engine.channel import Arrivals, Inbox
 from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, Overloaded
 
 LIVENESS_INTERVAL_S = 2.0
+LAST_WORD_TIMEOUT_S = 5.0
 
 Classify = Callable[[BaseException], BespokeError | None]
 
 
 class RemoteEngine:
-    """All replicas of one base, reached through `handle`."""
+    """All replicas of one base, reached through `handle`; what they generate comes to `inbox`."""
 
     def __init__(
-        self, handle: Any, *, context_tokens_max: int, accept_timeout_s: float, classify: Classify
+        self,
+        handle: Any,
+        inbox: Inbox,
+        *,
+        context_tokens_max: int,
+        accept_timeout_s: float,
+        classify: Classify,
     ) -> None:
         self._handle = handle
-        self._streaming = handle.options(stream=True)
+        self._inbox = inbox
         self._context_tokens_max = context_tokens_max
         self._accept_timeout_s = accept_timeout_s
         self._classify = classify
+        self._watching: set[asyncio.Task[None]] = set()
 
     @property
     def context_tokens_max(self) -> int:
@@ -38,26 +47,35 @@ class RemoteEngine:
 
         Raises EngineLost, before or after Accepted, if the replica dies.
         """
-        batches = self._streaming.stream.remote(request)
-        accepted = finished = False
-        try:
-            first = await self._first(batches)
-            accepted = True
-            yield first
-            async for batch in batches:
-                yield batch
-            finished = True
-        except (asyncio.CancelledError, GeneratorExit):
-            raise
-        except BaseException as error:
-            raise self._translate(error, accepted=accepted) from error
-        finally:
-            if not finished:
-                batches.cancel()
+        address = await self._inbox.address()
+        with self._inbox.expecting(request.request_id) as arrivals:
+            answer = self._handle.generate.remote(request, address)
+            watching = asyncio.create_task(_watch(answer, arrivals))
+            self._watching.add(watching)  # the loop itself would not keep it
+            watching.add_done_callback(self._watching.discard)
+            accepted = finished = False
+            try:
+                batch = await self._first(arrivals)
+                accepted = True
+                while batch:
+                    # Whoever gets the engine's last word need not come back for more.
+                    finished = isinstance(batch[-1], Finished)
+                    yield batch
+                    if finished:
+                        return
+                    batch = await arrivals.get()
+            except (asyncio.CancelledError, GeneratorExit):
+                raise
+            except BaseException as error:
+                raise self._translate(error, accepted=accepted) from error
+            finally:
+                if not finished:
+                    watching.cancel()
+                    answer.cancel()
 
-    async def _first(self, batches: Any) -> list[Event]:
+    async def _first(self, arrivals: Arrivals) -> list[Event]:
         """The first batch, or EngineUnavailable: soon if no replica lives, else after the time-out."""
-        first = asyncio.ensure_future(anext(batches))
+        first = asyncio.ensure_future(arrivals.get())
         try:
             async with asyncio.timeout(self._accept_timeout_s):
                 while not first.done():
@@ -71,8 +89,7 @@ class RemoteEngine:
             raise EngineUnavailable() from error
         finally:
             first.cancel()
-        batch: list[Event] = first.result()
-        return batch
+        return first.result()
 
     async def abort(self, request_id: str) -> None:
         """Told to every replica: only the one that has the request acts on it."""
@@ -122,3 +139,18 @@ class RemoteEngine:
         if accepted and (known is None or isinstance(known, EngineUnavailable | Overloaded)):
             return EngineFailed()
         return known or EngineFailed()
+
+
+async def _watch(answer: Any, arrivals: Arrivals) -> None:
+    """Tell the reader of `arrivals` how the call ended, after everything that the replica has sent."""
+    try:
+        await answer
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        if arrivals.connection is not None or isinstance(getattr(error, "cause", None), BespokeError):
+            await arrivals.complete(LAST_WORD_TIMEOUT_S)
+        arrivals.fail(error)
+    else:
+        await arrivals.complete(LAST_WORD_TIMEOUT_S)
+        arrivals.fail(EngineFailed())  # unless its last word was read before
