@@ -23,7 +23,14 @@ def environment(name: str) -> Path:
     if not ready.exists():
         shutil.rmtree(home, ignore_errors=True)  # one that was broken off
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-        install = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        install = [
+            str(home / "bin" / "python"),
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+            "--quiet",
+        ]
         install += ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--requirement", str(lock)]
         subprocess.run(install, check=True)
         ready.touch()
@@ -31,6 +38,6 @@ def environment(name: str) -> Path:
 
 
 def bare_variables(scratch: Path) -> dict[str, str]:
-    """Environment variables for a process that is to know nothing of ours: no keys, no settings, no proxies."""
+    """The environment of a process that is to know nothing of ours: no keys, no settings, no proxies."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
     return kept | {"HOME": str(scratch), "TMPDIR": str(scratch), "PYTHONDONTWRITEBYTECODE": "1"}
