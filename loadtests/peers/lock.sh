@@ -18,6 +18,8 @@ resolve() {
 
 resolve litellm 'litellm[proxy]==1.91.1' litellm-proxy-extras==0.4.74 litellm-enterprise==0.1.44
 resolve vllm-router vllm-router==0.1.17
+# What ray.serve.llm imports and our environment lacks; it is laid over ours (environment.py).
+resolve ray-llm pyarrow
 # Of LiteLLM's two files only the wheel that was judged may be installed, not the source beside it.
 wheel=bf8e3d23cddf0eb4c05714dffcaafd8a944adf0f9c9b01c6c863b2637309de2e
 sed -i "/^litellm==/,/^[a-z]/{/--hash/{/$wheel/!d}}" loadtests/peers/requirements-litellm.txt

@@ -10,17 +10,15 @@ EVERYWHERE = ("bind *:{{ config.stats_port }}", "bind :{{ config.metrics_port }}
 
 
 def keep_on_loopback() -> None:
-    from ray._common import tls_utils
-    from ray.serve._private import haproxy_templates
+    from ray.serve._private import haproxy, replica
 
-    bind = tls_utils.add_port_to_grpc_server
+    bind = replica.add_port_to_grpc_server
 
     def bind_loopback(server: Any, address: str) -> int:
         return int(bind(server, address.replace("[::]:", "127.0.0.1:")))
 
-    # Before ray.serve takes them from these modules.
-    tls_utils.add_port_to_grpc_server = bind_loopback
-    haproxy_templates.HAPROXY_CONFIG_TEMPLATE = on_loopback(haproxy_templates.HAPROXY_CONFIG_TEMPLATE)
+    replica.add_port_to_grpc_server = bind_loopback
+    haproxy.HAPROXY_CONFIG_TEMPLATE = on_loopback(haproxy.HAPROXY_CONFIG_TEMPLATE)
 
 
 def on_loopback(template: str) -> str:

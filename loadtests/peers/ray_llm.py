@@ -1,6 +1,7 @@
 """ray.serve.llm of Ray 2.60, as it comes and with direct streaming behind HAProxy; a process of its own."""
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loadtests.peers.engine import ROOT, base_dir, engine_arguments, engine_variables, settings
+from loadtests.peers.environment import environment
 from loadtests.peers.process import free_port, running
 from loadtests.peers.server import Server
 
@@ -46,6 +48,12 @@ def ray_llm_direct(home: Path, base: str, adapters: Mapping[str, Path] | None = 
         yield Server(name, url, "none", base, pid, LEAVES_OUT_DIRECT, tuple(adapters or ()))
 
 
+def _with_overlay(python_path: str) -> str:
+    """pyarrow, which ray.serve.llm imports and our environment does not have, behind everything of ours."""
+    overlay = environment("ray-llm").parent / "lib" / "python3.11" / "site-packages"
+    return os.pathsep.join(part for part in (str(ROOT), python_path, str(overlay)) if part)
+
+
 def _haproxy_variables(scratch: Path) -> dict[str, str]:
     """HAProxy's files in `scratch` and its ports free ones; without that all Rays of a machine share them."""
     return {
@@ -67,9 +75,13 @@ def _started(
     # Short, because Unix socket paths have at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="peer-", ignore_cleanup_errors=True) as scratch:
         directory, engine, port = base_dir(home, base), settings(), free_port()
-        environment = engine_variables(engine) | VARIABLES | variables | {"RAYLLM_HOME_DIR": scratch}
+        inherited = engine_variables(engine) | VARIABLES | variables
+        inherited |= {
+            "RAYLLM_HOME_DIR": scratch,
+            "PYTHONPATH": _with_overlay(inherited.get("PYTHONPATH", "")),
+        }
         if variables:
-            environment |= _haproxy_variables(Path(scratch))
+            inherited |= _haproxy_variables(Path(scratch))
         order = {
             "port": port,
             "scratch": scratch,
@@ -80,5 +92,5 @@ def _started(
         }
         command = [sys.executable, "-m", "loadtests.peers.ray_llm_process", json.dumps(order)]
         url = f"http://127.0.0.1:{port}"
-        with running(name, command, environment, directory=ROOT, url=url, model=base) as pid:
+        with running(name, command, inherited, directory=ROOT, url=url, model=base) as pid:
             yield url, pid
