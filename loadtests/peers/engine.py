@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from serve.lora_files import target_suffixes
 from serve.settings import EngineSettings, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +17,7 @@ def settings() -> EngineSettings:
     return load_settings(ROOT / "configs" / "serve" / "cpu.yaml").engine
 
 
-def engine_arguments(engine: EngineSettings, directory: Path) -> dict[str, Any]:
+def engine_arguments(engine: EngineSettings, lora_targets: list[str]) -> dict[str, Any]:
     """vLLM's arguments as `serve.engine.vllm` gives them, but for the part that fills our adapter slots."""
     return {
         "dtype": engine.dtype,
@@ -33,7 +32,7 @@ def engine_arguments(engine: EngineSettings, directory: Path) -> dict[str, Any]:
         "max_loras": engine.max_loras,
         "max_cpu_loras": max(engine.max_cpu_loras, engine.max_loras),
         "max_lora_rank": engine.max_lora_rank,
-        "lora_target_modules": target_suffixes(directory),
+        "lora_target_modules": lora_targets,
     }
 
 

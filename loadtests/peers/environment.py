@@ -32,7 +32,9 @@ def environment(name: str) -> Path:
             "--quiet",
         ]
         install += ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--requirement", str(lock)]
-        subprocess.run(install, check=True)
+        done = subprocess.run(install, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise RuntimeError(f"The environment of {name} could not be made:\n{done.stdout[-4000:]}")
         ready.touch()
     return home / "bin"
 

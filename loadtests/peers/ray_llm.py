@@ -12,6 +12,7 @@ from loadtests.peers.engine import ROOT, base_dir, engine_arguments, engine_vari
 from loadtests.peers.environment import environment
 from loadtests.peers.process import free_port, running
 from loadtests.peers.server import Server
+from serve.lora_files import target_suffixes
 
 LEAVES_OUT = (
     "No authentication, tenants, limits or metering; adapters only from object stores, "
@@ -58,6 +59,7 @@ def _haproxy_variables(scratch: Path) -> dict[str, str]:
     """HAProxy's files in `scratch` and its ports free ones; without that all Rays of a machine share them."""
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
@@ -87,7 +89,7 @@ def _started(
             "scratch": scratch,
             "model_id": base,
             "model_source": str(directory),
-            "engine_kwargs": engine_arguments(engine, directory),
+            "engine_kwargs": engine_arguments(engine, target_suffixes(directory)),
             "adapters": {adapter: str(path.resolve()) for adapter, path in adapters.items()},
         }
         command = [sys.executable, "-m", "loadtests.peers.ray_llm_process", json.dumps(order)]

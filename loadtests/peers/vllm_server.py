@@ -9,6 +9,7 @@ from typing import Any
 from loadtests.peers.engine import ROOT, base_dir, engine_arguments, engine_variables, settings
 from loadtests.peers.process import free_port, running
 from loadtests.peers.server import Server
+from serve.lora_files import target_suffixes
 
 LEAVES_OUT = (
     "No authentication, tenants, limits or metering, every route of vLLM's is open, "
@@ -24,7 +25,7 @@ def bare(home: Path, base: str, adapters: Mapping[str, Path] | None = None) -> I
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
     command += ["--served-model-name", base, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--uvicorn-log-level", "warning"]
-    command += flags(engine_arguments(engine, directory))
+    command += flags(engine_arguments(engine, target_suffixes(directory)))
     command += ["--lora-modules", *modules] if modules else []
     url = f"http://127.0.0.1:{port}"
     with running("vllm", command, engine_variables(engine), directory=ROOT, url=url, model=base) as pid:
