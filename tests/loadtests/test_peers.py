@@ -1,4 +1,4 @@
-"""What is ours of the peers: their locks, their engine's arguments, how their processes are held and ended."""
+"""What is ours of the peers: locks, the engine's arguments, how processes are held to loopback and ended."""
 
 import re
 import sys
