@@ -41,7 +41,7 @@ def ray_llm(home: Path, base: str) -> Iterator[Server]:
 @contextmanager
 def ray_llm_direct(home: Path, base: str, adapters: Mapping[str, Path] | None = None) -> Iterator[Server]:
     """`adapters`: model name → directory with the adapter's files, the ones that ours serves."""
-    name = "ray.serve.llm direct"
+    name = "ray.serve.llm-direct"
     with _started(name, home, base, adapters or {}, {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}) as (
         url,
         pid,
