@@ -1,0 +1,140 @@
+"""A run's report: JSON for machines, tables for people."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from loadtests.bench.machine import machine
+from loadtests.load.books import Verdict
+from loadtests.load.exchange import Outcome
+from loadtests.load.scenarios import Scenario
+from loadtests.load.tally import Tally
+from loadtests.load.target import Target
+
+DIFFERENCES_SHOWN = 20
+TIMES = (("request", "request"), ("TTFT", "ttft"), ("ITL", "itl"))
+
+
+class ApiError(Exception):
+    """An error's code: what Locust groups failures by."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def make(
+    scenario: Scenario, target: Target, tally: Tally, verdict: Verdict, elapsed_s: float
+) -> dict[str, Any]:
+    complete, prompt = (
+        tally.count(Outcome.COMPLETE),
+        sum(e.tokens.prompt for e in tally.exchanges if e.tokens),
+    )
+    return {
+        "scenario": scenario.name,
+        "about": scenario.about,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "target": dict(target.described),
+        "machine": machine(),
+        "users": max((one.users for one in tally.slices), default=0),
+        "elapsed_s": round(elapsed_s, 1),
+        "requests_per_s": round(complete / elapsed_s, 2),
+        "tokens_per_s": round(tally.tokens / elapsed_s, 1),
+        "prompt_tokens": prompt,
+        "completion_tokens": tally.tokens,
+        **{outcome.value: tally.count(outcome) for outcome in Outcome},
+        "refusals": tally.codes(Outcome.REFUSED),
+        "failures": tally.codes(Outcome.FAILED),
+        "rows": {name: row.figures() for name, row in sorted(tally.rows.items())},
+        "course": [one.figures() for one in tally.course()],
+        "findings": scenario.findings(tally),
+        "reconciliation": {
+            "agrees": verdict.agrees,
+            "checks": verdict.checks,
+            "differences": [
+                {"who": d.who, "what": d.what, "seen": d.seen, "billed": d.billed}
+                for d in verdict.differences
+            ],
+            "notes": verdict.notes,
+        },
+    }
+
+
+def show(made: dict[str, Any], console: Console | None = None) -> None:
+    console = console or Console()
+    console.rule(f"[bold]{made['scenario']}[/]: {made['about']}", align="left")
+    console.print(_rows(made))
+    console.print(_course(made))
+    for name, value in made["findings"].items():
+        console.print(f"{name}: [bold]{value}[/]", highlight=False)
+    counts = ", ".join(f"{made[outcome.value]} {outcome.value}" for outcome in Outcome)
+    rates = f"{made['tokens_per_s']} tok/s, {made['requests_per_s']} requests/s"
+    console.print(f"{rates} over {made['elapsed_s']} s; {counts}")
+    for what in ("refusals", "failures"):
+        if made[what]:
+            console.print(f"{what}: " + ", ".join(f"{count} × {code}" for code, count in made[what].items()))
+    _verdict(made["reconciliation"], console)
+
+
+def _rows(made: dict[str, Any]) -> Table:
+    table = Table(
+        "row", "what", "count", "p50 ms", "p90 ms", "p99 ms", "most ms", "left", "refused", "failed"
+    )
+    for name, row in made["rows"].items():
+        others = [str(row[key]) for key in ("left", "refused", "failed")]
+        for what, key in TIMES:
+            times = row[key]
+            if times["count"]:
+                shown = (f"{times[part]:,}" for part in ("count", "p50_ms", "p90_ms", "p99_ms", "most_ms"))
+                table.add_row(name, what, *shown, *others)
+                name, others = "", []
+        if others:  # nothing was answered: the counts of what happened instead
+            table.add_row(name, "request", "0", *[""] * 4, *others)
+    return table
+
+
+def _course(made: dict[str, Any]) -> Table:
+    columns = (
+        "s",
+        "users",
+        "tok/s",
+        "complete",
+        "left",
+        "refused",
+        "failed",
+        "TTFT p50",
+        "p99",
+        "ITL p50",
+        "p99",
+    )
+    memory = any(one["memory_mb"] for one in made["course"])
+    table = Table(
+        *columns, *(["memory MB"] if memory else []), title="in the course of time", title_justify="left"
+    )
+    for one in made["course"]:
+        times = (one[key][part] for key in ("ttft", "itl") for part in ("p50_ms", "p99_ms"))
+        table.add_row(
+            f"{one['start_s']:.0f} to {one['end_s']:.0f}",
+            *(f"{one[key]:,}" for key in ("users", "tokens_per_s", "complete", "left", "refused", "failed")),
+            *("" if ms is None else f"{ms:,}" for ms in times),
+            *([f"{one['memory_mb'] or 0:,}"] if memory else []),
+        )
+    return table
+
+
+def _verdict(said: dict[str, Any], console: Console) -> None:
+    for check, compared in said["checks"].items():
+        console.print(f"compared: {check} ({compared:,})", highlight=False)
+    for note in said["notes"]:
+        console.print(f"note: {note}", highlight=False, style="yellow")
+    if said["agrees"]:
+        console.print("clients, bill and engines agree to the token", style="green")
+        return
+    table = Table("who", "what", "should be", "billed", title="what differs", title_justify="left")
+    for one in said["differences"][:DIFFERENCES_SHOWN]:
+        table.add_row(one["who"], one["what"], one["seen"], one["billed"])
+    console.print(table)
+    if (more := len(said["differences"]) - DIFFERENCES_SHOWN) > 0:
+        console.print(f"and {more} more, in the JSON")
+    console.print("clients, bill and engines do NOT agree", style="bold red")
