@@ -1,8 +1,9 @@
 """A run's report: JSON for machines, tables for people."""
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +15,7 @@ from loadtests.load.tally import Tally
 from loadtests.load.target import Target
 
 DIFFERENCES_SHOWN = 20
+WIDTH = 110  # of a log file
 TIMES = (("request", "request"), ("TTFT", "ttft"), ("ITL", "itl"))
 
 
@@ -61,8 +63,10 @@ def make(
     }
 
 
-def show(made: dict[str, Any], console: Console | None = None) -> None:
-    console = console or Console()
+def show(made: dict[str, Any]) -> None:
+    console = Console()
+    if console.width < WIDTH and not console.is_terminal:
+        console = Console(width=WIDTH)
     console.rule(f"[bold]{made['scenario']}[/]: {made['about']}", align="left")
     console.print(_rows(made))
     console.print(_course(made))
@@ -78,16 +82,16 @@ def show(made: dict[str, Any], console: Console | None = None) -> None:
 
 
 def _rows(made: dict[str, Any]) -> Table:
-    table = Table(
-        "row", "what", "count", "p50 ms", "p90 ms", "p99 ms", "most ms", "left", "refused", "failed"
+    table = _table(
+        "row", "what", ">count", ">p50 ms", ">p90", ">p99", ">most", ">left", ">refused", ">failed"
     )
     for name, row in made["rows"].items():
         others = [str(row[key]) for key in ("left", "refused", "failed")]
         for what, key in TIMES:
             times = row[key]
             if times["count"]:
-                shown = (f"{times[part]:,}" for part in ("count", "p50_ms", "p90_ms", "p99_ms", "most_ms"))
-                table.add_row(name, what, *shown, *others)
+                shown = (_ms(times[part]) for part in ("p50_ms", "p90_ms", "p99_ms", "most_ms"))
+                table.add_row(name, what, f"{times['count']:,}", *shown, *others)
                 name, others = "", []
         if others:  # nothing was answered: the counts of what happened instead
             table.add_row(name, "request", "0", *[""] * 4, *others)
@@ -95,32 +99,35 @@ def _rows(made: dict[str, Any]) -> Table:
 
 
 def _course(made: dict[str, Any]) -> Table:
-    columns = (
-        "s",
-        "users",
-        "tok/s",
-        "complete",
-        "left",
-        "refused",
-        "failed",
-        "TTFT p50",
-        "p99",
-        "ITL p50",
-        "p99",
-    )
-    memory = any(one["memory_mb"] for one in made["course"])
-    table = Table(
-        *columns, *(["memory MB"] if memory else []), title="in the course of time", title_justify="left"
+    """What came in the course of time."""
+    table = _table(
+        *("s", ">users", ">tok/s", ">complete", ">left", ">refused", ">failed"),
+        *(">TTFT p50", ">p99", ">ITL p50", ">p99", ">service MB"),
     )
     for one in made["course"]:
         times = (one[key][part] for key in ("ttft", "itl") for part in ("p50_ms", "p99_ms"))
         table.add_row(
-            f"{one['start_s']:.0f} to {one['end_s']:.0f}",
-            *(f"{one[key]:,}" for key in ("users", "tokens_per_s", "complete", "left", "refused", "failed")),
-            *("" if ms is None else f"{ms:,}" for ms in times),
-            *([f"{one['memory_mb'] or 0:,}"] if memory else []),
+            f"{one['start_s']:.0f}-{one['end_s']:.0f}",
+            str(one["users"]),
+            f"{one['tokens_per_s']:.0f}",
+            *(str(one[key]) for key in ("complete", "left", "refused", "failed")),
+            *(_ms(ms) for ms in times),
+            "" if one["memory_mb"] is None else f"{one['memory_mb']:,}",
         )
     return table
+
+
+def _table(*columns: str) -> Table:
+    """Columns that start with '>' are numbers. Nothing is cut: half a number is a wrong one."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in columns:
+        justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        table.add_column(column.lstrip(">"), justify=justify, no_wrap=True)
+    return table
+
+
+def _ms(ms: float | None) -> str:
+    return "" if ms is None else f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
 
 
 def _verdict(said: dict[str, Any], console: Console) -> None:
@@ -131,7 +138,7 @@ def _verdict(said: dict[str, Any], console: Console) -> None:
     if said["agrees"]:
         console.print("clients, bill and engines agree to the token", style="green")
         return
-    table = Table("who", "what", "should be", "billed", title="what differs", title_justify="left")
+    table = _table("who", "what differs", ">should be", ">billed")
     for one in said["differences"][:DIFFERENCES_SHOWN]:
         table.add_row(one["who"], one["what"], one["seen"], one["billed"])
     console.print(table)

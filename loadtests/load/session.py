@@ -44,6 +44,7 @@ class Session:
         self._before: Before | None = None
         self._numbers: Counter[str] = Counter()
         self._sampler: gevent.Greenlet | None = None
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         self._reports: list[dict[str, Any]] = []
         environment.events.test_start.add_listener(self._start)
         environment.events.test_stop.add_listener(self._stop)
