@@ -6,6 +6,7 @@
 Locust takes users and shapes from a locustfile's names, so the chosen scenario's are put there.
 """
 
+import logging
 import os
 import sys
 from typing import Any
@@ -39,6 +40,7 @@ def _defaults(parser: Any) -> None:
 
 @events.init.add_listener
 def _init(environment: Any, **_: Any) -> None:
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each look at the books
     try:
         environment.loadtest = Session(environment, scenario, target_of(os.environ, environment.host))
     except TargetError as error:

@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -17,6 +17,7 @@ from loadtests.load.reconcile import (
     Bill,
     Counts,
     Difference,
+    Verdict,
     by_engine,
     by_model,
     by_request,
@@ -46,23 +47,6 @@ class Before:
     used: Used
     engines: list[EngineCount] | None
     last_event: int
-
-
-@dataclass(slots=True)
-class Verdict:
-    """`checks` says what was compared, and how much of it; `notes` what could not be."""
-
-    checks: dict[str, int] = field(default_factory=dict)
-    differences: list[Difference] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def agrees(self) -> bool:
-        return bool(self.checks) and not self.differences
-
-    def add(self, check: str, compared: int, differences: list[Difference]) -> None:
-        self.checks[check] = compared
-        self.differences += differences
 
 
 class Books:

@@ -24,6 +24,7 @@ TOPICS = (
     "a train",
 )
 OVERLOAD = frozenset({"rate_limit_exceeded", "service_unavailable"})
+NAP_S = 0.5
 REFUSED_WAIT_S = 0.2  # a client that does not heed Retry-After, but does not spin either
 
 
@@ -35,7 +36,7 @@ class Caller(User):
     max_tokens: ClassVar[tuple[int, int]] = (16, 64)
 
     def on_start(self) -> None:
-        self.session: Session = self.environment.loadtest  # type: ignore[attr-defined]
+        self.session: Session = self.environment.loadtest
         self.number = self.session.number(type(self).__name__)
         # Seeded: two runs send the same; and no two users do.
         self.random = random.Random(f"{type(self).__name__} {self.number}")
@@ -55,6 +56,10 @@ class Caller(User):
         if exchange.outcome in (Outcome.REFUSED, Outcome.FAILED):
             gevent.sleep(REFUSED_WAIT_S)
         return exchange
+
+    def nap(self, wait_s: float) -> None:
+        """Wait, but not for so long that a user who is to stop would not notice."""
+        gevent.sleep(min(wait_s, NAP_S))
 
     def _call(self, **how: Any) -> Call:
         """Prompts of one line to eight, each sent once: the prefix cache gets little to work with."""

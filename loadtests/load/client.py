@@ -98,6 +98,8 @@ class Client:
             exchange.outcome = Outcome.REFUSED if refused else Outcome.FAILED
         except (OSError, HTTPParseError) as error:
             exchange.code = type(error).__name__
+        except (ValueError, LookupError, TypeError):
+            exchange.code = "malformed_answer"
         except GreenletExit:  # the run is over and does not wait any longer
             exchange.outcome = Outcome.LEFT
             raise

@@ -13,16 +13,19 @@ class Histogram:
     def __init__(self) -> None:
         self._buckets: Counter[int] = Counter()
         self.count = 0
+        self.sum_ms = 0.0
         self.most_ms = 0.0
 
     def add(self, ms: float) -> None:
         self._buckets[round(math.log(max(ms, LEAST_MS)) / _LOG_WIDTH)] += 1
         self.count += 1
+        self.sum_ms += ms
         self.most_ms = max(self.most_ms, ms)
 
     def merge(self, other: "Histogram") -> None:
         self._buckets.update(other._buckets)
         self.count += other.count
+        self.sum_ms += other.sum_ms
         self.most_ms = max(self.most_ms, other.most_ms)
 
     def quantile_ms(self, q: float) -> float | None:
@@ -39,4 +42,5 @@ class Histogram:
             f"p{round(q * 100)}_ms": None if (ms := self.quantile_ms(q)) is None else round(ms, 2)
             for q in (0.5, 0.9, 0.99)
         }
-        return {"count": self.count, **rounded, "most_ms": round(self.most_ms, 2)}
+        mean_ms = round(self.sum_ms / self.count, 2) if self.count else None
+        return {"count": self.count, "mean_ms": mean_ms, **rounded, "most_ms": round(self.most_ms, 2)}

@@ -8,7 +8,7 @@ billed must be, in sum, what the engines counted, which says the rest about the 
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from loadtests.load.exchange import Exchange, Outcome
 from serve.billing.reconcile import EngineCount, Reconciliation
@@ -31,6 +31,9 @@ class Counts:
 
 
 NOTHING = Counts()
+TEMPLATE_TOKENS_MAX = 64
+# Exit codes.
+FAILED, DIFFERS = 1, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,29 @@ class Difference:
     billed: str
 
 
+@dataclass(slots=True)
+class Verdict:
+    """`checks` says what was compared, and how much of it; `notes` what could not be."""
+
+    checks: dict[str, int] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def agrees(self) -> bool:
+        return bool(self.checks) and not self.differences
+
+    def add(self, check: str, compared: int, differences: list[Difference]) -> None:
+        self.checks[check] = compared
+        self.differences += differences
+
+    def exit_code(self, *, complete: int, failed: int) -> int:
+        """Of a run in which so many requests were answered and so many failed."""
+        if not self.agrees:
+            return DIFFERS
+        return FAILED if failed or not complete else 0
+
+
 def bounds(exchange: Exchange) -> Bounds:
     """What its client knows of the bill."""
     if exchange.outcome is Outcome.COMPLETE and exchange.tokens is not None:
@@ -75,9 +101,6 @@ def bounds(exchange: Exchange) -> Bounds:
     # A token is a byte or more; beside the prompt there is what the chat template adds.
     prompt_most = exchange.prompt_bytes + TEMPLATE_TOKENS_MAX
     return Bounds(least, Counts(1, prompt_most, prompt_most, exchange.max_tokens))
-
-
-TEMPLATE_TOKENS_MAX = 64
 
 
 def by_request(exchanges: Iterable[Exchange], bills: Mapping[str, Bill]) -> list[Difference]:

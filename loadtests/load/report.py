@@ -1,21 +1,25 @@
 """A run's report: JSON for machines, tables for people."""
 
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from loadtests.bench.machine import machine
-from loadtests.load.books import Verdict
 from loadtests.load.exchange import Outcome
-from loadtests.load.scenarios import Scenario
+from loadtests.load.reconcile import Verdict
 from loadtests.load.tally import Tally
 from loadtests.load.target import Target
 
+if TYPE_CHECKING:
+    from loadtests.load.scenarios import Scenario
+
 DIFFERENCES_SHOWN = 20
 WIDTH = 110  # of a log file
+COLUMNS = (">count", ">mean ms", ">p50", ">p90", ">p99", ">most", ">left", ">refused", ">failed")
+TIME_PARTS = ("mean_ms", "p50_ms", "p90_ms", "p99_ms", "most_ms")
 TIMES = (("request", "request"), ("TTFT", "ttft"), ("ITL", "itl"))
 
 
@@ -27,7 +31,7 @@ class ApiError(Exception):
 
 
 def make(
-    scenario: Scenario, target: Target, tally: Tally, verdict: Verdict, elapsed_s: float
+    scenario: "Scenario", target: Target, tally: Tally, verdict: Verdict, elapsed_s: float
 ) -> dict[str, Any]:
     complete, prompt = (
         tally.count(Outcome.COMPLETE),
@@ -90,11 +94,11 @@ def _rows(made: dict[str, Any]) -> Table:
         for what, key in TIMES:
             times = row[key]
             if times["count"]:
-                shown = (_ms(times[part]) for part in ("p50_ms", "p90_ms", "p99_ms", "most_ms"))
+                shown = (_ms(times[part]) for part in TIME_PARTS)
                 table.add_row(name, what, f"{times['count']:,}", *shown, *others)
                 name, others = "", []
         if others:  # nothing was answered: the counts of what happened instead
-            table.add_row(name, "request", "0", *[""] * 4, *others)
+            table.add_row(name, "request", "0", *[""] * len(TIME_PARTS), *others)
     return table
 
 

@@ -13,10 +13,10 @@ from locust.env import Environment
 from locust.runners import STATE_INIT, STATE_RUNNING, STATE_SPAWNING, DistributedRunner
 
 from loadtests.load import report
-from loadtests.load.books import Before, Books, Verdict
+from loadtests.load.books import Before, Books
 from loadtests.load.client import Gaps
 from loadtests.load.exchange import Exchange, Outcome
-from loadtests.load.reconcile import Difference
+from loadtests.load.reconcile import FAILED, Difference, Verdict
 from loadtests.load.scenarios import Scenario
 from loadtests.load.tally import SLICE_S, Tally
 from loadtests.load.target import Target
@@ -24,7 +24,6 @@ from loadtests.load.target import Target
 log = logging.getLogger(__name__)
 
 RESULT_VARIABLE = "LOADTEST_RESULT"
-FAILED, DIFFERS = 1, 3
 _BILLED_AS = {Outcome.COMPLETE: "request", Outcome.LEFT: "left", Outcome.REFUSED: "refused"}
 
 
@@ -36,6 +35,7 @@ class Session:
             raise SystemExit(
                 "These scenarios run in one Locust process: the reconciliation needs every request."
             )
+        scenario.check(target)
         self.target, self.scenario = target, scenario
         self.tally = Tally()
         self.exit_code = 0
@@ -44,7 +44,7 @@ class Session:
         self._before: Before | None = None
         self._numbers: Counter[str] = Counter()
         self._sampler: gevent.Greenlet | None = None
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+        self._runs = 0
         self._reports: list[dict[str, Any]] = []
         environment.events.test_start.add_listener(self._start)
         environment.events.test_stop.add_listener(self._stop)
@@ -110,11 +110,12 @@ class Session:
         verdict = self._reconcile()
         made = report.make(self.scenario, self.target, self.tally, verdict, elapsed_s)
         self._reports.append(made)
+        self._runs += 1
         if path := os.environ.get(RESULT_VARIABLE):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(json.dumps(made, indent=1) + "\n")
-        failed = self.tally.count(Outcome.FAILED) or not self.tally.count(Outcome.COMPLETE)
-        code = DIFFERS if not verdict.agrees else FAILED if failed else 0
+        complete, failed = self.tally.count(Outcome.COMPLETE), self.tally.count(Outcome.FAILED)
+        code = verdict.exit_code(complete=complete, failed=failed)
         self.exit_code = max(self.exit_code, code)
         for one in verdict.differences:
             log.error("%s: %s: should be %s, is %s", one.who, one.what, one.seen, one.billed)
@@ -140,17 +141,14 @@ class Session:
         runner = self._environment.runner
         if runner is not None and runner.state in (STATE_INIT, STATE_SPAWNING, STATE_RUNNING):
             runner.stop()
-        if not self._reports and not self._printed:
+        if not self._runs:
             self.exit_code = max(self.exit_code, FAILED)
         self._environment.process_exit_code = self.exit_code
-
-    _printed = False
 
     def _quit(self, **_: Any) -> None:
         """After Locust's own tables."""
         while self._reports:
             report.show(self._reports.pop(0))
-            self._printed = True
 
 
 def _headless(environment: Environment) -> bool:

@@ -104,7 +104,10 @@ class Tally:
         """The end of a slice."""
         done = self._open
         done.end_s, done.users, done.memory_mb = self.elapsed_s, users, memory_mb
-        self.slices.append(done)
+        if self.slices and done.end_s - done.start_s < SLICE_S / 2:
+            self.slices[-1].extend(done)  # what was left at the end
+        else:
+            self.slices.append(done)
         self._open = Slice(done.end_s, done.end_s, users, memory_mb)
 
     def count(self, outcome: Outcome) -> int:

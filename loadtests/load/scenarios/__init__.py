@@ -9,7 +9,7 @@ from locust import LoadTestShape, User
 
 from loadtests.load.menu import MENU
 from loadtests.load.tally import Tally
-from loadtests.load.target import TargetError
+from loadtests.load.target import Target, TargetError
 
 SCENARIO_VARIABLE = "LOADTEST_SCENARIO"
 
@@ -18,9 +18,16 @@ def _nothing(_: Tally) -> dict[str, Any]:
     return {}
 
 
+def _suits(_: Target) -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`users` and `shape` are what Locust runs; `findings` are figures that only this scenario has."""
+    """`users` and `shape` are what Locust runs; `findings` are figures that only this scenario has.
+
+    `check` raises TargetError for a target that does not do for it.
+    """
 
     name: str
     about: str
@@ -28,6 +35,7 @@ class Scenario:
     users: tuple[type[User], ...]
     shape: type[LoadTestShape] | None = None
     findings: Callable[[Tally], dict[str, Any]] = field(default=_nothing)
+    check: Callable[[Target], None] = field(default=_suits)
 
 
 def scenario_of(name: str) -> Scenario:
@@ -42,4 +50,5 @@ def scenario_of(name: str) -> Scenario:
         module.USERS,
         getattr(module, "SHAPE", None),
         getattr(module, "findings", _nothing),
+        getattr(module, "check", _suits),
     )

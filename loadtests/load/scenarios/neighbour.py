@@ -5,18 +5,19 @@ Of eight users one is quiet. The quiet ones' requests before and during the floo
 
 from typing import Any
 
-import gevent
 from locust import task
 
 from loadtests.load.caller import OVERLOAD, Caller
+from loadtests.load.phases import flood_begins_s
 from loadtests.load.tally import Tally
-from loadtests.load.target import TargetError
+from loadtests.load.target import Target, TargetError
 
 ALONE, BESIDE, LOUD = "quiet, alone", "quiet, beside the flood", "loud"
 
 
-def flood_begins_s(duration_s: float) -> float:
-    return duration_s / 3
+def check(target: Target) -> None:
+    if not target.loud:
+        raise TargetError("A noisy neighbour needs a second tenant: LOADTEST_LOUD_KEY.")
 
 
 class Quiet(Caller):
@@ -32,18 +33,14 @@ class Loud(Caller):
     weight = 7
     expected = OVERLOAD
 
-    def on_start(self) -> None:
-        super().on_start()
-        if not self.session.target.loud:
-            raise TargetError("A noisy neighbour needs a second tenant: LOADTEST_LOUD_KEY.")
-
     @task
     def stream(self) -> None:
         wait_s = flood_begins_s(self.session.duration_s) - self.session.tally.elapsed_s
         if wait_s > 0:
-            gevent.sleep(wait_s)
-        loud = self.session.target.loud
-        self.ask(LOUD, loud[self.number % len(loud)])
+            self.nap(wait_s)
+        else:
+            loud = self.session.target.loud
+            self.ask(LOUD, loud[self.number % len(loud)])
 
 
 def findings(tally: Tally) -> dict[str, Any]:
