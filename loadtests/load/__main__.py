@@ -133,6 +133,7 @@ def main() -> int:
             f"There is no base '{options.model}': bespoke base import configs/bases/{options.model}.yaml"
         )
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was started is ended, too
     try:
         with contextlib.ExitStack() as running:
             with console.status(f"starting a service with {options.model} (about a minute) …"):
@@ -142,6 +143,8 @@ def main() -> int:
     except OperatorError as error:
         console.print(str(error), style="red")
         return 2
+    except KeyboardInterrupt:  # while the service was starting
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -86,9 +86,7 @@ def show(made: dict[str, Any]) -> None:
 
 
 def _rows(made: dict[str, Any]) -> Table:
-    table = _table(
-        "row", "what", ">count", ">p50 ms", ">p90", ">p99", ">most", ">left", ">refused", ">failed"
-    )
+    table = _table("row", "what", *COLUMNS)
     for name, row in made["rows"].items():
         others = [str(row[key]) for key in ("left", "refused", "failed")]
         for what, key in TIMES:

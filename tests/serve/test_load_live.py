@@ -1,4 +1,4 @@
-"""Locust's scenarios against the running gateway: they measure, they reconcile, and they notice a wrong count."""
+"""Locust's scenarios against the running gateway: they measure, reconcile, and notice a wrong count."""
 
 import json
 import os
