@@ -22,6 +22,7 @@ from quantize.card import verify
 from quantize.errors import CardMissing
 from serve.adapters import Catalogue
 from serve.app import LOOPBACK
+from serve.autoscaling import REQUESTS
 from serve.db import Store
 from serve.engine.base import Counters, Event, Final, GenerationRequest
 from serve.engine.channel import Address, Hello
@@ -32,7 +33,7 @@ from serve.engine.remote import RemoteEngine
 from serve.engine.vllm import VllmEngine, compute_on_one_thread
 from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError, Overloaded
 from serve.port import check_free
-from serve.settings import Settings
+from serve.settings import ScalingSettings, Settings
 from serve.steward import Measurements
 
 # Read by ray when it is imported and by every process it starts.
@@ -47,6 +48,7 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 from ray import serve as ray_serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.schema import LoggingConfig
 
@@ -104,6 +106,9 @@ class EngineDeployment:
     async def counters(self) -> Counters:
         with _ending_with_the_engine():
             return await self._engine.counters()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {REQUESTS: self._desk.ongoing}
 
     async def check_health(self) -> None:
         with _ending_with_the_engine():
@@ -194,6 +199,9 @@ class GatewayDeployment:
         self._server = HttpServer(app, settings.host, settings.port)
         await self._server.start()
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {REQUESTS: self._server.ongoing}
+
     async def __del__(self) -> None:
         await self._server.stop()
 
@@ -219,7 +227,7 @@ def build(settings: Settings) -> Any:
         contexts[base] = min(settings.engine.max_model_len, _context_tokens_max(settings.bases_dir / base))
         engines[base] = engine.options(
             name=f"engine-{base}",
-            num_replicas=settings.engine_replicas,
+            **_replicas(settings.engine_replicas, settings.engine_scaling),
             max_ongoing_requests=CONTROL_CALLS,
             ray_actor_options={"num_cpus": 0, "num_gpus": _gpus(settings)},
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -230,7 +238,7 @@ def build(settings: Settings) -> Any:
         ).bind(settings, base)
     gateway = ray_serve.deployment(GatewayDeployment).options(
         name="gateway",
-        num_replicas=settings.gateway_replicas,
+        **_replicas(settings.gateway_replicas, settings.gateway_scaling),
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
@@ -243,6 +251,26 @@ def build(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=5,
     )
     return gateway.bind(settings, contexts, engines, steward.bind(settings, contexts, engines))
+
+
+def _replicas(least: int, scaling: ScalingSettings) -> dict[str, Any]:
+    """Serve's options for a fixed number of replicas, or for one that follows the load."""
+    if scaling.replicas_max is None:
+        return {"num_replicas": least}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=least,
+            initial_replicas=least,
+            max_replicas=scaling.replicas_max,
+            target_ongoing_requests=scaling.requests_per_replica,
+            upscale_delay_s=scaling.up_after_s,
+            downscale_delay_s=scaling.down_after_s,
+            # The delays damp enough; a longer memory would only make both longer.
+            metrics_interval_s=1,
+            look_back_period_s=3,
+            policy=AutoscalingPolicy(policy_function="serve.autoscaling:replicas_for"),
+        )
+    }
 
 
 class Service:
