@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
+from serve import logs
 from serve.adapters import Catalogue, Model
 from serve.admission import Admission
 from serve.billing.books import Books
@@ -23,6 +24,7 @@ from serve.errors import ModelNotFound, NotBillable
 from serve.generation import Admitted, Call, Generation, Terms, detached
 from serve.metrics import Metrics
 from serve.tenants import Principal
+from serve.tracing import OFF, Tracing
 
 # A chat template adds a few tokens per message and at most a short default system prompt.
 _TEMPLATE_TOKENS, _MESSAGE_TOKENS = 64, 16
@@ -59,13 +61,14 @@ class Gateway:
         request_timeout_s: float,
         first_token_timeout_s: float,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        tracing: Tracing = OFF,
     ) -> None:
         self._store = store
         self._catalogue = catalogue
         self._engines = engines
         self._admission = admission
         self._prices = Prices(store)
-        self.terms = Terms(books, journal, metrics, request_timeout_s, first_token_timeout_s, now)
+        self.terms = Terms(books, journal, metrics, request_timeout_s, first_token_timeout_s, now, tracing)
         self._running: set[asyncio.Task[None]] = set()
 
     async def generate(self, principal: Principal, call: Call) -> Generation:
@@ -86,14 +89,18 @@ class Gateway:
         return generation
 
     async def _start(self, principal: Principal, call: Call) -> Generation:
-        quote = await asyncio.to_thread(self._quote, principal, call)
-        ticket = await self._admission.admit(principal.subjects, tokens=quote.tokens_max)
+        logs.handle(call.request_id)
+        step = self.terms.tracing.step
+        with step("admission"):
+            quote = await asyncio.to_thread(self._quote, principal, call)
+            ticket = await self._admission.admit(principal.subjects, tokens=quote.tokens_max)
         rates = quote.price.rates(
             model=quote.model.name, adapter=quote.model.adapter is not None, batch=call.tier == "batch"
         )
         try:
             sale = self._sale(principal, call, quote, rates)
-            await self._hold(principal, call, quote, sale)
+            with step("hold"):
+                await self._hold(principal, call, quote, sale)
         except BaseException:
             ticket.release(0)
             raise
