@@ -56,10 +56,10 @@ _SPEAKING = (
 _QUOTING = (InvalidRequest, NotFound)
 
 _SECRETS = re.compile(
-    r"""\bbs[kp]-[\w-]+                                                  # our keys
+    r"""\bbs[kp]-[\w-]+                    # our keys
+    | (?:authorization|api[-_]?key)["']?\s*[:=,]\s*b?["']?(?:\w+\s+)?[^\s"',;)}\]]+
     | \b(?:bearer|basic)\s+[^\s"',;)}\]]+
-    | (?:authorization|x-api-key|api[-_]?key)["']?\s*[:=,]\s*b?["']?[^\s"',;)}\]]+
-    | (?<=://)[^/\s@]+(?=@)                                              # a URL's user and password
+    | (?<=://)[^/\s@]+(?=@)                # a URL's user and password
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -101,8 +101,8 @@ def without_secrets(text: str) -> str:
 def described(error: BaseException) -> str:
     """An exception in one line: its type, and its message if that cannot quote what a client sent."""
     name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
-    if isinstance(error, sa.exc.DBAPIError) and error.orig is not None:
-        # A database's first line says what is wrong, the others show the row.
+    if isinstance(error, sa.exc.DBAPIError) and not isinstance(error, sa.exc.DataError):
+        # A database's first line says what is wrong, the others show the row. Of wrong data all show it.
         words = str(error.orig).partition("\n")[0]
     elif isinstance(error, sa.exc.TimeoutError) or (
         isinstance(error, _SPEAKING) and not isinstance(error, _QUOTING)

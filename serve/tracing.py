@@ -9,6 +9,7 @@ sends; a full queue drops, and nobody waits for a collector that is away.
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -182,10 +183,11 @@ class _TracedCourse(Course):
         self._above = _parent()
 
     def step(self, name: str, **attributes: str | int) -> None:
+        now_ns = time.time_ns()
         if self._step is not None:
-            self._step.end()
+            self._step.end(now_ns)
         named = {f"bespoke.{key}": value for key, value in attributes.items()}
-        self._step = self._tracer.start_span(name, self._above, attributes=named)
+        self._step = self._tracer.start_span(name, self._above, attributes=named, start_time=now_ns)
 
     def settled(self, event: UsageEvent, reasons: Sequence[str]) -> None:
         super().settled(event, reasons)
