@@ -18,7 +18,7 @@ from serve.engine.base import Accepted, Delta, Finished
 from serve.errors import EngineLost, EngineUnavailable
 from serve.settings import EngineSettings, Settings
 from tests.serve.collector import Collector, Received
-from tests.serve.conftest import TENANTS, TINY, free_port, onboard
+from tests.serve.conftest import TENANTS, TINY, free_port, import_tiny, onboard
 from tests.serve.scripted import BROKEN, HELLO, LEFT, Played, Script
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -299,12 +299,12 @@ assert not found, found
 
 
 @pytest.mark.slow
-def test_gateway_and_vllm_tell_one_trace(home: Path, tmp_path: Path, collector: Collector) -> None:
-    """Real Ray Serve and vLLM, with a state of its own beside the others' bases. The logs, while it runs."""
+def test_gateway_and_vllm_tell_one_trace(tmp_path: Path, collector: Collector) -> None:
+    """Real Ray Serve and vLLM. And what all their processes log, Ray's own files included."""
     from serve.deployment import Service
     from tests.serve.logbook import Logbook
 
-    (tmp_path / "bases").symlink_to(home / "bases")
+    import_tiny(tmp_path)
     settings = Settings(
         home=tmp_path,
         port=free_port(),
