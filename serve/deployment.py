@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,8 @@ from serve import logs
 from serve.adapters import Catalogue
 from serve.app import LOOPBACK
 from serve.db import Store
-from serve.engine.base import Counters, Engine, Event, Final, GenerationRequest
+from serve.engine.base import Counters, Engine, Final, GenerationRequest
+from serve.engine.channel import Address, Inbox, Lines
 from serve.engine.reconcile import Reconciler
 from serve.engine.remote import RemoteEngine
 from serve.engine.vllm import VllmEngine, compute_on_one_thread
@@ -37,13 +38,12 @@ from serve.steward import Measurements
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.proxy.middlewares")
 # The node's address is then 127.0.0.1, so that none of Ray's unauthenticated ports leaves the machine.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 from ray import serve as ray_serve
-from ray.serve.config import HTTPOptions, RequestRouterConfig
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.schema import LoggingConfig
 
@@ -52,6 +52,7 @@ from serve.router import ADAPTERS_STAT, AdapterRouter
 log = logging.getLogger(__name__)
 
 APP_NAME = "bespoke"
+LOOPBACK_ADDRESS = "127.0.0.1"
 # Serve counts an abort like a request; a replica that is full of requests must still take one.
 CONTROL_CALLS = 64
 STEWARD_TIMEOUT_S = 3.0
@@ -67,6 +68,7 @@ class EngineDeployment:
         logs.install_with_children(log_spec(settings), f"engine-{base}")
         replica = ray_serve.get_replica_context().replica_id.unique_id
         directories = settings.bases_dir / base, settings.adapters_dir
+        self._lines = Lines()
         self._engine = await VllmEngine.start(
             base, *directories, settings.engine, replica, settings.otlp_endpoint
         )
@@ -78,10 +80,17 @@ class EngineDeployment:
         await self._reconciler.reconcile()  # a new replica serves the same set as the one before
         self._following = asyncio.create_task(self._reconciler.follow())
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        with _ending_with_the_engine():
-            async for batch in self._engine.stream(request):
-                yield batch
+    async def generate(self, request: GenerationRequest, gateway: Address) -> None:
+        """Until the request's end; its events go to `gateway`, and an empty list after them."""
+        line = await self._lines.to(gateway)
+        try:
+            with _ending_with_the_engine():
+                async with contextlib.aclosing(self._engine.stream(request)) as batches:  # type: ignore[type-var]
+                    async for batch in batches:
+                        line.send(request.request_id, batch)
+        finally:
+            with contextlib.suppress(ConnectionError):
+                line.send(request.request_id, [])
 
     async def abort(self, request_id: str) -> None:
         await self._engine.abort(request_id)
@@ -152,9 +161,11 @@ class RemoteSteward:
 
 
 def _engines(settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> dict[str, Engine]:
+    inbox = Inbox(LOOPBACK_ADDRESS if settings.host in LOOPBACK else ray.util.get_node_ip_address())
     return {
         base: RemoteEngine(
             handle,
+            inbox,
             context_tokens_max=contexts[base],
             accept_timeout_s=settings.accept_timeout_s,
             classify=classify,
@@ -163,23 +174,23 @@ def _engines(settings: Settings, contexts: dict[str, int], handles: dict[str, An
     }
 
 
-@ray_serve.ingress()
 class GatewayDeployment:
-    """One gateway replica: an ASGI app, built inside the replica, that loads neither torch nor vLLM."""
+    """One gateway replica: an ASGI app and its HTTP server; it loads neither torch nor vLLM."""
 
-    def __init__(
+    async def __init__(  # type: ignore[misc] # Serve awaits it
         self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any], steward: Any
     ) -> None:
-        _keep_replica_port_on(settings.host)
-        self._settings = settings
-        self._engines = _engines(settings, contexts, handles)
-        self._steward = RemoteSteward(steward)
-
-    def __serve_build_asgi_app__(self) -> Any:
         from serve.app import build_app
+        from serve.server import HttpServer
 
-        logs.install(log_spec(self._settings), "gateway")
-        return build_app(self._settings, self._engines, self._steward)
+        _keep_replica_port_on(settings.host)
+        logs.install(log_spec(settings), "gateway")
+        app = build_app(settings, _engines(settings, contexts, handles), RemoteSteward(steward))
+        self._server = HttpServer(app, settings.host, settings.port)
+        await self._server.start()
+
+    async def __del__(self) -> None:
+        await self._server.stop()
 
 
 def log_spec(settings: Settings) -> logs.LogSpec:
@@ -287,6 +298,7 @@ class Service:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                runtime_env={"worker_process_setup_hook": "serve.loops.use_uvloop"},
                 _temp_dir=str(self._scratch),
             )
         finally:  # even what a start that failed has left
@@ -294,12 +306,8 @@ class Service:
         _check_node_on(settings.host)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
-        ray_serve.start(
-            proxy_location="HeadOnly",
-            http_options=HTTPOptions(host=settings.host, port=settings.port),
-            logging_config=quiet,
-        )
-        ray_serve.run(build(settings), name=APP_NAME, route_prefix="/", logging_config=quiet)
+        ray_serve.start(proxy_location="Disabled", logging_config=quiet)
+        ray_serve.run(build(settings), name=APP_NAME, route_prefix=None, logging_config=quiet)
 
     def stop(self) -> None:
         """End every process that this service started; what does not go by itself is killed."""

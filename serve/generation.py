@@ -32,6 +32,7 @@ from serve.engine.base import (
     Accepted,
     Delta,
     Engine,
+    Event,
     Finished,
     GenerationRequest,
     Prompt,
@@ -115,13 +116,13 @@ class Terms:
     tracing: Tracing = OFF
 
 
-def detached() -> contextvars.Context:
+def detached(whose: logs.Handling) -> contextvars.Context:
     """A context for work that outlives its client, empty but for which request it is.
 
     Ray Serve keeps a request's identity in context variables, and when the client leaves it cancels every
     call that was made under it: the abort itself, and the stream that carries the engine's last count.
     """
-    return logs.carried(contextvars.Context())
+    return logs.context_of(whose)
 
 
 class Generation:
@@ -139,6 +140,7 @@ class Generation:
         self._course = terms.tracing.course(
             operation, call.model, admitted.model.base, call.sampling, call.request_id
         )
+        self.handling = logs.handling()
         self._terms = terms
         self._principal = principal
         self._admitted = admitted
@@ -172,7 +174,10 @@ class Generation:
             raise
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        """Batches of deltas. The last batch comes after the settlement. Raises EngineFailed."""
+        """Batches of deltas, all that wait at once. The last batch comes after the settlement.
+
+        Raises EngineFailed.
+        """
         while (item := await self._deltas.get()) is not None:
             if isinstance(item, BespokeError):
                 raise item
@@ -187,6 +192,8 @@ class Generation:
         """Stream from the engine to its end, whatever the client does, then settle or void."""
         metrics = self._terms.metrics
         metrics.in_progress.inc()
+        if self._terms.journal is not None:
+            self._terms.journal.follow(self.call.request_id, self._used)
         failure = await self._listen()
         self._done = True
         self._course.step("settlement")
@@ -242,22 +249,23 @@ class Generation:
         self._engine_id, self._served_by = engine_id, None
         self._attempts += 1
         self._course.step("dispatch", attempt=self._attempts)
-        async for batch in self._engine.stream(self._request()):
-            self._last = []
-            for event in batch:
-                match event:
-                    case Accepted():
-                        self._accept(event)
-                    case Delta():
-                        self._last.append(event)
-                    case Finished():
-                        self._finished = event
-            self._count()
-            self._mark()
-            if self.answer is not None:
-                self.answer.take(self._last)
-            if self._last and self._finished is None:
-                self._deltas.put_nowait(self._last)
+        await self._engine.generate(self._request(), self._take)
+
+    def _take(self, batch: list[Event]) -> None:
+        self._last = []
+        for event in batch:
+            match event:
+                case Delta():
+                    self._last.append(event)
+                case Finished():
+                    self._finished = event
+                case Accepted():
+                    self._accept(event)
+        self._count()
+        if self.answer is not None:
+            self.answer.take(self._last)
+        if self._last and self._finished is None:
+            self._deltas.put_nowait(self._last)
 
     @property
     def _begun(self) -> bool:
@@ -313,10 +321,9 @@ class Generation:
             new = sum(delta.tokens for delta in self._last)
             self.tokens = Tokens(self.tokens.prompt, self.tokens.cached, self.tokens.completion + new)
 
-    def _mark(self) -> None:
-        """Let the journal know what was counted: should this process die, somebody else must bill it."""
-        if self._terms.journal is not None and self._served_by is not None:
-            self._terms.journal.mark(self.call.request_id, self._served(self._served_by))
+    def _used(self) -> Served | None:
+        """What was counted until now: should this process die, somebody else must bill it."""
+        return None if self._served_by is None else self._served(self._served_by)
 
     def _served(self, by: Accepted) -> Served:
         return Served(by.replica, by.boot, self.tokens, self._attempts, by.cold_loads)
@@ -356,7 +363,7 @@ class Generation:
                     log.warning("request %s is not aborted yet: %s", self.call.request_id, error)
                     await asyncio.sleep(_ABORT_RETRY_S)
 
-        self._stopping = asyncio.create_task(abort(), context=detached())
+        self._stopping = asyncio.create_task(abort(), context=detached(self.handling))
 
     async def _settle_or_void(self, failure: BespokeError | None) -> None:
         """Close the hold, however long the store is away; the journal knows, if this process dies first."""

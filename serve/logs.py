@@ -88,9 +88,10 @@ def handle(request_id: str | None = None, **trace: object) -> None:
     _handling.set(replace(now, request_id=request_id or now.request_id, **trace))  # type: ignore[arg-type]
 
 
-def carried(context: contextvars.Context) -> contextvars.Context:
-    """`context`, in which the same request is handled as here."""
-    context.run(_handling.set, _handling.get())
+def context_of(whose: Handling) -> contextvars.Context:
+    """A context that holds nothing else."""
+    context = contextvars.Context()
+    context.run(_handling.set, whose)
     return context
 
 

@@ -32,6 +32,7 @@ from loadtests.bench.machine import machine
 from serve.billing.ledger import Ledger
 from serve.billing.pricing import Prices, read_plan
 from serve.db import Store
+from serve.lora_files import target_suffixes
 from serve.settings import Settings, load_settings
 from serve.tenants import Tenants, server_secret
 
@@ -157,6 +158,8 @@ def bare(home: Path, base: str) -> Iterator[Server]:
         "max-lora-rank": engine.max_lora_rank,
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
+    targets = target_suffixes((home / "bases" / base).resolve())
+    command += ["--lora-target-modules", *targets, "--enable-prefix-caching"]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",

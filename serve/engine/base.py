@@ -1,13 +1,16 @@
 """The seam between the gateway and an engine: requests in, events out, all of them typed.
 
-An engine's stream is always: one Accepted, then Deltas, then one Finished; or an exception. Counts
+What an engine says is always: one Accepted, then Deltas, then one Finished; or an exception. Counts
 are made at the source from token ids and ride with the events, so nobody parses text to bill it.
-After `abort` the stream still ends with Finished, which carries what was generated until then.
+Events are msgspec's structs, because one of them is made, sent and read for each token (`channel.py`).
+After `abort` the last event is Finished still, which carries what was generated until then.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from serve.adapters import AdapterRef
 
@@ -135,8 +138,7 @@ class TokenLogprob:
     top: tuple[tuple[str, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a", gc=False):
     """The engine has the request; `replica` and `boot` name the process whose counters it moves.
 
     `cold_loads` is 1 if its adapter had to be loaded into memory first.
@@ -148,8 +150,7 @@ class Accepted:
     cold_loads: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d", gc=False):
     """What is new in one choice and the number of tokens behind it (a token may add no text yet).
 
     `stop_sequence` is the one of the request's that ended the choice.
@@ -165,8 +166,7 @@ class Delta:
     stop_sequence: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f", gc=False):
     """The engine's final word on the request. Counts are totals over all choices."""
 
     prompt_tokens: int
@@ -176,6 +176,7 @@ class Finished:
 
 
 Event = Accepted | Delta | Finished
+Take = Callable[[list[Event]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,8 +233,10 @@ class Engine(Protocol):
     def context_tokens_max(self) -> int:
         """The longest prompt + completion that the engine takes, in tokens."""
 
-    def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        """Events in batches, as the engine's steps produce them.
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
+        """Give `take` the events in batches, as the engine's steps produce them; returns after Finished.
+
+        `take` is called in the event loop, for each step and request: it must not block.
 
         Raises:
             ContextLengthExceeded: before Accepted.
@@ -242,7 +245,7 @@ class Engine(Protocol):
         """
 
     async def abort(self, request_id: str) -> None:
-        """Stop generating; the stream ends with Finished. Unknown ids are ignored."""
+        """Stop generating; Finished is the last event. Unknown ids are ignored."""
 
     async def finals(self, request_id: str) -> list[Final]:
         """End the request for good, also if it has not begun, and say what was done: nobody else will ask.

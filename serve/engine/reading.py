@@ -1,8 +1,9 @@
 """From vLLM's outputs to our events: text, tool calls, log-probabilities, and the counts that are billed."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from serve.engine.base import Delta, Event, Finished, TokenLogprob, ToolCall
 
@@ -79,7 +80,8 @@ class Reader:
     def _echoed(self, choice: "_Choice", part: int) -> Delta:
         choice.begun = True
         told = self._told(self._prompts[part], self._prompted[part])
-        return Delta(choice.index, self._echo[part], 0, logprobs=told)
+        text = self._echo[part].encode(errors="replace").decode()  # a client may have sent half a character
+        return Delta(choice.index, text, 0, logprobs=told)
 
     def _told(self, ids: Sequence[int], found: Any) -> tuple[TokenLogprob, ...]:
         """What is told of each token: nothing if nobody asked."""

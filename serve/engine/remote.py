@@ -1,4 +1,4 @@
-"""The gateway's side of an engine: a Ray Serve handle behind the engine seam.
+"""The gateway's side of an engine: a Ray Serve handle and a channel behind the engine seam.
 
 The handle is passed in, so this module needs no ray; what ray raises for a lost replica or a full
 queue is told apart by `classify`, which the composition root supplies.
@@ -6,73 +6,83 @@ queue is told apart by `classify`, which the composition root supplies.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
-from serve.engine.base import Counters, Event, Final, GenerationRequest
+from serve.engine.base import Counters, Final, GenerationRequest, Take
+from serve.engine.channel import Arrivals, Inbox
 from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, Overloaded
 
 LIVENESS_INTERVAL_S = 2.0
+LAST_WORD_TIMEOUT_S = 5.0
 
 Classify = Callable[[BaseException], BespokeError | None]
 
 
 class RemoteEngine:
-    """All replicas of one base, reached through `handle`."""
+    """All replicas of one base, reached through `handle`; what they generate comes to `inbox`."""
 
     def __init__(
-        self, handle: Any, *, context_tokens_max: int, accept_timeout_s: float, classify: Classify
+        self,
+        handle: Any,
+        inbox: Inbox,
+        *,
+        context_tokens_max: int,
+        accept_timeout_s: float,
+        classify: Classify,
     ) -> None:
         self._handle = handle
-        self._streaming = handle.options(stream=True)
+        self._inbox = inbox
         self._context_tokens_max = context_tokens_max
         self._accept_timeout_s = accept_timeout_s
         self._classify = classify
+        self._watching: set[asyncio.Task[None]] = set()
 
     @property
     def context_tokens_max(self) -> int:
         return self._context_tokens_max
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        """See `serve.engine.base.Engine.stream`. Not accepted in time is EngineUnavailable.
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
+        """See `serve.engine.base.Engine.generate`. Not accepted in time is EngineUnavailable.
 
         Raises EngineLost, before or after Accepted, if the replica dies.
         """
-        batches = self._streaming.stream.remote(request)
-        accepted = finished = False
-        try:
-            first = await self._first(batches)
-            accepted = True
-            yield first
-            async for batch in batches:
-                yield batch
-            finished = True
-        except (asyncio.CancelledError, GeneratorExit):
-            raise
-        except BaseException as error:
-            raise self._translate(error, accepted=accepted) from error
-        finally:
-            if not finished:
-                batches.cancel()
+        address = await self._inbox.address()
+        with self._inbox.expecting(request.request_id, take) as arrivals:
+            answer = self._handle.generate.remote(request, address)
+            watching = asyncio.create_task(_watch(answer, arrivals))
+            self._watching.add(watching)  # the loop itself would not keep it
+            watching.add_done_callback(self._watching.discard)
+            try:
+                await self._begun(arrivals)
+                await arrivals.over
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:
+                raise self._translate(error, accepted=arrivals.begun.done()) from error
+            finally:
+                if not arrivals.finished:
+                    watching.cancel()
+                    answer.cancel()
 
-    async def _first(self, batches: Any) -> list[Event]:
-        """The first batch, or EngineUnavailable: soon if no replica lives, else after the time-out."""
-        first = asyncio.ensure_future(anext(batches))
-        try:
-            async with asyncio.timeout(self._accept_timeout_s):
-                while not first.done():
-                    await asyncio.wait({first}, timeout=LIVENESS_INTERVAL_S)
-                    if not first.done():
-                        # Ray would queue for a replica that may never come. One that died proves
-                        # nothing: this request may be with another; the dead are not asked again.
-                        with contextlib.suppress(EngineLost):
-                            await self.counters()
-        except TimeoutError as error:
-            raise EngineUnavailable() from error
-        finally:
-            first.cancel()
-        batch: list[Event] = first.result()
-        return batch
+    async def _begun(self, arrivals: Arrivals) -> None:
+        """The request is accepted, or over; else EngineUnavailable: soon if no replica lives."""
+        deadline_s = asyncio.get_running_loop().time() + self._accept_timeout_s
+        while not (arrivals.begun.done() or arrivals.over.done()):
+            left_s = deadline_s - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                raise EngineUnavailable()
+            await asyncio.wait(
+                {arrivals.begun, arrivals.over},
+                timeout=min(LIVENESS_INTERVAL_S, left_s),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not (arrivals.begun.done() or arrivals.over.done()):
+                # Ray would queue for a replica that may never come. One that died proves
+                # nothing: this request may be with another; the dead are not asked again.
+                with contextlib.suppress(EngineLost, TimeoutError):
+                    async with asyncio.timeout_at(deadline_s):
+                        await self.counters()
 
     async def abort(self, request_id: str) -> None:
         """Told to every replica: only the one that has the request acts on it."""
@@ -122,3 +132,18 @@ class RemoteEngine:
         if accepted and (known is None or isinstance(known, EngineUnavailable | Overloaded)):
             return EngineFailed()
         return known or EngineFailed()
+
+
+async def _watch(answer: Any, arrivals: Arrivals) -> None:
+    """Tell `arrivals` how the call ended, after everything that the replica has sent."""
+    try:
+        await answer
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        if arrivals.connection is not None or isinstance(getattr(error, "cause", None), BespokeError):
+            await arrivals.complete(LAST_WORD_TIMEOUT_S)
+        arrivals.fail(error)
+    else:
+        await arrivals.complete(LAST_WORD_TIMEOUT_S)
+        arrivals.fail(EngineFailed())  # unless its last word was read before
