@@ -46,6 +46,7 @@ FIELDS = (
     "attempt",
 )
 MESSAGE_CHARS_MAX, FRAMES_MAX, CAUSES_MAX = 4000, 40, 5
+_JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 _SHARED = "BESPOKE_LOGS_OF_CHILDREN"
 
 # Their words are a program's: names, paths, states. Anything else may quote what a client sent.
@@ -184,7 +185,7 @@ class JsonLines(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps(entry(record, self._process), ensure_ascii=False, default=str)
+        return _JSON.encode(entry(record, self._process))
 
 
 class TextLines(JsonLines):

@@ -14,8 +14,9 @@ from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.attributes import error_attributes, http_attributes, url_attributes
 
 from serve.db import Store
-from serve.engine.base import Accepted, Delta, Finished
+from serve.engine.base import Accepted, Delta, Finished, Message, Sampling
 from serve.errors import EngineLost, EngineUnavailable
+from serve.generation import Call
 from serve.settings import EngineSettings, Settings
 from tests.serve.collector import Collector, Received
 from tests.serve.conftest import TENANTS, TINY, free_port, import_tiny, onboard
@@ -240,6 +241,24 @@ def test_a_client_may_ask_for_less_than_the_ratio_and_never_for_more(
         flags = request.trace_headers["traceparent"].rpartition("-")[2]
         assert not int(flags, 16) & SAMPLED  # so that vLLM makes no spans either
     assert not collector.spans
+
+
+def test_a_generation_that_no_request_is_around_is_one_trace(tmp_path: Path, collector: Collector) -> None:
+    """A batch's line."""
+    traced = Traced(tmp_path, collector.endpoint, HELLO)
+    principal = traced.app.state.context.tenants.door.authenticate(traced.keys["acme"])
+    prompt = (Message("user", MARKER),)
+
+    async def generate() -> None:
+        async for _ in await traced.gateway.generate(
+            principal, Call("req_1", TINY, prompt, Sampling(), "max_tokens", tier="batch")
+        ):
+            pass
+
+    traced.run(generate())
+    traced.ended()
+    steps = ["dispatch", "first_token", "generation", "settlement"]
+    assert tree(collector.spans) == {"-": [f"chat {TINY}"], f"chat {TINY}": steps}
 
 
 def test_probes_and_scrapes_are_not_traced(tmp_path: Path, collector: Collector) -> None:
