@@ -269,7 +269,10 @@ def test_probes_and_scrapes_are_not_traced(tmp_path: Path, collector: Collector)
     assert [span.name for span in collector.spans] == ["GET /v1/models"]
 
 
-def test_a_collector_that_is_away_or_hangs_fails_no_request_and_holds_up_no_stop(tmp_path: Path) -> None:
+def test_a_collector_that_is_away_or_hangs_fails_no_request_and_holds_up_no_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.tracing.BATCH_SPANS_MAX", 2)  # many batches, each with a time-out of its own
     with socket.socket() as hanging:
         hanging.bind(("127.0.0.1", 0))
         hanging.listen()  # takes connections and never answers
