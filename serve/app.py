@@ -32,6 +32,7 @@ from serve.api.batch_worker import BatchWorker
 from serve.api.context import Context
 from serve.api.edge import Edge, body_bound
 from serve.api.intake import Intake
+from serve.api.traced import Traced
 from serve.api.wire import Limits
 from serve.batches import Batches
 from serve.billing.books import Books
@@ -47,6 +48,7 @@ from serve.metrics import Metrics
 from serve.settings import Settings
 from serve.steward import Watched
 from serve.tenants import Tenants, server_secret
+from serve.tracing import OFF, tracing_of
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ def build_app(settings: Settings, engines: Mapping[str, Engine], steward: Watche
     books = Books(Ledger(store))
     journal = Journal(settings.journals_dir, failed=metrics.journal_failed)
     idempotency = Idempotency(store, lease=timedelta(seconds=settings.request_timeout_s + 120))
+    tracing = tracing_of(settings.otlp_endpoint, settings.trace_ratio, "gateway")
     gateway = Gateway(
         store=store,
         catalogue=catalogue,
@@ -74,6 +77,7 @@ def build_app(settings: Settings, engines: Mapping[str, Engine], steward: Watche
         metrics=metrics,
         request_timeout_s=settings.request_timeout_s,
         first_token_timeout_s=settings.first_token_timeout_s,
+        tracing=tracing,
     )
 
     tenants = Tenants(store, server_secret(settings.home))
@@ -119,6 +123,7 @@ def build_app(settings: Settings, engines: Mapping[str, Engine], steward: Watche
         await _flush_key_use(tenants)
         await admission.close()
         store.close()
+        await asyncio.to_thread(tracing.close)
 
     app = FastAPI(title="Bespoke", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.context = Context(
@@ -154,6 +159,8 @@ def build_app(settings: Settings, engines: Mapping[str, Engine], steward: Watche
     slowest = limits.body_bytes / limits.body_timeout_s
     app.add_middleware(Intake, body_bytes_max=body_bound(**sizes), bytes_per_s_min=slowest)
     app.add_middleware(Edge, metrics=metrics, **sizes)
+    if tracing is not OFF:
+        app.add_middleware(Traced, tracing=tracing)
     return app
 
 

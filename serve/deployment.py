@@ -20,6 +20,7 @@ import psutil
 
 from quantize.card import verify
 from quantize.errors import CardMissing
+from serve import logs
 from serve.adapters import Catalogue
 from serve.app import LOOPBACK
 from serve.autoscaling import REQUESTS
@@ -69,10 +70,12 @@ class EngineDeployment:
 
     async def __init__(self, settings: Settings, base: str) -> None:  # type: ignore[misc] # Serve awaits it
         _keep_replica_port_on(settings.host)
+        logs.install_with_children(log_spec(settings), f"engine-{base}")
         replica = ray_serve.get_replica_context().replica_id.unique_id
+        directories = settings.bases_dir / base, settings.adapters_dir
         self._drain_timeout_s = settings.drain_timeout_s
         self._engine = await VllmEngine.start(
-            base, settings.bases_dir / base, settings.adapters_dir, settings.engine, replica
+            base, *directories, settings.engine, replica, settings.otlp_endpoint
         )
         compute_on_one_thread()
         store = Store(settings.store_url)
@@ -141,7 +144,7 @@ class StewardDeployment:
         from serve.chores import build_steward
 
         _keep_replica_port_on(settings.host)
-        logging.getLogger("serve").setLevel(logging.INFO)
+        logs.install(log_spec(settings), "steward")
         self._steward = build_steward(settings, _engines(settings, contexts, handles))
         self._running = asyncio.get_running_loop().create_task(self._steward.run())
 
@@ -192,7 +195,7 @@ class GatewayDeployment:
         from serve.server import HttpServer
 
         _keep_replica_port_on(settings.host)
-        logging.getLogger("serve").setLevel(logging.INFO)
+        logs.install(log_spec(settings), "gateway")
         engines = _engines(settings, contexts, handles)
         self._following = [asyncio.create_task(engine.follow()) for engine in engines.values()]
         app = build_app(settings, engines, RemoteSteward(steward))
@@ -204,6 +207,16 @@ class GatewayDeployment:
 
     async def __del__(self) -> None:
         await self._server.stop()
+
+
+def log_spec(settings: Settings) -> logs.LogSpec:
+    return logs.LogSpec(
+        str(settings.logs_dir),
+        settings.log_format,
+        settings.log_level,
+        file_bytes=settings.log_file_bytes,
+        kept=settings.log_files - 1,
+    )
 
 
 def classify(error: BaseException) -> BespokeError | None:

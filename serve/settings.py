@@ -88,6 +88,12 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(60.0, ge=0)
     metrics_adapters: int = Field(100, ge=0)
     metrics_token: SecretStr | None = Field(None, min_length=1)
+    log_format: str = Field("json", pattern="^(json|text)$")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")  # of Bespoke; others: WARNING
+    log_file_bytes: int = Field(16 << 20, ge=4096)
+    log_files: int = Field(5, ge=2)  # per process, the current one included
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s]+")  # a collector; None: no traces
+    trace_ratio: float = Field(1.0, ge=0, le=1)  # of the requests, unless the client asks for none
     engine: EngineSettings = EngineSettings()
     limits: LimitSettings = LimitSettings()
     gateway_scaling: ScalingSettings = ScalingSettings()
@@ -116,6 +122,10 @@ class Settings(BaseSettings):
     @property
     def journals_dir(self) -> Path:
         return self.home / "journals"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.home / "logs"
 
     @property
     def invoices_dir(self) -> Path:

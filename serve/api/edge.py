@@ -12,6 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve import logs
 from serve.admission import Quota, Standing
 from serve.api.errors import render
 from serve.errors import BodyTooLarge
@@ -50,6 +51,7 @@ class Edge:
         started_s = monotonic()
         # Ours, never the client's: it is the ledger's key.
         request_id = scope.setdefault("state", {})["request_id"] = f"req_{uuid.uuid4().hex}"
+        logs.handle(request_id)
         status = 500
         received_bytes, most = 0, self._body_bytes_max(scope)
 
@@ -81,14 +83,9 @@ class Edge:
         finally:
             route = _route(scope)
             self._metrics.request(route, status)
-            log.info(
-                "%s %s %s %.0f ms %s",
-                scope["method"],
-                route,
-                status,
-                (monotonic() - started_s) * 1e3,
-                request_id,
-            )
+            duration_ms = round((monotonic() - started_s) * 1e3)
+            what = {"method": scope["method"], "route": route, "status": status, "duration_ms": duration_ms}
+            log.info("answered", extra=what)
 
 
 def rate_limits(standing: Standing | None) -> dict[str, str]:
