@@ -23,6 +23,7 @@ BODY = {
     "max_tokens": 900,
     "temperature": 0,
     "logit_bias": {"2": -100},  # <|im_end|>: they are to last
+    "logprobs": True,  # then every token is told, half characters too
 }
 
 
