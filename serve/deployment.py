@@ -29,6 +29,7 @@ from serve.engine.reconcile import Reconciler
 from serve.engine.remote import RemoteEngine
 from serve.engine.vllm import VllmEngine, compute_on_one_thread
 from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError, Overloaded
+from serve.metrics import Exposition, Metrics
 from serve.port import check_free
 from serve.settings import Settings
 from serve.steward import Measurements
@@ -50,11 +51,12 @@ from serve.router import ADAPTERS_STAT, AdapterRouter
 
 log = logging.getLogger(__name__)
 
-APP_NAME = "bespoke"
+APP_NAME, GATEWAY_NAME = "bespoke", "gateway"
 LOOPBACK_ADDRESS = "127.0.0.1"
 # Serve counts an abort like a request; a replica that is full of requests must still take one.
 CONTROL_CALLS = 64
 STEWARD_TIMEOUT_S = 3.0
+PEERS_TIMEOUT_S = 2.0
 SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
 HEALTH_CHECK_PERIOD_S = 2  # a process that has died is missed for so long at most
 
@@ -171,6 +173,24 @@ def _engines(settings: Settings, contexts: dict[str, int], handles: dict[str, An
     }
 
 
+class Fleet:
+    """All gateway replicas, as one of them asks them; see `serve.metrics.Peers`."""
+
+    def __init__(self, wanted: int) -> None:
+        self.name: str = ray_serve.get_replica_context().replica_id.unique_id
+        self.wanted = wanted
+
+    async def expositions(self) -> list[Exposition | None]:
+        gateways = ray_serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
+        try:
+            response = gateways.broadcast("exposition")
+            answers = await response.results_async(timeout_s=PEERS_TIMEOUT_S, return_exceptions=True)
+        except Exception as error:  # one that hangs holds up the broadcast as a whole
+            log.warning("the other gateways' figures are missing: %r", error)
+            return []
+        return [answer if isinstance(answer, Exposition) else None for answer in answers]
+
+
 class GatewayDeployment:
     """One gateway replica: an ASGI app and its HTTP server; it loads neither torch nor vLLM."""
 
@@ -182,9 +202,14 @@ class GatewayDeployment:
 
         _keep_replica_port_on(settings.host)
         logging.getLogger("serve").setLevel(logging.INFO)
-        app = build_app(settings, _engines(settings, contexts, handles), RemoteSteward(steward))
+        fleet = Fleet(settings.gateway_replicas)
+        app = build_app(settings, _engines(settings, contexts, handles), RemoteSteward(steward), fleet)
+        self._metrics: Metrics = app.state.context.metrics
         self._server = HttpServer(app, settings.host, settings.port)
         await self._server.start()
+
+    async def exposition(self) -> Exposition:
+        return self._metrics.exposition()
 
     async def __del__(self) -> None:
         await self._server.stop()
@@ -227,7 +252,7 @@ def build(settings: Settings) -> Any:
             ),
         ).bind(settings, base)
     gateway = ray_serve.deployment(GatewayDeployment).options(
-        name="gateway",
+        name=GATEWAY_NAME,
         num_replicas=settings.gateway_replicas,
         # Queueing and refusing belong to the engine's bounds, where refusals have OpenAI's shape.
         max_ongoing_requests=8192,

@@ -39,7 +39,7 @@ from serve.engine.base import (
     Toolbox,
 )
 from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, StoreUnavailable
-from serve.metrics import Metrics
+from serve.metrics import Metrics, Pace
 from serve.tenants import Principal
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,7 @@ class Generation:
         self._deltas: asyncio.Queue[list[Delta] | BespokeError | None] = asyncio.Queue()
         self._started_s = monotonic()
         self._first_token_s: float | None = None
+        self._pace = Pace(call.choices)
         self._stopped: str | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._done = False
@@ -180,9 +181,13 @@ class Generation:
         """Stream from the engine to its end, whatever the client does, then settle or void."""
         metrics = self._terms.metrics
         metrics.in_progress.inc()
+        metrics.waiting.inc()
+        self._accepted.add_done_callback(lambda _: metrics.waiting.dec())
         failure = await self._listen()
         self._done = True
-        await self._settle_or_void(failure)
+        metrics.pace(self.model.base, self._version, self._pace)
+        with metrics.settling():
+            await self._settle_or_void(failure)
         self._admitted.ticket.release(self.tokens.prompt + self.tokens.completion)
         metrics.in_progress.dec()
         if not self._accepted.done():
@@ -290,6 +295,7 @@ class Generation:
 
     def _count(self) -> None:
         self._reasons += [delta.finish_reason for delta in self._last if delta.finish_reason]
+        self._pace.note(self._last)
         if self._last and self._first_token_s is None:
             self._first_token_s = monotonic()
             waited_s = self._first_token_s - self._started_s
@@ -382,6 +388,7 @@ class Generation:
         event = self._event(served_by, failure, at)
         self._terms.metrics.closed(self.model.base, self._version, event.status.value)
         self._terms.metrics.tokens(self.model.base, self._version, event.tokens)
+        self._terms.metrics.billed(self.model.base, event.cost_nanos)
         if self._terms.journal is not None:
             self._terms.journal.note_end(event)
         also: Callable[[sa.Connection], None] | None = None

@@ -13,8 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.admission import Quota, Standing
-from serve.api.errors import render
-from serve.errors import BodyTooLarge
+from serve.api.errors import kind_of, render
+from serve.errors import BespokeError, BodyTooLarge
 from serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -79,16 +79,12 @@ class Edge:
             else:
                 await self._app(scope, bounded_receive, stamped_send)
         finally:
-            route = _route(scope)
-            self._metrics.request(route, status)
-            log.info(
-                "%s %s %s %.0f ms %s",
-                scope["method"],
-                route,
-                status,
-                (monotonic() - started_s) * 1e3,
-                request_id,
-            )
+            route, took_s = _route(scope), monotonic() - started_s
+            self._metrics.request(route, status, took_s)
+            if status >= 400:
+                error = scope["state"].get("refused") or BespokeError()
+                self._metrics.refused(error, *kind_of(error))
+            log.info("%s %s %s %.0f ms %s", scope["method"], route, status, took_s * 1e3, request_id)
 
 
 def rate_limits(standing: Standing | None) -> dict[str, str]:
