@@ -209,7 +209,7 @@ class GatewayDeployment:
         await self._server.start()
 
     async def exposition(self) -> Exposition:
-        return self._metrics.exposition()
+        return await asyncio.to_thread(self._metrics.exposition)
 
     async def __del__(self) -> None:
         await self._server.stop()

@@ -72,7 +72,7 @@ async def _gateways(ctx: Context) -> _Gateways:
     found = [] if ctx.peers is None else await ctx.peers.expositions()
     texts = {one.gateway: one.text for one in found if one is not None}
     if ctx.metrics.gateway not in texts:
-        texts[ctx.metrics.gateway] = ctx.metrics.exposition().text
+        texts[ctx.metrics.gateway] = (await asyncio.to_thread(ctx.metrics.exposition)).text
     wanted = 1 if ctx.peers is None else ctx.peers.wanted
     return _Gateways(merge(texts.values()), max(wanted, len(found), len(texts)), len(texts))
 

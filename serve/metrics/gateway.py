@@ -195,7 +195,10 @@ class Metrics:
         self.registry.register(self._adapter_pace)
 
     def exposition(self) -> Exposition:
-        """All of it in Prometheus' text format, with this gateway's name."""
+        """All of it in Prometheus' text format, with this gateway's name.
+
+        With many adapters it takes tens of ms, so event loops leave it to a thread.
+        """
         return Exposition(self.gateway, labelled(generate_latest(self.registry), self.gateway))
 
     def journal_failed(self) -> None:
@@ -218,8 +221,8 @@ class Metrics:
             self._settlement.observe(monotonic() - ended_s)
 
     def _oldest_unsettled_s(self) -> float:
-        # The first to be put in is the first to have ended.
-        return monotonic() - next(iter(self._settling.values()), monotonic())
+        ended_s = list(self._settling.values())  # at once: this may be another thread
+        return monotonic() - ended_s[0] if ended_s else 0.0
 
     def request(self, route: str, code: int, seconds: float) -> None:
         self._requests.labels(route, str(code)).inc()

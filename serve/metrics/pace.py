@@ -59,7 +59,8 @@ class PaceHistogram(Collector):
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, (counts, (sum_s,)) in self._series.items():
+        series = list(self._series.items())  # at once: this may be another thread
+        for labels, (counts, (sum_s,)) in series:
             cumulative, buckets = 0, []
             for bound, count in zip(self._bounds, counts, strict=True):
                 cumulative += count
