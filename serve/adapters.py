@@ -21,6 +21,7 @@ import sqlalchemy as sa
 
 from finetune.card import AdapterCard, validate_name, verify
 from finetune.errors import FinetuneError
+from serve import revision
 from serve.audit import SYSTEM, record
 from serve.billing.charges import charge_training
 from serve.db import Store, UtcDateTime, metadata
@@ -65,14 +66,6 @@ promotions_table = sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("adapter_id", sa.ForeignKey("adapters.id"), nullable=False, index=True),
     sa.Column("promoted_at", UtcDateTime, nullable=False),
-)
-
-revision_table = sa.Table(
-    "catalogue_revision",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("revision", sa.BigInteger, nullable=False),
-    sa.CheckConstraint("id = 1", name="one_row"),
 )
 
 Alias = Literal["now", "next"]
@@ -171,7 +164,7 @@ class Catalogue:
                 adapter = AdapterRef(
                     inserted.inserted_primary_key[0], card.tenant, card.adapter, card.version
                 )
-                _count_change(connection)
+                revision.count_change(connection)
                 _record(connection, "register", adapter, actor, at)
                 charge_training(
                     self._store,
@@ -196,7 +189,7 @@ class Catalogue:
         with self._change() as connection:
             _require_standing(_row(connection, adapter), adapter)
             connection.execute(promotions_table.insert().values(adapter_id=adapter.id, promoted_at=at))
-            _count_change(connection)
+            revision.count_change(connection)
             _record(connection, "promote", adapter, actor, at)
 
     def mark_ready(self, adapter: AdapterRef, at: datetime) -> bool:
@@ -213,7 +206,7 @@ class Catalogue:
         with self._change() as connection:
             decided = connection.execute(pending.values(values)).rowcount == 1
             if decided:
-                _count_change(connection)
+                revision.count_change(connection)
         return decided
 
     def pin(self, adapter: AdapterRef, pinned: bool, *, actor: str = SYSTEM) -> None:
@@ -287,13 +280,13 @@ class Catalogue:
     def revision(self) -> int:
         """A number that grows with every change of the catalogue, visible together with the change."""
         with self._store.read() as connection:
-            return int(connection.execute(sa.select(revision_table.c.revision)).scalar_one())
+            return revision.current(connection)
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[sa.Connection]:
         """A write that no other change of the catalogue overlaps, so that revisions commit in order."""
         with self._store.write() as connection:
-            connection.execute(sa.select(revision_table.c.revision).with_for_update())
+            revision.lock(connection)
             yield connection
 
     def resolve(self, connection: sa.Connection, tenant: str, name: str) -> Model:
@@ -376,17 +369,13 @@ def _unknown(adapter: AdapterRef) -> UnknownRecord:
 
 def _update(connection: sa.Connection, adapter: AdapterRef, **values: Any) -> None:
     connection.execute(adapters_table.update().where(adapters_table.c.id == adapter.id).values(values))
-    _count_change(connection)
+    revision.count_change(connection)
 
 
 def _record(
     connection: sa.Connection, verb: str, adapter: AdapterRef, actor: str, at: datetime | None = None
 ) -> None:
     record(connection, f"adapter.{verb}", adapter.model, actor=actor, tenant=adapter.tenant, at=at)
-
-
-def _count_change(connection: sa.Connection) -> None:
-    connection.execute(revision_table.update().values(revision=revision_table.c.revision + 1))
 
 
 def _require_standing(row: sa.Row[Any], adapter: AdapterRef) -> None:

@@ -5,35 +5,36 @@ has the rest: stream → settle.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from serve.adapters import Catalogue, Model
+from serve.adapters import Catalogue
 from serve.admission import Admission
 from serve.billing.books import Books
 from serve.billing.journal import Journal
-from serve.billing.ledger import Hold, Opening
-from serve.billing.pricing import Prices, PriceVersion, Rates
+from serve.billing.ledger import Hold, Opening, Outdated
 from serve.billing.sale import Sale
 from serve.db import Store
 from serve.engine.base import Engine, Texts
-from serve.errors import ModelNotFound, NotBillable
+from serve.errors import ModelNotFound, StoreUnavailable
 from serve.generation import Admitted, Call, Generation, Terms, detached
 from serve.metrics import Metrics
+from serve.offers import Offer, Offers
 from serve.tenants import Principal
 
 # A chat template adds a few tokens per message and at most a short default system prompt.
 _TEMPLATE_TOKENS, _MESSAGE_TOKENS = 64, 16
+_OFFERS_MAX = 5  # how often a price may change while one request is admitted
 
 
 @dataclass(frozen=True, slots=True)
 class _Quote:
     """What a call means, and its bounds in tokens, over all its prompts and samples."""
 
-    model: Model
-    price: PriceVersion
+    offer: Offer
     context_tokens_max: int
     prompt_tokens_max: int
     completion_tokens_max: int
@@ -60,11 +61,9 @@ class Gateway:
         first_token_timeout_s: float,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._store = store
-        self._catalogue = catalogue
         self._engines = engines
         self._admission = admission
-        self._prices = Prices(store)
+        self._offers = Offers(store, catalogue)
         self.terms = Terms(books, journal, metrics, request_timeout_s, first_token_timeout_s, now)
         self._running: set[asyncio.Task[None]] = set()
 
@@ -86,18 +85,22 @@ class Gateway:
         return generation
 
     async def _start(self, principal: Principal, call: Call) -> Generation:
-        quote = await asyncio.to_thread(self._quote, principal, call)
+        for _ in range(_OFFERS_MAX):
+            with contextlib.suppress(Outdated):
+                return await self._start_once(principal, call)
+            self._offers.forget()
+        raise StoreUnavailable()
+
+    async def _start_once(self, principal: Principal, call: Call) -> Generation:
+        quote = self._quote(principal, call, await self._offer(principal, call))
         ticket = await self._admission.admit(principal.subjects, tokens=quote.tokens_max)
-        rates = quote.price.rates(
-            model=quote.model.name, adapter=quote.model.adapter is not None, batch=call.tier == "batch"
-        )
         try:
-            sale = self._sale(principal, call, quote, rates)
+            sale = self._sale(principal, call, quote)
             await self._hold(principal, call, quote, sale)
         except BaseException:
             ticket.release(0)
             raise
-        admitted = Admitted(sale, quote.model, ticket, quote.context_tokens_max)
+        admitted = Admitted(sale, quote.offer.model, ticket, quote.context_tokens_max)
         generation = Generation(self.terms, principal, call, admitted, self._engines[admitted.model.base])
         task = asyncio.create_task(generation.run(), context=detached())
         self._running.add(task)
@@ -109,31 +112,34 @@ class Gateway:
         while self._running:
             await asyncio.wait(set(self._running))
 
-    def _quote(self, principal: Principal, call: Call) -> _Quote:
-        """What the request means and may cost at most. Nothing is reserved yet."""
-        with self._store.read() as connection:
-            model = self._catalogue.resolve(connection, principal.tenant, call.model)
-            price = self._prices.at(connection, principal.tenant, self.terms.now())
+    async def _offer(self, principal: Principal, call: Call) -> Offer:
         if not principal.may_use(call.model):
             raise ModelNotFound(call.model)
-        if price is None:
-            raise NotBillable(principal.tenant)
+        tenant, now = principal.tenant, self.terms.now()
+        if (known := self._offers.known(tenant, call.model, now)) is not None:
+            return known
+        return await asyncio.to_thread(self._offers.look_up, tenant, call.model, now)
+
+    def _quote(self, principal: Principal, call: Call, offer: Offer) -> _Quote:
+        """What the request may cost at most. Nothing is reserved yet."""
         limits = [subject.limits.context_tokens for subject in principal.subjects]
-        own = self._engines[model.base].context_tokens_max
+        own = self._engines[offer.model.base].context_tokens_max
         context = min([own, *(limit for limit in limits if limit is not None)])
         prompt = prompt_tokens_max(call, context)
         completion = min(call.sampling.completion_tokens_max or context, context) * call.choices
-        return _Quote(model, price, context, prompt, completion)
+        return _Quote(offer, context, prompt, completion)
 
-    def _sale(self, principal: Principal, call: Call, quote: _Quote, rates: Rates) -> Sale:
+    def _sale(self, principal: Principal, call: Call, quote: _Quote) -> Sale:
+        model, price = quote.offer.model, quote.offer.price
+        rates = price.rates(model=model.name, adapter=model.adapter is not None, batch=call.tier == "batch")
         return Sale(
             tenant=principal.tenant,
             key_id=principal.key_id,
             project=principal.project,
-            model=quote.model.name,
-            base=quote.model.base,
-            adapter_version=quote.model.adapter.model if quote.model.adapter else None,
-            plan_id=quote.price.id,
+            model=model.name,
+            base=model.base,
+            adapter_version=model.adapter.model if model.adapter else None,
+            plan_id=price.id,
             rates=rates,
             samples=call.sampling.n,
             tier=call.tier,
@@ -154,7 +160,7 @@ class Gateway:
         # The lease outlasts every way in which a live gateway can still close the request itself.
         lease = timedelta(seconds=self.terms.request_timeout_s + 120)
         also = None if call.keeper is None else partial(call.keeper.claim, at=at)
-        await self.terms.books.open(Opening(hold, at, lease, also))
+        await self.terms.books.open(Opening(hold, at, lease, also, quote.offer.revision))
 
 
 def prompt_tokens_max(call: Call, context_tokens: int) -> int:

@@ -31,6 +31,7 @@ from serve.engine.base import (
     Accepted,
     Delta,
     Engine,
+    Event,
     Finished,
     GenerationRequest,
     Prompt,
@@ -166,7 +167,10 @@ class Generation:
             raise
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        """Batches of deltas. The last batch comes after the settlement. Raises EngineFailed."""
+        """Batches of deltas, all that wait at once. The last batch comes after the settlement.
+
+        Raises EngineFailed.
+        """
         while (item := await self._deltas.get()) is not None:
             if isinstance(item, BespokeError):
                 raise item
@@ -183,6 +187,8 @@ class Generation:
         metrics.in_progress.inc()
         metrics.waiting.inc()
         self._accepted.add_done_callback(lambda _: metrics.waiting.dec())
+        if self._terms.journal is not None:
+            self._terms.journal.follow(self.call.request_id, self._used)
         failure = await self._listen()
         self._done = True
         metrics.pace(self.model.base, self._version, self._pace)
@@ -237,22 +243,23 @@ class Generation:
         """Stream from a replica, which knows the request as `engine_id`."""
         self._engine_id, self._served_by = engine_id, None
         self._attempts += 1
-        async for batch in self._engine.stream(self._request()):
-            self._last = []
-            for event in batch:
-                match event:
-                    case Accepted():
-                        self._accept(event)
-                    case Delta():
-                        self._last.append(event)
-                    case Finished():
-                        self._finished = event
-            self._count()
-            self._mark()
-            if self.answer is not None:
-                self.answer.take(self._last)
-            if self._last and self._finished is None:
-                self._deltas.put_nowait(self._last)
+        await self._engine.generate(self._request(), self._take)
+
+    def _take(self, batch: list[Event]) -> None:
+        self._last = []
+        for event in batch:
+            match event:
+                case Delta():
+                    self._last.append(event)
+                case Finished():
+                    self._finished = event
+                case Accepted():
+                    self._accept(event)
+        self._count()
+        if self.answer is not None:
+            self.answer.take(self._last)
+        if self._last and self._finished is None:
+            self._deltas.put_nowait(self._last)
 
     @property
     def _begun(self) -> bool:
@@ -306,10 +313,9 @@ class Generation:
             new = sum(delta.tokens for delta in self._last)
             self.tokens = Tokens(self.tokens.prompt, self.tokens.cached, self.tokens.completion + new)
 
-    def _mark(self) -> None:
-        """Let the journal know what was counted: should this process die, somebody else must bill it."""
-        if self._terms.journal is not None and self._served_by is not None:
-            self._terms.journal.mark(self.call.request_id, self._served(self._served_by))
+    def _used(self) -> Served | None:
+        """What was counted until now: should this process die, somebody else must bill it."""
+        return None if self._served_by is None else self._served(self._served_by)
 
     def _served(self, by: Accepted) -> Served:
         return Served(by.replica, by.boot, self.tokens, self._attempts, by.cold_loads)

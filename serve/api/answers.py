@@ -71,20 +71,27 @@ async def answer(
 
 
 async def _events(generation: Generation, shape: Shape, include_usage: bool) -> AsyncIterator[bytes]:
+    # All events of an answer have the same envelope: it is encoded once, and the choice set into it.
     blank = {"usage": None} if include_usage else {}
+    envelope = dumps(shape.envelope(generation, [], streamed=True) | blank)
+    head, _, tail = envelope.partition(b'"choices":[]')
+    head, tail = b"data: " + head + b'"choices":[', b"]" + tail + b"\n\n"
 
-    def event(choices: list[Json], extra: Json) -> bytes:
-        return b"data: " + dumps(shape.envelope(generation, choices, streamed=True) | extra) + b"\n\n"
+    def event(choice: Json) -> bytes:
+        return head + dumps(choice) + tail
 
-    opening = b"".join(event([choice], blank) for choice in shape.opening(generation))
+    opening = b"".join(event(choice) for choice in shape.opening(generation))
     try:
         async for batch in generation:
-            yield opening + b"".join(event([shape.choice(one)], blank) for one in batch if _says(one))
+            yield opening + b"".join(event(shape.choice(one)) for one in batch if _says(one))
             opening = b""
     except BespokeError as error:
         yield sse_event(error)
         return
-    closing = event([], {"usage": usage(generation.tokens)}) if include_usage else b""
+    closing = b""
+    if include_usage:
+        last = shape.envelope(generation, [], streamed=True) | {"usage": usage(generation.tokens)}
+        closing = b"data: " + dumps(last) + b"\n\n"
     yield closing + b"data: [DONE]\n\n"
 
 

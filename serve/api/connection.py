@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
+import msgspec
 from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -30,7 +31,10 @@ async def start(request: Request, ctx: Context, who: Principal, call: Call) -> G
 
 
 def dumps(body: Json) -> bytes:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    try:
+        return msgspec.json.encode(body)
+    except UnicodeEncodeError:  # half a character, from a client who sent one
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 class EventStream(Response):

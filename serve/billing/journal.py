@@ -67,6 +67,7 @@ class Journal:
         self._file = _locked(beside)
         beside.rename(self._path)
         self._size = 0
+        self._followed: dict[str, Callable[[], Served | None]] = {}
         self._records: dict[str, Record] = {}
         self._dirty: set[str] = set()
         self._lock = threading.Lock()
@@ -74,17 +75,17 @@ class Journal:
         self._flusher = threading.Thread(target=self._follow, name="journal", daemon=True)
         self._flusher.start()
 
-    def mark(self, request_id: str, served: Served) -> None:
-        """What has been counted for a request until now; on disk within `FLUSH_S`."""
+    def follow(self, request_id: str, used: Callable[[], Served | None]) -> None:
+        """Ask `used` at each flush what has been counted for a request until then, from any thread."""
         with self._lock:
-            self._records[request_id] = Record(served)
-            self._dirty.add(request_id)
+            self._followed[request_id] = used
 
     def note_end(self, event: UsageEvent) -> None:
         """`event` is about to be settled; in the file when this returns."""
         served = Served(event.replica, event.boot, event.tokens, event.attempt, event.cold_loads)
         end = End(event.status, event.finish_reason, event.ttft_ms, event.latency_ms, event.created_at)
         with self._lock:
+            self._followed.pop(event.request_id, None)
             self._records[event.request_id] = record = Record(served, end)
             if self._append({event.request_id: record}):
                 self._dirty.discard(event.request_id)
@@ -94,12 +95,14 @@ class Journal:
     def forget(self, request_id: str) -> None:
         """The request is settled or voided."""
         with self._lock:
+            self._followed.pop(request_id, None)
             self._records.pop(request_id, None)
             self._dirty.discard(request_id)
 
     def flush(self) -> None:
         """Write what has changed, and have it on the disk. What cannot be written is tried the next time."""
         with self._lock:
+            self._ask()
             dirty = {request_id: self._records[request_id] for request_id in self._dirty}
             anew = self._size > SIZE_BYTES_MAX and self._begin_anew()
             if anew or (dirty and self._append(dirty)):
@@ -108,6 +111,13 @@ class Journal:
         if size:
             with self._telling():
                 os.fdatasync(file)
+
+    def _ask(self) -> None:
+        for request_id, used in self._followed.items():
+            served, before = used(), self._records.get(request_id)
+            if served is not None and (before is None or before.served != served):
+                self._records[request_id] = Record(served)
+                self._dirty.add(request_id)
 
     def close(self) -> None:
         """Stop. The file stays if a request is not closed, for the steward."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from serve import revision
 from serve.audit import SYSTEM, record
 from serve.billing import budgets, rollups
 from serve.billing.accounts import (
@@ -70,12 +71,16 @@ class OpenHold:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A hold to be taken. `also` is done with it or refuses it by what it raises."""
+    """A hold to be taken. `also` is done with it or refuses it by what it raises.
+
+    `revision` (`serve.revision`) is the one at which its price was read: at another it is refused as Outdated.
+    """
 
     hold: Hold
     at: datetime
     lease: timedelta
     also: Also | None = None
+    revision: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,10 @@ class Closing:
 
 
 Outcome = bool | Exception
+
+
+class Outdated(Exception):
+    """A price or a model has changed since a hold was made out; it is to be made out again."""
 
 
 class Ledger:
@@ -142,7 +151,8 @@ class Ledger:
     def apply(self, entries: Sequence[Opening | Closing]) -> list[Outcome]:
         """Do all of `entries` in one transaction; one outcome each.
 
-        An opening's is True, or what refused it: InsufficientCredit, BudgetExceeded, what `also` raised.
+        An opening's is True, or what refused it: Outdated, InsufficientCredit, BudgetExceeded, what `also`
+        raised.
         A closing's is whether it closed the request: False if it was closed before, by whomever. Whatever
         else goes wrong is raised, and nothing of any entry is done.
         """
@@ -211,7 +221,8 @@ def _tenant_of(entry: Opening | Closing) -> str:
 
 
 def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) -> dict[int, Outcome]:
-    outcomes: dict[int, Outcome] = {}
+    outcomes = _outdated(connection, openings)
+    openings = [(i, opening) for i, opening in openings if i not in outcomes]
     tenants = {opening.hold.tenant for _, opening in openings}
     asking = {name for _, opening in openings for name in (opening.hold.project, opening.hold.key_id) if name}
     bound = budgets.in_force(connection, tenants, tenants | asking)
@@ -252,6 +263,13 @@ def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) ->
         connection.execute(transfers_table.insert(), transfers)
         connection.execute(holds_table.insert(), opened)
     return outcomes
+
+
+def _outdated(connection: sa.Connection, openings: list[tuple[int, Opening]]) -> dict[int, Outcome]:
+    if all(opening.revision is None for _, opening in openings):
+        return {}
+    now = revision.current(connection)
+    return {i: Outdated() for i, opening in openings if opening.revision not in (None, now)}
 
 
 def _take_together(

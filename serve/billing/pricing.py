@@ -30,6 +30,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
+from serve import revision
 from serve.audit import SYSTEM, record
 from serve.billing.tiers import Nanos, TokenPrice, list_price
 from serve.db import Store, UtcDateTime, metadata
@@ -323,6 +324,7 @@ class Prices:
                 self._require_currency(connection, tenant, due)
                 values = {"tenant_id": tenant, "plan_id": due.id, "effective_at": at}
                 connection.execute(subscriptions_table.insert().values(values))
+                revision.count_change(connection)
                 said = {"effective_at": at}
                 record(connection, "price.assign", due.label, said, actor=actor, tenant=tenant)
                 return due
@@ -348,6 +350,12 @@ class Prices:
             .limit(1)
         ).first()
         return None if row is None else _version(row)
+
+    def next_change(self, connection: sa.Connection, tenant: str, at: datetime) -> datetime | None:
+        """When the version that is in force at `at` is followed by another, as far as it is known."""
+        c = subscriptions_table.c
+        query = sa.select(sa.func.min(c.effective_at)).where(c.tenant_id == tenant, c.effective_at > at)
+        return connection.execute(query).scalar()
 
     def by_id(self, connection: sa.Connection) -> dict[int, PriceVersion]:
         return {row.id: _version(row) for row in connection.execute(sa.select(plans_table))}

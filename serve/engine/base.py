@@ -1,12 +1,12 @@
 """The seam between the gateway and an engine: requests in, events out, all of them typed.
 
-An engine's stream is always: one Accepted, then Deltas, then one Finished; or an exception. Counts
+What an engine says is always: one Accepted, then Deltas, then one Finished; or an exception. Counts
 are made at the source from token ids and ride with the events, so nobody parses text to bill it.
 Events are msgspec's structs, because one of them is made, sent and read for each token (`channel.py`).
-After `abort` the stream still ends with Finished, which carries what was generated until then.
+After `abort` the last event is Finished still, which carries what was generated until then.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -174,6 +174,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f", gc=False):
 
 
 Event = Accepted | Delta | Finished
+Take = Callable[[list[Event]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +243,10 @@ class Engine(Protocol):
     def context_tokens_max(self) -> int:
         """The longest prompt + completion that the engine takes, in tokens."""
 
-    def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        """Events in batches, as the engine's steps produce them.
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
+        """Give `take` the events in batches, as the engine's steps produce them; returns after Finished.
+
+        `take` is called in the event loop, for each step and request: it must not block.
 
         Raises:
             ContextLengthExceeded: before Accepted.
@@ -252,7 +255,7 @@ class Engine(Protocol):
         """
 
     async def abort(self, request_id: str) -> None:
-        """Stop generating; the stream ends with Finished. Unknown ids are ignored."""
+        """Stop generating; Finished is the last event. Unknown ids are ignored."""
 
     async def finals(self, request_id: str) -> list[Final]:
         """End the request for good, also if it has not begun, and say what was done: nobody else will ask.

@@ -3,7 +3,7 @@
 Ray carries a request to its replica, counts it there and tells when the replica is gone. What is generated
 comes by a TCP connection, which the replica opens to the gateway that sent the request: one frame for each
 step of the engine, with the events of every request of that gateway. An item of a Ray stream costs 0.3 ms
-of CPU at both ends together; a frame a tenth, and it is shared by all who are in the step (docs/performance.md).
+of CPU at both ends together; a frame a tenth, shared by all who are in the step (docs/performance.md).
 
 A connection begins with the gateway's token, which only its requests carry. A frame is its length (4 bytes,
 big endian) and msgpack: a list of (request id, events). No events are a request's last word.
@@ -15,14 +15,13 @@ import hmac
 import logging
 import secrets
 import struct
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
 import msgspec
 
-from serve.engine.base import Event
+from serve.engine.base import Event, Finished, Take
 
 log = logging.getLogger(__name__)
 
@@ -46,37 +45,44 @@ class Address:
 
 
 class Arrivals:
-    """What has come for one request and has not been read."""
+    """What comes for one request, handed to `take` as it comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, take: Take) -> None:
+        loop = asyncio.get_running_loop()
         self.connection: _Incoming | None = None
-        self._batches: deque[list[Event]] = deque()
-        self._error: BaseException | None = None
-        self._ended = asyncio.Event()
-        self._reader: asyncio.Future[None] | None = None
+        self.begun: asyncio.Future[None] = loop.create_future()
+        self.over: asyncio.Future[None] = loop.create_future()
+        self.finished = False
+        self._take = take
+        self._last_word = asyncio.Event()
 
-    def put(self, batch: list[Event]) -> None:
-        self._batches.append(batch)
+    def put(self, batch: list[Event], connection: "_Incoming") -> None:
+        self.connection = connection
         if not batch:
-            self._ended.set()
-        self._wake()
-
-    async def get(self) -> list[Event]:
-        """The next batch; an empty one is the last. Raises what `fail` was given, after all batches."""
-        while not self._batches:
-            if self._error is not None:
-                raise self._error
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-        return self._batches.popleft()
+            self._last_word.set()
+            return
+        if self.over.done():
+            return
+        try:
+            self._take(batch)
+        except Exception as error:  # a bug of the reader's ends its request, not everybody's connection
+            self.fail(error)
+            return
+        if not self.begun.done():
+            self.begun.set_result(None)
+        if isinstance(batch[-1], Finished):
+            self.finished = True
+            self.over.set_result(None)
 
     def fail(self, error: BaseException) -> None:
-        self._error = error
-        self._wake()
+        """Nothing more is wanted, or can come."""
+        if not self.over.done():
+            self.over.set_exception(error)
+            self.over.exception()  # retrieved: whoever waited may be gone
 
     async def complete(self, timeout_s: float) -> None:
         """Wait until nothing more can come: the last word, or the connection's end."""
-        waits = [asyncio.ensure_future(self._ended.wait())]
+        waits = [asyncio.ensure_future(self._last_word.wait())]
         if self.connection is not None:
             waits.append(asyncio.ensure_future(self.connection.closed.wait()))
         try:
@@ -84,10 +90,6 @@ class Arrivals:
         finally:
             for wait in waits:
                 wait.cancel()
-
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
 
 
 class Inbox:
@@ -110,8 +112,8 @@ class Inbox:
         return Address(self._host, self._server.sockets[0].getsockname()[1], self.token)
 
     @contextlib.contextmanager
-    def expecting(self, request_id: str) -> Iterator[Arrivals]:
-        arrivals = self.waiting[request_id] = Arrivals()
+    def expecting(self, request_id: str, take: Take) -> Iterator[Arrivals]:
+        arrivals = self.waiting[request_id] = Arrivals(take)
         try:
             yield arrivals
         finally:
@@ -167,8 +169,7 @@ class _Incoming(asyncio.Protocol):
     def _give(self, frame: bytes) -> None:
         for request_id, batch in _decoder.decode(frame):
             if (arrivals := self._inbox.waiting.get(request_id)) is not None:
-                arrivals.connection = self
-                arrivals.put(batch)
+                arrivals.put(batch, self)
 
 
 class Line(asyncio.Protocol):
@@ -193,6 +194,10 @@ class Line(asyncio.Protocol):
             # All whom the step woke are due before what is scheduled now.
             self._loop.call_soon(self._flush)
         self._entries.append((request_id, batch))
+
+    def close(self) -> None:
+        """After everything that has been sent."""
+        self._loop.call_soon(self._transport.close)
 
     def _flush(self) -> None:
         frame = _encoder.encode(self._entries)

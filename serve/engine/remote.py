@@ -6,10 +6,10 @@ queue is told apart by `classify`, which the composition root supplies.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
-from serve.engine.base import Counters, Event, Final, Finished, GenerationRequest
+from serve.engine.base import Counters, Final, GenerationRequest, Take
 from serve.engine.channel import Arrivals, Inbox
 from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, Overloaded
 
@@ -42,54 +42,47 @@ class RemoteEngine:
     def context_tokens_max(self) -> int:
         return self._context_tokens_max
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        """See `serve.engine.base.Engine.stream`. Not accepted in time is EngineUnavailable.
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
+        """See `serve.engine.base.Engine.generate`. Not accepted in time is EngineUnavailable.
 
         Raises EngineLost, before or after Accepted, if the replica dies.
         """
         address = await self._inbox.address()
-        with self._inbox.expecting(request.request_id) as arrivals:
+        with self._inbox.expecting(request.request_id, take) as arrivals:
             answer = self._handle.generate.remote(request, address)
             watching = asyncio.create_task(_watch(answer, arrivals))
             self._watching.add(watching)  # the loop itself would not keep it
             watching.add_done_callback(self._watching.discard)
-            accepted = finished = False
             try:
-                batch = await self._first(arrivals)
-                accepted = True
-                while batch:
-                    # Whoever gets the engine's last word need not come back for more.
-                    finished = isinstance(batch[-1], Finished)
-                    yield batch
-                    if finished:
-                        return
-                    batch = await arrivals.get()
-            except (asyncio.CancelledError, GeneratorExit):
+                await self._begun(arrivals)
+                await arrivals.over
+            except asyncio.CancelledError:
                 raise
             except BaseException as error:
-                raise self._translate(error, accepted=accepted) from error
+                raise self._translate(error, accepted=arrivals.begun.done()) from error
             finally:
-                if not finished:
+                if not arrivals.finished:
                     watching.cancel()
                     answer.cancel()
 
-    async def _first(self, arrivals: Arrivals) -> list[Event]:
-        """The first batch, or EngineUnavailable: soon if no replica lives, else after the time-out."""
-        first = asyncio.ensure_future(arrivals.get())
-        try:
-            async with asyncio.timeout(self._accept_timeout_s):
-                while not first.done():
-                    await asyncio.wait({first}, timeout=LIVENESS_INTERVAL_S)
-                    if not first.done():
-                        # Ray would queue for a replica that may never come. One that died proves
-                        # nothing: this request may be with another; the dead are not asked again.
-                        with contextlib.suppress(EngineLost):
-                            await self.counters()
-        except TimeoutError as error:
-            raise EngineUnavailable() from error
-        finally:
-            first.cancel()
-        return first.result()
+    async def _begun(self, arrivals: Arrivals) -> None:
+        """The request is accepted, or over; else EngineUnavailable: soon if no replica lives."""
+        deadline_s = asyncio.get_running_loop().time() + self._accept_timeout_s
+        while not (arrivals.begun.done() or arrivals.over.done()):
+            left_s = deadline_s - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                raise EngineUnavailable()
+            await asyncio.wait(
+                {arrivals.begun, arrivals.over},
+                timeout=min(LIVENESS_INTERVAL_S, left_s),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not (arrivals.begun.done() or arrivals.over.done()):
+                # Ray would queue for a replica that may never come. One that died proves
+                # nothing: this request may be with another; the dead are not asked again.
+                with contextlib.suppress(EngineLost, TimeoutError):
+                    async with asyncio.timeout_at(deadline_s):
+                        await self.counters()
 
     async def abort(self, request_id: str) -> None:
         """Told to every replica: only the one that has the request acts on it."""
@@ -142,7 +135,7 @@ class RemoteEngine:
 
 
 async def _watch(answer: Any, arrivals: Arrivals) -> None:
-    """Tell the reader of `arrivals` how the call ended, after everything that the replica has sent."""
+    """Tell `arrivals` how the call ended, after everything that the replica has sent."""
     try:
         await answer
     except asyncio.CancelledError:

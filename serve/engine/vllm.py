@@ -177,7 +177,7 @@ class VllmEngine:
             yield LoRARequest(adapter.model, adapter.id, str(path))
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        """See `serve.engine.base.Engine.stream`."""
+        """The events of `serve.engine.base.Engine.generate`, for whoever is in this process."""
         rendered = await self._renderer.render(request)
         reader = self._reader(request, rendered)
         adapter = request.adapter

@@ -12,7 +12,6 @@ import re
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +21,7 @@ from serve import generation, recovery
 from serve.api.batch_worker import BatchWorker
 from serve.billing import books, ledger
 from serve.deployment import EngineDeployment, GatewayDeployment, StewardDeployment
-from serve.engine.base import Accepted, Delta, Event, GenerationRequest
+from serve.engine.base import Accepted, Delta, Event, GenerationRequest, Take
 from serve.engine.remote import RemoteEngine
 from serve.settings import Settings
 
@@ -119,29 +118,34 @@ def at(who: str, moment: str) -> str:
     return f"{who}, {moment}"
 
 
-class FaultyGateway(GatewayDeployment):  # type: ignore[misc]
-    def __serve_build_asgi_app__(self) -> Any:
-        traps = Traps(self._settings.home)
+class FaultyGateway(GatewayDeployment):
+    async def __init__(  # type: ignore[misc] # Serve awaits it
+        self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any], steward: Any
+    ) -> None:
+        traps = Traps(settings.home)
         markers: dict[str, str | None] = {}
         _watch_generations(traps, markers)
         _watch_engines(traps)
         _watch_ledger(traps, "gateway", markers.get)
         assert BatchWorker.__init__.__kwdefaults__ is not None
         BatchWorker.__init__.__kwdefaults__["lease"] = BATCH_LEASE
-        return super().__serve_build_asgi_app__()
+        await super().__init__(settings, contexts, handles, steward)  # type: ignore[misc]
 
 
 class FaultyEngine(EngineDeployment):
     async def __init__(self, settings: Settings, base: str) -> None:  # type: ignore[misc] # Serve awaits it
-        self._traps = Traps(settings.home)
+        traps = Traps(settings.home)
         await super().__init__(settings, base)  # type: ignore[misc]
+        stream = self._engine.stream
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        async for batch in super().stream(request):
-            yield batch
-            if any(isinstance(event, Accepted) for event in batch):
-                point = at("engine", BEFORE_FIRST_TOKEN)
-                await self._traps.come(point, _marker_of(request.prompt), request.request_id)
+        async def stopping(request: GenerationRequest) -> AsyncIterator[list[Event]]:
+            async for batch in stream(request):
+                yield batch
+                if any(isinstance(event, Accepted) for event in batch):
+                    point = at("engine", BEFORE_FIRST_TOKEN)
+                    await traps.come(point, _marker_of(request.prompt), request.request_id)
+
+        self._engine.stream = stopping  # type: ignore[method-assign]
 
 
 class FaultySteward(StewardDeployment):
@@ -176,22 +180,31 @@ def _watch_generations(traps: Traps, markers: dict[str, str | None]) -> None:
 
 
 def _watch_engines(traps: Traps) -> None:
-    ask = RemoteEngine.stream
+    ask = RemoteEngine.generate
 
-    async def stream(self: RemoteEngine, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+    async def generate(self: RemoteEngine, request: GenerationRequest, take: Take) -> None:
         marker, name = _marker_of(request.prompt), request.request_id
         await traps.come(at("gateway", BEFORE_DISPATCH), marker, name)
-        tokens = 0
-        async with aclosing(ask(self, request)) as batches:
-            async for batch in batches:
-                yield batch
+        came: asyncio.Queue[list[Event]] = asyncio.Queue()  # an empty list is the end
+
+        async def give() -> None:
+            tokens = 0
+            while batch := await came.get():
+                take(batch)
                 if any(isinstance(event, Accepted) for event in batch):
                     await traps.come(at("gateway", BEFORE_FIRST_TOKEN), marker, name)
                 tokens += sum(event.tokens for event in batch if isinstance(event, Delta))
                 if tokens >= MID_TOKENS:
                     await traps.come(at("gateway", IN_MID_STREAM), marker, name)
 
-    RemoteEngine.stream = stream  # type: ignore[method-assign]
+        giving = asyncio.create_task(give())
+        try:
+            await ask(self, request, came.put_nowait)
+        finally:
+            came.put_nowait([])
+            await giving
+
+    RemoteEngine.generate = generate  # type: ignore[method-assign]
 
 
 def _watch_ledger(traps: Traps, who: str, marker_of: Callable[[str], str | None]) -> None:

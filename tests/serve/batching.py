@@ -24,7 +24,17 @@ from serve.billing.ledger import Ledger
 from serve.billing.pricing import BatchRates, Prices, Rates
 from serve.billing.usage import usage_table
 from serve.db import Store
-from serve.engine.base import Accepted, Counters, Delta, Event, Final, Finished, GenerationRequest, Message
+from serve.engine.base import (
+    Accepted,
+    Counters,
+    Delta,
+    Event,
+    Final,
+    Finished,
+    GenerationRequest,
+    Message,
+    Take,
+)
 from serve.errors import EngineFailed
 from serve.files import FileBounds, Files
 from serve.gateway import Gateway
@@ -97,7 +107,11 @@ class EchoEngine:
         self.gate: asyncio.Event | None = None
         self.breaks_at: str | None = None
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
+        async for batch in self._play(request):
+            take(batch)
+
+    async def _play(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         last = request.prompt[-1] if isinstance(request.prompt, tuple) else None
         assert isinstance(last, Message)
         text = last.content or ""

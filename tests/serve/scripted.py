@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from serve.app import build_app
 from serve.billing.usage import usage_table
-from serve.engine.base import Accepted, Counters, Delta, Event, Final, Finished, GenerationRequest
+from serve.engine.base import Accepted, Counters, Delta, Event, Final, Finished, GenerationRequest, Take
 from serve.settings import Settings
 from tests.serve.conftest import TINY, onboard
 
@@ -42,7 +42,11 @@ class PlayingEngine:
         self.hanging = False
         self.aborted: asyncio.Event
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
+        async for batch in self._play(request):
+            take(batch)
+
+    async def _play(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         self.requests.append(request)
         self.aborted = asyncio.Event()
         for item in self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]:

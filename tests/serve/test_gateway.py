@@ -27,8 +27,10 @@ from serve.engine.base import (
     GenerationRequest,
     Message,
     Sampling,
+    Take,
     Texts,
 )
+from serve.engine.channel import Address, Inbox, Lines
 from serve.engine.remote import RemoteEngine
 from serve.errors import (
     BespokeError,
@@ -71,7 +73,11 @@ class ScriptedEngine:
         self.hanging = asyncio.Event()
         self.aborted = asyncio.Event()
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
+        async for batch in self._play(request):
+            take(batch)
+
+    async def _play(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         self.asked.append(request.request_id)
         for item in next(self._scripts):
             if isinstance(item, BaseException):
@@ -326,45 +332,46 @@ def test_a_refused_request_is_not_retried(shop: Shop, refusal: BespokeError) -> 
 
 
 class DyingReplica:
-    """A handle, as RemoteEngine uses it, whose only replica dies after `batches`."""
+    """A handle, as RemoteEngine uses it; its only replica sends `batches` and dies once one is `taken`."""
 
-    def __init__(self, batches: list[list[Event]]) -> None:
+    def __init__(self, batches: list[list[Event]], taken: list[list[Event]]) -> None:
         self._batches = batches
-        self.stream = self
+        self._taken = taken
+        self.generate = self
 
-    def options(self, **_options: object) -> "DyingReplica":
-        return self
+    def remote(self, request: GenerationRequest, gateway: Address) -> "asyncio.Task[None]":
+        return asyncio.create_task(self._die(request, gateway))
 
-    def remote(self, _request: GenerationRequest) -> "DyingReplica":
-        return self
-
-    def __aiter__(self) -> "DyingReplica":
-        return self
-
-    async def __anext__(self) -> list[Event]:
-        if not self._batches:
-            raise ConnectionResetError
-        return self._batches.pop(0)
-
-    def cancel(self) -> None:
-        pass
+    async def _die(self, request: GenerationRequest, gateway: Address) -> None:
+        line = await Lines().to(gateway)
+        for batch in self._batches:
+            line.send(request.request_id, batch)
+        while self._batches and not self._taken:  # Ray needs longer than that to tell of a death
+            await asyncio.sleep(0.001)
+        line.close()
+        raise ConnectionResetError
 
 
 @pytest.mark.parametrize("batches", [[], [[ACCEPTED]], [[ACCEPTED], [Delta(0, "Hel", 1)]]])
-def test_a_replica_that_dies_is_told_apart_at_any_moment(batches: list[list[Event]]) -> None:
+def test_a_replica_that_dies_is_told_apart_at_any_moment_and_what_it_sent_arrives(
+    batches: list[list[Event]],
+) -> None:
+    taken: list[list[Event]] = []
+
     async def scenario() -> None:
         engine = RemoteEngine(
-            DyingReplica(batches),
+            DyingReplica(batches, taken),
+            Inbox("127.0.0.1"),
             context_tokens_max=100,
             accept_timeout_s=10,
             classify=lambda error: EngineLost() if isinstance(error, ConnectionResetError) else None,
         )
         request = GenerationRequest("req_1", None, Texts(("Hello",)), Sampling(), cache_salt="acme")
-        async for _ in engine.stream(request):
-            pass
+        await engine.generate(request, taken.append)
 
     with pytest.raises(EngineLost):
         asyncio.run(scenario())
+    assert taken == batches
 
 
 def test_an_abort_names_the_attempt_that_runs(shop: Shop) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def said(process: "subprocess.Popen[str]") -> str:
 def test_the_last_count_of_a_request_is_on_disk_within_a_flush(tmp_path: Path) -> None:
     with closing(Journal(tmp_path)) as journal:
         for count in range(1, 50):
-            journal.mark("req_1", served(count))
+            journal.follow("req_1", partial(served, count))
         (path,) = journals(tmp_path)
         started_s = time.monotonic()
         wait_until(lambda: b'"completion": 49' in path.read_bytes(), 10, 0.005)
@@ -84,7 +85,7 @@ def test_an_end_is_in_the_file_when_it_has_been_noted(tmp_path: Path) -> None:
 
 def test_nothing_is_left_of_a_gateway_that_ended_with_nothing_open(tmp_path: Path) -> None:
     with closing(Journal(tmp_path)) as journal:
-        journal.mark("req_1", served(1))
+        journal.follow("req_1", partial(served, 1))
         journal.note_end(event("req_1", 2))
         journal.forget("req_1")
     assert list(tmp_path.iterdir()) == []
@@ -106,7 +107,7 @@ def test_a_later_attempts_counts_replace_those_of_the_one_before() -> None:
 
 def test_lines_count_once_however_often_they_are_there(tmp_path: Path) -> None:
     with closing(Journal(tmp_path)) as journal:
-        journal.mark("req_1", served(8))
+        journal.follow("req_1", partial(served, 8))
     (path,) = journals(tmp_path)
     path.write_bytes(path.read_bytes() * 3)
     assert left(tmp_path) == {"req_1": Record(served(8))}
@@ -114,9 +115,9 @@ def test_lines_count_once_however_often_they_are_there(tmp_path: Path) -> None:
 
 def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path: Path) -> None:
     with closing(Journal(tmp_path)) as journal:
-        journal.mark("req_1", served(8))
+        journal.follow("req_1", partial(served, 8))
         journal.flush()
-        journal.mark("req_2", served(9))
+        journal.follow("req_2", partial(served, 9))
     (path,) = journals(tmp_path)
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
@@ -130,7 +131,7 @@ def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path: Path) -> None:
 def test_the_lock_ends_with_the_process_however_that_ends(tmp_path: Path) -> None:
     script = (
         "journal = Journal(folder)\n"
-        "journal.mark('req_1', Served('r', 'boot-1', Tokens(10, 4, 6)))\n"
+        "journal.follow('req_1', lambda: Served('r', 'boot-1', Tokens(10, 4, 6)))\n"
         "journal.flush()\nprint('ready', flush=True)\ntime.sleep(600)\n"
     )
     with other_process(script, tmp_path) as gateway:
@@ -164,7 +165,7 @@ def test_a_journal_begins_anew_when_it_has_grown_and_is_never_free_meanwhile(
         with closing(Journal(tmp_path)) as journal:
             inodes, size_max = set(), 0
             for count in range(1, 400):
-                journal.mark("req_open", served(count))
+                journal.follow("req_open", partial(served, count))
                 journal.note_end(event(f"req_{count}", count))
                 journal.forget(f"req_{count}")
                 journal.flush()
@@ -187,7 +188,7 @@ def test_what_a_full_disk_refuses_is_told_and_written_once_there_is_room(tmp_pat
     with small_disk(tmp_path / "disk") as disk:
         failures: list[None] = []
         with closing(Journal(disk, failed=lambda: failures.append(None))) as journal:
-            journal.mark("req_before", served(1))
+            journal.follow("req_before", partial(served, 1))
             journal.flush()
             wide, count = "x" * 2000, 0
             while not failures:
@@ -228,14 +229,14 @@ def test_a_disk_that_is_full_when_the_journal_has_grown_does_not_end_its_growing
             (path,) = journals(disk)
             for number in range(80):
                 journal.forget(f"req_{number}")
-            journal.mark("req_last", served(5))
+            journal.follow("req_last", partial(served, 5))
             wait_until(lambda: path.stat().st_size < 1000 and b"req_last" in path.read_bytes(), 10)
         assert left(disk) == {"req_last": Record(served(5))}
 
 
 def test_a_journal_that_is_removed_takes_with_it_what_was_begun_anew(tmp_path: Path) -> None:
     with closing(Journal(tmp_path)) as journal:
-        journal.mark("req_1", served(1))
+        journal.follow("req_1", partial(served, 1))
     (path,) = journals(tmp_path)
     path.with_suffix(".new").touch()  # its gateway died while it began anew
     with taken(path):

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def served(completion: int, *, cached: int = 0) -> Served:
 def test_a_living_gateways_requests_are_its_own(scene: Scene) -> None:
     journal = scene.gateway()
     scene.hold(journal.name)
-    journal.mark(ONE, served(3))
+    journal.follow(ONE, partial(served, 3))
     scene.run()
     scene.now += LEASE + timedelta(seconds=1)  # its clock may be wrong, or ours
     scene.run()
@@ -132,7 +133,7 @@ def test_a_living_gateways_requests_are_its_own(scene: Scene) -> None:
 def test_a_dead_gateways_request_is_billed_by_the_engines_count(scene: Scene) -> None:
     journal = scene.gateway()
     scene.hold(journal.name)
-    journal.mark(ONE, served(3))
+    journal.follow(ONE, partial(served, 3))
     journal.flush()
     die(journal)
     scene.engine.done[ONE] = Final("r", "b", 10, 4, 7)
@@ -160,9 +161,9 @@ def test_a_hold_that_the_store_commits_after_its_gateways_death_is_closed_too(sc
 def test_without_its_engine_it_is_billed_by_the_last_checkpoint(scene: Scene) -> None:
     journal = scene.gateway()
     scene.hold(journal.name)
-    journal.mark(ONE, served(3))
+    journal.follow(ONE, partial(served, 3))
     journal.flush()
-    journal.mark(ONE, served(4))
+    journal.follow(ONE, partial(served, 4))
     journal.flush()
     die(journal)
     scene.run()
@@ -172,7 +173,7 @@ def test_without_its_engine_it_is_billed_by_the_last_checkpoint(scene: Scene) ->
 def test_an_engine_that_does_not_answer_is_waited_for_a_while(scene: Scene) -> None:
     journal = scene.gateway()
     scene.hold(journal.name)
-    journal.mark(ONE, served(3))
+    journal.follow(ONE, partial(served, 3))
     journal.flush()
     die(journal)
     scene.engine.away = True
@@ -225,7 +226,7 @@ def test_an_answer_that_somebody_asks_for_again_is_billed_when_it_arrives(scene:
     """Its tokens are accounted for, so that the ledger still agrees with the engine; nobody pays them."""
     journal = scene.gateway()
     scene.hold(journal.name, again=True)
-    journal.mark(ONE, served(3))
+    journal.follow(ONE, partial(served, 3))
     journal.flush()
     die(journal)
     scene.engine.done[ONE] = Final("r", "b", 10, 0, 8)
@@ -249,7 +250,7 @@ def test_two_stewards_close_a_request_once(scene: Scene, shop: Shop) -> None:
     journal = scene.gateway()
     for number in range(40):
         scene.hold(journal.name, f"req_{number}")
-        journal.mark(f"req_{number}", served(number + 1))
+        journal.follow(f"req_{number}", partial(served, number + 1))
     journal.flush()
     die(journal)
     other = Scene(shop, scene.directory)
@@ -267,7 +268,7 @@ def test_two_stewards_close_a_request_once(scene: Scene, shop: Shop) -> None:
 def test_a_clock_that_steps_back_closes_nothing_twice_and_leaks_nothing(scene: Scene) -> None:
     journal = scene.gateway()
     scene.hold(journal.name)
-    journal.mark(ONE, served(3))
+    journal.follow(ONE, partial(served, 3))
     journal.flush()
     die(journal)
     scene.now = NOON - timedelta(days=1)
