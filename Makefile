@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Some images set it: then each process that imports torch or vLLM compiles them anew, 10 s of CPU each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo serve test test-faults check bench-adapters bench-ledger lock clean
+.PHONY: setup demo serve test test-faults check bench-adapters bench-ledger loadtest lock clean
 
 setup: .venv/.ready
 
@@ -36,6 +36,13 @@ bench-adapters: setup
 
 bench-ledger: setup
 	@$(BIN)/python -m loadtests.bench.ledger
+
+# make loadtest SCENARIO=steady USERS=16 [DURATION=60s] [MODEL=tiny] [WEB=1] [OUT=file.json] [HOST=http://…]
+loadtest: setup
+	@$(if $(HOST),,$(BIN)/bespoke base import configs/bases/$(or $(MODEL),tiny).yaml)
+	@$(BIN)/python -m loadtests.load $(or $(SCENARIO),steady) --users $(or $(USERS),16) \
+		$(if $(DURATION),--duration $(DURATION)) $(if $(MODEL),--model $(MODEL)) $(if $(WEB),--web) \
+		$(if $(OUT),--out $(OUT)) $(if $(HOST),--host $(HOST))
 
 lock: setup
 	bash scripts/lock.sh

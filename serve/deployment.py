@@ -1,6 +1,6 @@
 """Ray Serve composition root: which deployments there are and how they are wired.
 
-With `router.py` the only module that imports ray. `Service` starts a private, loopback-only
+The only module that imports ray. `Service` starts a private, loopback-only
 Ray in this process's children, and ends all of it again.
 """
 
@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +23,10 @@ from quantize.errors import CardMissing
 from serve.adapters import Catalogue
 from serve.app import LOOPBACK
 from serve.db import Store
-from serve.engine.base import Counters, Engine, Final, GenerationRequest
-from serve.engine.channel import Address, Inbox, Lines
+from serve.engine.base import Counters, Event, Final, GenerationRequest
+from serve.engine.channel import Address, Hello
+from serve.engine.desk import Desk
+from serve.engine.inbox import Inbox
 from serve.engine.reconcile import Reconciler
 from serve.engine.remote import RemoteEngine
 from serve.engine.vllm import VllmEngine, compute_on_one_thread
@@ -37,24 +39,25 @@ from serve.steward import Measurements
 # Read by ray when it is imported and by every process it starts.
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# User code runs in a replica's own loop: a change of thread costs up to an interpreter's switch interval.
+os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
+os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # The node's address is then 127.0.0.1, so that none of Ray's unauthenticated ports leaves the machine.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 from ray import serve as ray_serve
-from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.schema import LoggingConfig
-
-from serve.router import ADAPTERS_STAT, AdapterRouter
 
 log = logging.getLogger(__name__)
 
 APP_NAME, GATEWAY_NAME = "bespoke", "gateway"
 LOOPBACK_ADDRESS = "127.0.0.1"
-# Serve counts an abort like a request; a replica that is full of requests must still take one.
-CONTROL_CALLS = 64
+CONTROL_CALLS = (
+    256  # what gateways and the steward ask of a replica at the same time; requests go by `channel.py`
+)
 STEWARD_TIMEOUT_S = 3.0
 PEERS_TIMEOUT_S = 2.0
 SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
@@ -67,7 +70,7 @@ class EngineDeployment:
     async def __init__(self, settings: Settings, base: str) -> None:  # type: ignore[misc] # Serve awaits it
         _keep_replica_port_on(settings.host)
         replica = ray_serve.get_replica_context().replica_id.unique_id
-        self._lines = Lines()
+        self._drain_timeout_s = settings.drain_timeout_s
         self._engine = await VllmEngine.start(
             base, settings.bases_dir / base, settings.adapters_dir, settings.engine, replica
         )
@@ -78,18 +81,20 @@ class EngineDeployment:
         self._reconciler = Reconciler(catalogue, self._engine, base, lambda: datetime.now(UTC))
         await self._reconciler.reconcile()  # a new replica serves the same set as the one before
         self._following = asyncio.create_task(self._reconciler.follow())
+        self._desk = Desk(self, Hello(base, replica, settings.limits.ongoing_requests))
 
-    async def generate(self, request: GenerationRequest, gateway: Address) -> None:
-        """Until the request's end; its events go to `gateway`, and an empty list after them."""
-        line = await self._lines.to(gateway)
-        try:
-            with _ending_with_the_engine():
-                async with contextlib.aclosing(self._engine.stream(request)) as batches:  # type: ignore[type-var]
-                    async for batch in batches:
-                        line.send(request.request_id, batch)
-        finally:
-            with contextlib.suppress(ConnectionError):
-                line.send(request.request_id, [])
+    async def meet(self, gateway: Address) -> None:
+        """From now on `gateway` sends its requests to this replica by a connection of their own."""
+        await self._desk.meet(gateway)
+
+    @property
+    def resident(self) -> list[int]:
+        return self._engine.resident
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+        with _ending_with_the_engine():
+            async for batch in self._engine.stream(request):
+                yield batch
 
     async def abort(self, request_id: str) -> None:
         await self._engine.abort(request_id)
@@ -102,16 +107,13 @@ class EngineDeployment:
         with _ending_with_the_engine():
             return await self._engine.counters()
 
-    async def record_routing_stats(self) -> dict[str, list[int]]:
-        """What `AdapterRouter` knows of this replica; Serve asks for it."""
-        return {ADAPTERS_STAT: self._engine.resident}
-
     async def check_health(self) -> None:
         with _ending_with_the_engine():
             await self._engine.check_health()
 
-    def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):
+    async def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # of one that was ended while it started
+            await self._desk.drain(self._drain_timeout_s)
             self._engine.shutdown()
 
 
@@ -159,13 +161,17 @@ class RemoteSteward:
             raise EngineUnavailable("The steward is away.") from error
 
 
-def _engines(settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> dict[str, Engine]:
+def _engines(
+    settings: Settings, contexts: dict[str, int], handles: dict[str, Any]
+) -> dict[str, RemoteEngine]:
     inbox = Inbox(LOOPBACK_ADDRESS if settings.host in LOOPBACK else ray.util.get_node_ip_address())
     return {
         base: RemoteEngine(
+            base,
             handle,
             inbox,
             context_tokens_max=contexts[base],
+            queued_max=settings.limits.queued_requests,
             accept_timeout_s=settings.accept_timeout_s,
             classify=classify,
         )
@@ -202,8 +208,10 @@ class GatewayDeployment:
 
         _keep_replica_port_on(settings.host)
         logging.getLogger("serve").setLevel(logging.INFO)
+        engines = _engines(settings, contexts, handles)
+        self._following = [asyncio.create_task(engine.follow()) for engine in engines.values()]
         fleet = Fleet(settings.gateway_replicas)
-        app = build_app(settings, _engines(settings, contexts, handles), RemoteSteward(steward), fleet)
+        app = build_app(settings, engines, RemoteSteward(steward), fleet)
         self._metrics: Metrics = app.state.context.metrics
         self._server = HttpServer(app, settings.host, settings.port)
         await self._server.start()
@@ -237,25 +245,17 @@ def build(settings: Settings) -> Any:
         engines[base] = engine.options(
             name=f"engine-{base}",
             num_replicas=settings.engine_replicas,
-            max_ongoing_requests=settings.limits.ongoing_requests + CONTROL_CALLS,
-            max_queued_requests=settings.limits.queued_requests,
+            max_ongoing_requests=CONTROL_CALLS,
             ray_actor_options={"num_cpus": 0, "num_gpus": _gpus(settings)},
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
             health_check_timeout_s=30,
             # A replica that is told to stop gets no new requests and this long to end those it has.
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
             graceful_shutdown_wait_loop_s=0.2,
-            request_router_config=RequestRouterConfig(
-                request_router_class=AdapterRouter,
-                request_router_kwargs={"reserved": CONTROL_CALLS},
-                request_routing_stats_period_s=2,
-            ),
         ).bind(settings, base)
     gateway = ray_serve.deployment(GatewayDeployment).options(
         name=GATEWAY_NAME,
         num_replicas=settings.gateway_replicas,
-        # Queueing and refusing belong to the engine's bounds, where refusals have OpenAI's shape.
-        max_ongoing_requests=8192,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,

@@ -63,9 +63,12 @@ def bearer(request: Request) -> str:
 
 
 async def admit(door: Door[Who], key: str) -> Who:
-    """Whose key it is. Raises Unauthenticated, TenantSuspended, StoreUnavailable."""
+    """Whose key it is; of many requests with one key at once, one asks the store.
+
+    Raises Unauthenticated, TenantSuspended, StoreUnavailable.
+    """
     who = door.known(key)
-    return await asyncio.to_thread(door.authenticate, key) if who is None else who
+    return await door.shared(key, lambda: asyncio.to_thread(door.authenticate, key)) if who is None else who
 
 
 def principal(scope: str) -> Callable[..., Awaitable[Principal]]:

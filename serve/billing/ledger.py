@@ -73,7 +73,7 @@ class OpenHold:
 class Opening:
     """A hold to be taken. `also` is done with it or refuses it by what it raises.
 
-    `revision` (`serve.revision`) is the one at which its price was read: at another it is refused as Outdated.
+    `revision` (`serve.revision`) is the one at which its price was read; at another it is refused: Outdated.
     """
 
     hold: Hold

@@ -1,232 +1,125 @@
-"""How events come from engine replicas to gateways: one connection for each pair, for all requests.
+"""How requests get to engine replicas and events back: one connection for each gateway and replica.
 
-Ray carries a request to its replica, counts it there and tells when the replica is gone. What is generated
-comes by a TCP connection, which the replica opens to the gateway that sent the request: one frame for each
-step of the engine, with the events of every request of that gateway. An item of a Ray stream costs 0.3 ms
-of CPU at both ends together; a frame a tenth, shared by all who are in the step (docs/performance.md).
+Ray Serve starts, watches, scales and ends replicas, and introduces gateways to them (`Desk.meet`). From
+then on nothing of a request passes through Ray: a gateway writes it to the connection (`inbox.py`), and the
+replica (`desk.py`) answers with one frame for each step of its engine, with the events of all requests of
+that gateway. The end of a connection is the end of a process, and is known at once on the other side. What a
+Ray call and an item of a Ray stream cost instead: docs/performance.md.
 
-A connection begins with the gateway's token, which only its requests carry. A frame is its length (4 bytes,
-big endian) and msgpack: a list of (request id, events). No events are a request's last word.
+A connection is opened by the replica and begins with the gateway's token, which only Ray's calls carry. A
+frame is its length (4 bytes, big endian) and msgpack: Generate, Abort and Cancel to the replica, a Hello
+and then Frames from it.
 """
 
 import asyncio
-import contextlib
-import hmac
 import logging
-import secrets
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
 import msgspec
 
-from serve.engine.base import Event, Finished, Take
+from serve.engine.base import Accepted, Delta, Finished, GenerationRequest
 
 log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct(">I")
 _FRAME_BYTES_MAX = 256 << 20
-_TOKEN_BYTES = 32
-_TOKEN_TIMEOUT_S = 5.0
-
-Entry = tuple[str, list[Event]]
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(list[Entry])
+TOKEN_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a gateway takes events, and the token that it takes them for."""
+    """Where a gateway takes connections, and the token that it takes them for."""
 
     host: str
     port: int
     token: bytes
 
 
-class Arrivals:
-    """What comes for one request, handed to `take` as it comes."""
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):
+    """The request ends with a BespokeError, pickled: both ends are this program, and have proved it."""
 
-    def __init__(self, take: Take) -> None:
-        loop = asyncio.get_running_loop()
-        self.connection: _Incoming | None = None
-        self.begun: asyncio.Future[None] = loop.create_future()
-        self.over: asyncio.Future[None] = loop.create_future()
-        self.finished = False
-        self._take = take
-        self._last_word = asyncio.Event()
-
-    def put(self, batch: list[Event], connection: "_Incoming") -> None:
-        self.connection = connection
-        if not batch:
-            self._last_word.set()
-            return
-        if self.over.done():
-            return
-        try:
-            self._take(batch)
-        except Exception as error:  # a bug of the reader's ends its request, not everybody's connection
-            self.fail(error)
-            return
-        if not self.begun.done():
-            self.begun.set_result(None)
-        if isinstance(batch[-1], Finished):
-            self.finished = True
-            self.over.set_result(None)
-
-    def fail(self, error: BaseException) -> None:
-        """Nothing more is wanted, or can come."""
-        if not self.over.done():
-            self.over.set_exception(error)
-            self.over.exception()  # retrieved: whoever waited may be gone
-
-    async def complete(self, timeout_s: float) -> None:
-        """Wait until nothing more can come: the last word, or the connection's end."""
-        waits = [asyncio.ensure_future(self._last_word.wait())]
-        if self.connection is not None:
-            waits.append(asyncio.ensure_future(self.connection.closed.wait()))
-        try:
-            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+    error: bytes
 
 
-class Inbox:
-    """A gateway's end: every replica's events, given to the requests that wait for them."""
-
-    def __init__(self, host: str) -> None:
-        self.waiting: dict[str, Arrivals] = {}
-        self.token = secrets.token_bytes(_TOKEN_BYTES)
-        self._host = host
-        self._server: asyncio.Server | None = None
-        self._starting = asyncio.Lock()
-
-    async def address(self) -> Address:
-        """Listens from the first call on."""
-        if self._server is None:
-            async with self._starting:
-                if self._server is None:
-                    loop = asyncio.get_running_loop()
-                    self._server = await loop.create_server(lambda: _Incoming(self), self._host, 0)
-        return Address(self._host, self._server.sockets[0].getsockname()[1], self.token)
-
-    @contextlib.contextmanager
-    def expecting(self, request_id: str, take: Take) -> Iterator[Arrivals]:
-        arrivals = self.waiting[request_id] = Arrivals(take)
-        try:
-            yield arrivals
-        finally:
-            del self.waiting[request_id]
+class Generate(msgspec.Struct, frozen=True, array_like=True, tag="g"):
+    request: GenerationRequest
 
 
-class _Incoming(asyncio.Protocol):
-    """One replica's connection."""
-
-    def __init__(self, inbox: Inbox) -> None:
-        self._inbox = inbox
-        self._known = False
-        self._buffer = bytearray()
-        self.closed = asyncio.Event()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
-        self._deadline = asyncio.get_running_loop().call_later(_TOKEN_TIMEOUT_S, transport.close)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._deadline.cancel()
-        self.closed.set()
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        if not self._known and not self._introduced():
-            return
-        at = 0
-        while len(self._buffer) - at >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer, at)
-            if length > _FRAME_BYTES_MAX:
-                log.error("a replica sent a frame of %d bytes", length)
-                self._transport.close()
-                return
-            end = at + _LENGTH.size + length
-            if end > len(self._buffer):
-                break
-            self._give(bytes(self._buffer[at + _LENGTH.size : end]))
-            at = end
-        del self._buffer[:at]
-
-    def _introduced(self) -> bool:
-        if len(self._buffer) < _TOKEN_BYTES:
-            return False
-        self._known = hmac.compare_digest(bytes(self._buffer[:_TOKEN_BYTES]), self._inbox.token)
-        del self._buffer[:_TOKEN_BYTES]
-        if not self._known:
-            self._transport.close()
-            return False
-        self._deadline.cancel()
-        return True
-
-    def _give(self, frame: bytes) -> None:
-        for request_id, batch in _decoder.decode(frame):
-            if (arrivals := self._inbox.waiting.get(request_id)) is not None:
-                arrivals.put(batch, self)
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag="a"):
+    request_id: str
 
 
-class Line(asyncio.Protocol):
-    """A replica's end of the connection to one gateway."""
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="c"):
+    """As Abort, but nobody waits for the request's end, and it may not have begun."""
+
+    request_id: str
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True):
+    base: str
+    replica: str
+    load_max: int
+
+
+class News(msgspec.Struct, frozen=True, array_like=True):
+    """What routing goes by: requests of other gateways, adapters in memory, whether it is about to end."""
+
+    others: int
+    adapters: list[int]
+    draining: bool
+
+
+Entry = tuple[str, list[Accepted | Delta | Finished | Failed]]
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True):
+    entries: list[Entry]
+    news: News | None = None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+commands = msgspec.msgpack.Decoder(Generate | Abort | Cancel)
+hellos = msgspec.msgpack.Decoder(Hello)
+frames = msgspec.msgpack.Decoder(Frame)
+
+
+class Framed(asyncio.Protocol):
+    """Bytes to frames and back."""
 
     def __init__(self) -> None:
         self.lost = False
-        self._entries: list[Entry] = []
+        self._buffer = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's does not derive from it
-        self._loop = asyncio.get_running_loop()
 
-    def connection_lost(self, error: Exception | None) -> None:
-        self.lost = True
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        at = 0
+        while len(self._buffer) - at >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, at)
+            end = at + _LENGTH.size + length
+            if length > _FRAME_BYTES_MAX:
+                log.error("a frame of %d bytes was announced", length)
+                self._transport.close()
+                return
+            if end > len(self._buffer):
+                break
+            frame = bytes(self._buffer[at + _LENGTH.size : end])
+            at = end
+            try:
+                self._read(frame)
+            except Exception:
+                log.exception("a frame could not be read")
+                self._transport.close()
+                return
+        del self._buffer[:at]
 
-    def send(self, request_id: str, batch: list[Event]) -> None:
-        """On its way once every request of the engine's step has had its turn. Raises ConnectionError."""
-        if self.lost:
-            raise ConnectionError("the gateway is gone")
-        if not self._entries:
-            # All whom the step woke are due before what is scheduled now.
-            self._loop.call_soon(self._flush)
-        self._entries.append((request_id, batch))
+    def _read(self, frame: bytes) -> None:
+        raise NotImplementedError
 
-    def close(self) -> None:
-        """After everything that has been sent."""
-        self._loop.call_soon(self._transport.close)
-
-    def _flush(self) -> None:
-        frame = _encoder.encode(self._entries)
-        self._entries.clear()
+    def _write(self, message: msgspec.Struct) -> None:
+        frame = _encode(message)
         self._transport.write(_LENGTH.pack(len(frame)) + frame)
-
-
-class Lines:
-    """A replica's connections, one to each gateway that sends it requests."""
-
-    def __init__(self) -> None:
-        self._lines: dict[Address, asyncio.Task[Line]] = {}
-
-    async def to(self, address: Address) -> Line:
-        """Raises OSError if the gateway cannot be reached."""
-        task = self._lines.get(address)
-        if task is None or (task.done() and task.result().lost):
-            for gone in [old for old, one in self._lines.items() if one.done() and one.result().lost]:
-                del self._lines[gone]
-            task = self._lines[address] = asyncio.create_task(self._connect(address))
-        return await asyncio.shield(task)
-
-    async def _connect(self, address: Address) -> Line:
-        try:
-            transport, line = await asyncio.get_running_loop().create_connection(
-                Line, address.host, address.port
-            )
-        except OSError:
-            del self._lines[address]
-            raise
-        transport.write(address.token)
-        return line

@@ -1,95 +1,157 @@
-"""The gateway's side of an engine: a Ray Serve handle and a channel behind the engine seam.
+"""The gateway's side of an engine: all replicas of a base behind the engine seam.
 
-The handle is passed in, so this module needs no ray; what ray raises for a lost replica or a full
-queue is told apart by `classify`, which the composition root supplies.
+What goes with a request goes by the channel; what is asked of every replica goes through a Ray Serve
+handle. The handle is passed in, so this module needs no ray; what ray raises for a lost replica is told
+apart by `classify`, which the composition root supplies.
 """
 
 import asyncio
 import contextlib
+import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from serve.engine.base import Counters, Final, GenerationRequest, Take
-from serve.engine.channel import Arrivals, Inbox
+from serve.engine.inbox import Arrivals, Inbox, Replica
+from serve.engine.routing import choose
 from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, Overloaded
 
-LIVENESS_INTERVAL_S = 2.0
-LAST_WORD_TIMEOUT_S = 5.0
+log = logging.getLogger(__name__)
+
+MEET_INTERVAL_S = 2.0
+# A request waits for a replica for so long if there is none: one that was just lost is not back sooner.
+NO_REPLICA_S = 2.0
 
 Classify = Callable[[BaseException], BespokeError | None]
 
 
 class RemoteEngine:
-    """All replicas of one base, reached through `handle`; what they generate comes to `inbox`."""
+    """All replicas of `base`, reached through `handle` and, once `follow` runs, by `inbox`."""
 
     def __init__(
         self,
+        base: str,
         handle: Any,
         inbox: Inbox,
         *,
         context_tokens_max: int,
+        queued_max: int,
         accept_timeout_s: float,
         classify: Classify,
     ) -> None:
         self._handle = handle
         self._inbox = inbox
         self._context_tokens_max = context_tokens_max
+        self._queued_max = queued_max
         self._accept_timeout_s = accept_timeout_s
         self._classify = classify
-        self._watching: set[asyncio.Task[None]] = set()
+        self._replicas: list[Replica] = []
+        self._queue: deque[tuple[Arrivals, asyncio.Future[Replica]]] = deque()
+        self._lonely = asyncio.Event()
+        self._met = asyncio.Event()
+        inbox.fleets[base] = self
 
     @property
     def context_tokens_max(self) -> int:
         return self._context_tokens_max
+
+    async def follow(self) -> None:
+        """For ever: be introduced to replicas that have started; at once, when one is missed."""
+        address = await self._inbox.address()
+        while True:
+            self._lonely.clear()
+            try:
+                await self._broadcast("meet", address)
+            except BespokeError as error:
+                log.warning("no replica was met: %s", error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._lonely.wait(), MEET_INTERVAL_S)
+                await asyncio.sleep(0.1)
+
+    # --- requests ---
 
     async def generate(self, request: GenerationRequest, take: Take) -> None:
         """See `serve.engine.base.Engine.generate`. Not accepted in time is EngineUnavailable.
 
         Raises EngineLost, before or after Accepted, if the replica dies.
         """
-        address = await self._inbox.address()
-        with self._inbox.expecting(request.request_id, take) as arrivals:
-            answer = self._handle.generate.remote(request, address)
-            watching = asyncio.create_task(_watch(answer, arrivals))
-            self._watching.add(watching)  # the loop itself would not keep it
-            watching.add_done_callback(self._watching.discard)
-            try:
-                await self._begun(arrivals)
-                await arrivals.over
-            except asyncio.CancelledError:
-                raise
-            except BaseException as error:
-                raise self._translate(error, accepted=arrivals.begun.done()) from error
-            finally:
-                if not arrivals.finished:
-                    watching.cancel()
-                    answer.cancel()
-
-    async def _begun(self, arrivals: Arrivals) -> None:
-        """The request is accepted, or over; else EngineUnavailable: soon if no replica lives."""
-        deadline_s = asyncio.get_running_loop().time() + self._accept_timeout_s
-        while not (arrivals.begun.done() or arrivals.over.done()):
-            left_s = deadline_s - asyncio.get_running_loop().time()
-            if left_s <= 0:
-                raise EngineUnavailable()
-            await asyncio.wait(
-                {arrivals.begun, arrivals.over},
-                timeout=min(LIVENESS_INTERVAL_S, left_s),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if not (arrivals.begun.done() or arrivals.over.done()):
-                # Ray would queue for a replica that may never come. One that died proves
-                # nothing: this request may be with another; the dead are not asked again.
-                with contextlib.suppress(EngineLost, TimeoutError):
-                    async with asyncio.timeout_at(deadline_s):
-                        await self.counters()
+        arrivals = Arrivals(request, take)
+        replica = None
+        try:
+            async with asyncio.timeout(self._accept_timeout_s):
+                replica = await self._place(arrivals)
+                await arrivals.begun
+            await arrivals.over
+        except TimeoutError as error:
+            raise EngineUnavailable() from error
+        except EngineLost:
+            raise
+        except (EngineUnavailable, Overloaded) as error:
+            if arrivals.accepted:
+                raise EngineFailed() from error
+            raise
+        finally:
+            if replica is not None:
+                replica.leave(arrivals)
 
     async def abort(self, request_id: str) -> None:
-        """Told to every replica: only the one that has the request acts on it."""
-        for result in await self._broadcast("abort", request_id):
-            # With a replica that died the request has ended too, and says so itself.
-            if isinstance(result, BespokeError) and not isinstance(result, EngineLost):
-                raise result
+        """A request that no replica has here has ended, or its replica has."""
+        for replica in self._replicas:
+            if replica.abort(request_id):
+                return
+
+    async def _place(self, arrivals: Arrivals) -> Replica:
+        """Give the request to a replica; while all are full it waits in line."""
+        if not self._replicas:
+            await self._meet_one()
+        if not self._queue and (found := self._choose(arrivals)) is not None:
+            found.start(arrivals)
+            return found
+        if len(self._queue) >= self._queued_max:
+            raise Overloaded()
+        turn: asyncio.Future[Replica] = asyncio.get_running_loop().create_future()
+        self._queue.append((arrivals, turn))
+        try:
+            return await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                turn.result().leave(arrivals)
+            raise
+
+    async def _meet_one(self) -> None:
+        self._met.clear()
+        self._lonely.set()
+        try:
+            await asyncio.wait_for(self._met.wait(), NO_REPLICA_S)
+        except TimeoutError as error:
+            raise EngineUnavailable() from error
+
+    def _choose(self, arrivals: Arrivals) -> Replica | None:
+        adapter = arrivals.request.adapter
+        there = [replica for replica in self._replicas if not replica.draining]
+        return choose(None if adapter is None else adapter.id, there)
+
+    def joined(self, replica: Replica) -> None:
+        self._replicas.append(replica)
+        self._met.set()
+        self.changed()
+
+    def left(self, replica: Replica) -> None:
+        self._replicas.remove(replica)
+        self._lonely.set()
+
+    def changed(self) -> None:
+        while self._queue:
+            arrivals, turn = self._queue[0]
+            if not turn.done():
+                if (found := self._choose(arrivals)) is None:
+                    return
+                found.start(arrivals)
+                turn.set_result(found)
+            self._queue.popleft()
+
+    # --- what is asked of every replica ---
 
     async def finals(self, request_id: str) -> list[Final]:
         """See `serve.engine.base.Engine.finals`."""
@@ -116,34 +178,14 @@ class RemoteEngine:
         except TimeoutError as error:
             raise EngineUnavailable() from error
         except Exception as error:
-            raise self._translate(error, accepted=False) from error
+            raise self._translate(error) from error
         if not results:
             raise EngineUnavailable()
         return [
-            self._translate(result, accepted=False) if isinstance(result, BaseException) else result
-            for result in results
+            self._translate(result) if isinstance(result, BaseException) else result for result in results
         ]
 
-    def _translate(self, error: BaseException, *, accepted: bool) -> BespokeError:
+    def _translate(self, error: BaseException) -> BespokeError:
         cause = getattr(error, "cause", error)  # ray wraps what a replica raised
         known = cause if isinstance(cause, BespokeError) else self._classify(error)
-        if isinstance(known, EngineLost):
-            return known
-        if accepted and (known is None or isinstance(known, EngineUnavailable | Overloaded)):
-            return EngineFailed()
         return known or EngineFailed()
-
-
-async def _watch(answer: Any, arrivals: Arrivals) -> None:
-    """Tell `arrivals` how the call ended, after everything that the replica has sent."""
-    try:
-        await answer
-    except asyncio.CancelledError:
-        raise
-    except BaseException as error:
-        if arrivals.connection is not None or isinstance(getattr(error, "cause", None), BespokeError):
-            await arrivals.complete(LAST_WORD_TIMEOUT_S)
-        arrivals.fail(error)
-    else:
-        await arrivals.complete(LAST_WORD_TIMEOUT_S)
-        arrivals.fail(EngineFailed())  # unless its last word was read before

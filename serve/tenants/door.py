@@ -6,11 +6,12 @@ time and one look-up. Refusals are not remembered. When a key was last used is n
 in batches by `flush`, off the path of requests.
 """
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 REMEMBERED_S = 1.0
 REMEMBERED_MAX = 10_000
@@ -43,7 +44,7 @@ def utc_now() -> datetime:
 
 
 class Door(Generic[Who]):
-    """Thread-safe. `known` never blocks; the other methods do."""
+    """Thread-safe, but for `shared`, which is for one event loop. `known` never blocks; the others do."""
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Door(Generic[Who]):
         self._lock = threading.Lock()
         self._remembered: dict[str, tuple[float, Who]] = {}  # by digest, the longest known first
         self._used: dict[str, datetime] = {}
+        self._asking: dict[str, asyncio.Task[Who]] = {}
 
     def known(self, key: str) -> Who | None:
         """Whose key it is, if that is remembered. Raises Unauthenticated for what cannot be a key."""
@@ -81,6 +83,20 @@ class Door(Generic[Who]):
             self._remembered[digest] = (asked_s, who)
             self._used[who.key_id] = at
         return who
+
+    async def shared(self, key: str, ask: Callable[[], Coroutine[Any, Any, Who]]) -> Who:
+        """What `ask` answers, for all of an event loop who want to know it meanwhile."""
+        digest = self._book.digest(key)
+        asking = self._asking.get(digest)
+        if asking is None:
+            asking = self._asking[digest] = asyncio.create_task(ask())
+            asking.add_done_callback(lambda done: self._asked(digest, done))
+        return await asyncio.shield(asking)
+
+    def _asked(self, digest: str, done: "asyncio.Task[Who]") -> None:
+        del self._asking[digest]
+        if not done.cancelled():
+            done.exception()  # retrieved: whoever asked may be gone
 
     def flush(self) -> None:
         """Write down when keys were last used. Raises StoreUnavailable, and keeps them for the next time."""

@@ -30,8 +30,6 @@ from serve.engine.base import (
     Take,
     Texts,
 )
-from serve.engine.channel import Address, Inbox, Lines
-from serve.engine.remote import RemoteEngine
 from serve.errors import (
     BespokeError,
     ContextLengthExceeded,
@@ -329,49 +327,6 @@ def test_a_refused_request_is_not_retried(shop: Shop, refusal: BespokeError) -> 
 
     asyncio.run(scenario())
     assert closings(shop.store) == ["void"]
-
-
-class DyingReplica:
-    """A handle, as RemoteEngine uses it; its only replica sends `batches` and dies once one is `taken`."""
-
-    def __init__(self, batches: list[list[Event]], taken: list[list[Event]]) -> None:
-        self._batches = batches
-        self._taken = taken
-        self.generate = self
-
-    def remote(self, request: GenerationRequest, gateway: Address) -> "asyncio.Task[None]":
-        return asyncio.create_task(self._die(request, gateway))
-
-    async def _die(self, request: GenerationRequest, gateway: Address) -> None:
-        line = await Lines().to(gateway)
-        for batch in self._batches:
-            line.send(request.request_id, batch)
-        while self._batches and not self._taken:  # Ray needs longer than that to tell of a death
-            await asyncio.sleep(0.001)
-        line.close()
-        raise ConnectionResetError
-
-
-@pytest.mark.parametrize("batches", [[], [[ACCEPTED]], [[ACCEPTED], [Delta(0, "Hel", 1)]]])
-def test_a_replica_that_dies_is_told_apart_at_any_moment_and_what_it_sent_arrives(
-    batches: list[list[Event]],
-) -> None:
-    taken: list[list[Event]] = []
-
-    async def scenario() -> None:
-        engine = RemoteEngine(
-            DyingReplica(batches, taken),
-            Inbox("127.0.0.1"),
-            context_tokens_max=100,
-            accept_timeout_s=10,
-            classify=lambda error: EngineLost() if isinstance(error, ConnectionResetError) else None,
-        )
-        request = GenerationRequest("req_1", None, Texts(("Hello",)), Sampling(), cache_salt="acme")
-        await engine.generate(request, taken.append)
-
-    with pytest.raises(EngineLost):
-        asyncio.run(scenario())
-    assert taken == batches
 
 
 def test_an_abort_names_the_attempt_that_runs(shop: Shop) -> None:

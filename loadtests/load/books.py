@@ -1,0 +1,197 @@
+"""Reads what was billed and what the engines counted: usage API, /metrics, and the ledger where it can."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import sqlalchemy as sa
+from prometheus_client.parser import text_string_to_metric_families
+
+from loadtests.load.exchange import Exchange
+from loadtests.load.reconcile import (
+    NOTHING,
+    Bill,
+    Counts,
+    Difference,
+    Verdict,
+    by_engine,
+    by_model,
+    by_request,
+    engines_at_least,
+    engines_counted,
+)
+from loadtests.load.target import Target
+from serve.billing.ledger import Ledger
+from serve.billing.reconcile import EngineCount, reconcile
+from serve.billing.reports import Usage
+from serve.billing.usage import usage_table
+from serve.commands.usage import engine_counts
+from serve.db import Store
+from serve.errors import OperatorError
+
+SETTLED_TIMEOUT_S = 30.0
+QUIET_TIMEOUT_S = 20.0  # the steward compares every five seconds
+
+Used = dict[tuple[str, str], Counts]
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """How things stood when the run began. `since` is Unix time: usage is asked for from there."""
+
+    since: int
+    used: Used
+    engines: list[EngineCount] | None
+    last_event: int
+
+
+class Books:
+    """The books of one target. Blocks; its HTTP is Locust's green one."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._tenants = sorted(target.readers)
+
+    def open(self) -> Before:
+        """To be called before the first request."""
+        self._wait_settled()
+        since, last_event = int(time.time()), 0
+        if self._target.store_url is not None:
+            with closing(Store(self._target.store_url)) as store, store.read() as connection:
+                last_event = connection.execute(sa.select(sa.func.max(usage_table.c.id))).scalar_one() or 0
+        return Before(since, self._used(since), self._engines(), last_event)
+
+    def close(self, before: Before, exchanges: list[Exchange]) -> Verdict:
+        """Compares all that can be compared, once every request is settled."""
+        verdict = Verdict()
+        if not self._wait_settled():
+            text = f"some are, after {SETTLED_TIMEOUT_S:g} s"
+            verdict.differences.append(Difference("our tenants", "requests still open", "none", text))
+        old = before.used
+        used = {
+            who: counts - old.get(who, NOTHING)
+            for who, counts in self._used(before.since).items()
+            if counts != old.get(who, NOTHING)
+        }
+        verdict.add("clients = usage API, by tenant and model", len(used), by_model(exchanges, used))
+        engines = self._engines()
+        if self._target.store_url is not None:
+            with closing(Store(self._target.store_url)) as store:
+                bills = self._bills(store, before.last_event)
+                verdict.add("clients = ledger, by request", len(exchanges), by_request(exchanges, bills))
+                entries = reconcile(engines or [], Usage(store).by_engine())
+                verdict.add("ledger = engines, by process", len(entries), by_engine(entries))
+        elif engines is not None and before.engines is not None:
+            counted, total = engines_counted(before.engines, engines), sum(used.values(), NOTHING)
+            gone = {(e.replica, e.boot) for e in before.engines} - {(e.replica, e.boot) for e in engines}
+            if gone:
+                verdict.notes.append(f"{len(gone)} engine processes ended: what they counted is not known.")
+            else:
+                verdict.add("usage API ≤ engines", len(engines), engines_at_least(counted, total))
+                others = counted.completion - total.completion
+                if others > 0:
+                    verdict.notes.append(f"The engines also generated {others} tokens for others.")
+            self._ask_steward(verdict)
+        if not engines:
+            text = "/metrics names none, or wants BESPOKE_METRICS_TOKEN"
+            verdict.differences.append(Difference("engines", "their counters", "to be read", text))
+        return verdict
+
+    def _ask_steward(self, verdict: Verdict) -> None:
+        """The steward compares the whole ledger with the engines whenever nothing is under way."""
+        ended_s = time.time()
+        drifts: list[Difference] = []
+
+        def compared() -> bool:
+            drifts.clear()
+            at = 0.0
+            for family in text_string_to_metric_families(self._metrics()):
+                for sample in family.samples:
+                    if family.name == "bespoke_ledger_drift_timestamp_seconds":
+                        at = sample.value
+                    elif family.name == "bespoke_ledger_drift_tokens" and sample.value:
+                        who = f"engine {sample.labels['base']} {sample.labels['boot'][:8]}"
+                        what = f"{sample.labels['class']} tokens not billed"
+                        drifts.append(Difference(who, what, "0", f"{sample.value:g}"))
+            return at > ended_s
+
+        if _until(compared, QUIET_TIMEOUT_S):
+            verdict.add("ledger = engines, says the steward", 1, drifts)
+        else:
+            verdict.notes.append("The service was never quiet: the steward has not compared it since.")
+
+    def _engines(self) -> list[EngineCount] | None:
+        try:
+            return engine_counts(self._target.url, self._target.metrics_token)
+        except OperatorError:
+            return None
+
+    def _metrics(self) -> str:
+        token = self._target.metrics_token
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return httpx.get(f"{self._target.url}/metrics", headers=headers, timeout=30).raise_for_status().text
+
+    def _wait_settled(self) -> bool:
+        """Whether nothing is held for our tenants, within SETTLED_TIMEOUT_S."""
+        if self._target.store_url is not None:
+            with closing(Store(self._target.store_url)) as store:
+                ledger = Ledger(store)
+                return _until(lambda: not ledger.open_holds(), SETTLED_TIMEOUT_S)
+        return _until(
+            lambda: all(
+                not self._get(tenant, "/v1/organization/balance")["held_nanos"] for tenant in self._tenants
+            ),
+            SETTLED_TIMEOUT_S,
+        )
+
+    def _used(self, since: int) -> Used:
+        used: Used = defaultdict(Counts)
+        for tenant in self._tenants:
+            for result in self._results(tenant, since):
+                counts = Counts(
+                    result["num_model_requests"],
+                    result["input_tokens"],
+                    result["input_cached_tokens"],
+                    result["output_tokens"],
+                )
+                used[tenant, result["model"]] += counts
+        return dict(used)
+
+    def _results(self, tenant: str, since: int) -> Iterable[dict[str, Any]]:
+        asked: dict[str, Any] = {"start_time": since, "bucket_width": "1d", "limit": 31, "group_by": "model"}
+        while True:
+            page = self._get(tenant, "/v1/organization/usage/completions", asked)
+            for bucket in page["data"]:
+                yield from bucket["results"]
+            if not page["has_more"]:
+                return
+            asked["page"] = page["next_page"]
+
+    def _get(self, tenant: str, path: str, params: dict[str, Any] | None = None) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self._target.readers[tenant]}"}
+        answer = httpx.get(f"{self._target.url}{path}", headers=headers, params=params, timeout=30)
+        body: dict[str, Any] = answer.raise_for_status().json()
+        return body
+
+    def _bills(self, store: Store, after: int) -> dict[str, Bill]:
+        c = usage_table.c
+        columns = (c.request_id, c.tenant_id, c.model, c.prompt_tokens, c.cached_tokens, c.completion_tokens)
+        query = sa.select(*columns).where(c.id > after, c.tenant_id.in_(self._tenants))
+        with store.read() as connection:
+            return {
+                request_id: Bill(tenant, model, Counts(1, *counts))
+                for request_id, tenant, model, *counts in connection.execute(query)
+            }
+
+
+def _until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.2)
+    return True

@@ -1,0 +1,93 @@
+"""A service of one's own for a load test, in a process of its own: Locust patches its process for gevent.
+
+    .venv/bin/python -m loadtests.load.service --home SCRATCH --bases .bespoke/bases --base tiny --adapters 4
+
+Says where it is in SCRATCH/target.json and then `ready`; ends when its standard input does.
+"""
+
+import argparse
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from loadtests.bench.front import free_port
+from loadtests.load.target import Offer, Target
+from loadtests.synthetic import publish_random
+from serve.adapters import Catalogue
+from serve.billing.ledger import Ledger
+from serve.billing.pricing import Prices, read_plan
+from serve.db import Store
+from serve.settings import Settings, load_settings
+from serve.tenants import Tenants, server_secret
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CUSTOMERS = ("load-1", "load-2", "load-3", "load-4")
+LOUD = "load-loud"
+LOUD_CONCURRENT_REQUESTS = 8
+CREDIT_NANOS = 10**15
+RANK = 8
+
+
+def onboard(settings: Settings, base: str, adapters: int) -> Target:
+    """Tenants with credit, a price plan, keys, and `adapters` adapters with random weights among them."""
+    now = datetime.now(UTC)
+    store = Store(settings.store_url)
+    store.migrate()
+    tenants, prices, ledger = Tenants(store, server_secret(settings.home)), Prices(store), Ledger(store)
+    prices.publish(plan := read_plan(CONFIGS / "prices" / "standard.yaml"), at=now)
+    keys, readers = {}, {}
+    for tenant in (*CUSTOMERS, LOUD):
+        tenants.create(tenant, at=now)
+        ledger.open_account(tenant, CREDIT_NANOS)
+        prices.subscribe(tenant, plan.name, at=now)
+        _, keys[tenant] = tenants.create_key(tenant, at=now)
+        _, readers[tenant] = tenants.create_key(tenant, at=now, scopes=frozenset({"billing-read"}))
+    tenants.change(LOUD, at=now, limits={"concurrent_requests": LOUD_CONCURRENT_REQUESTS})
+    catalogue, base_dir = Catalogue(store, settings.bases), settings.bases_dir / base
+    offers = []
+    for number in range(adapters):
+        tenant, name = CUSTOMERS[number % len(CUSTOMERS)], f"random-{number + 1}"
+        directory = publish_random(
+            base_dir, settings.adapters_dir, tenant=tenant, name=name, seed=number, rank=RANK
+        )
+        adapter = catalogue.register(
+            directory, at=now, base_dir=base_dir, max_rank=settings.engine.max_lora_rank
+        )
+        catalogue.promote(adapter, at=now)
+        offers.append(Offer(tenant, keys[tenant], f"{tenant}/{name}"))
+    store.close()
+    return Target(
+        url=f"http://{settings.host}:{settings.port}",
+        offers=(*offers, Offer(CUSTOMERS[0], keys[CUSTOMERS[0]], base)),
+        readers=readers,
+        loud=(Offer(LOUD, keys[LOUD], base),),
+        store_url=settings.store_url,
+        service_pid=os.getpid(),
+        described={"service": "its own", "base": base, "adapters": adapters},
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--bases", type=Path, required=True)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--adapters", type=int, required=True)
+    options = parser.parse_args()
+    from serve.deployment import Service
+
+    (options.home / "bases").symlink_to(options.bases.resolve())
+    profile = CONFIGS / "serve" / "cpu.yaml"
+    settings = load_settings(
+        profile, home=options.home.resolve(), host="127.0.0.1", port=free_port(), bases=[options.base]
+    )
+    target = onboard(settings, options.base, options.adapters)
+    with Service(settings):
+        target.write(options.home / "target.json")
+        print("ready", flush=True)  # noqa: T201
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Clients, bill and engines: what agrees, what differs, and the exit code."""
+
+from dataclasses import replace
+
+import pytest
+
+from loadtests.load.exchange import Exchange, Outcome
+from loadtests.load.reconcile import (
+    Bill,
+    Counts,
+    Verdict,
+    by_engine,
+    by_model,
+    by_request,
+    engines_at_least,
+    engines_counted,
+)
+from serve.billing.pricing import Tokens
+from serve.billing.reconcile import EngineCount, reconcile
+from serve.billing.usage import EngineTotal
+
+WHO = ("acme", "acme/support")
+COMPLETE = Exchange("row", *WHO, 100, 64, "req_1", Outcome.COMPLETE, 200, None, Tokens(20, 16, 9), 9)
+LEFT = Exchange("row", *WHO, 100, 64, "req_2", Outcome.LEFT, 200, pieces=3)
+REFUSED = Exchange("row", *WHO, 100, 64, "req_3", Outcome.REFUSED, 429, "rate_limit_exceeded")
+BROKEN = Exchange("row", *WHO, 100, 64, "req_4", Outcome.FAILED, 200, "stream_cut", pieces=2)
+UNKNOWN = Exchange("row", *WHO, 100, 64, None, Outcome.FAILED, 0, "ConnectionResetError")
+UNAVAILABLE = Exchange("row", *WHO, 100, 64, "req_5", Outcome.REFUSED, 503, "service_unavailable")
+
+
+def bill(prompt: int = 20, cached: int = 16, completion: int = 9, who: tuple[str, str] = WHO) -> Bill:
+    return Bill(*who, Counts(1, prompt, cached, completion))
+
+
+def test_a_complete_answer_is_billed_exactly() -> None:
+    assert by_request([COMPLETE], {"req_1": bill()}) == []
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": 21}, {"cached": 15}, {"completion": 8}, {"completion": 10}])
+def test_a_complete_answer_that_is_billed_otherwise_is_named(wrong: dict[str, int]) -> None:
+    (difference,) = by_request([COMPLETE], {"req_1": bill(**wrong)})
+    ((what, billed),) = wrong.items()
+    assert difference.who.startswith("req_1 ")
+    assert (difference.what, difference.billed) == (f"{what} tokens", str(billed))
+
+
+def test_a_complete_answer_that_nobody_billed_is_named() -> None:
+    differences = by_request([COMPLETE], {})
+    assert {d.what for d in differences} == {
+        "requests",
+        "prompt tokens",
+        "cached tokens",
+        "completion tokens",
+    }
+
+
+def test_a_bill_for_another_model_or_tenant_is_named() -> None:
+    (difference,) = by_request([COMPLETE], {"req_1": bill(who=("acme", "tiny"))})
+    assert (difference.seen, difference.billed) == ("acme acme/support", "acme tiny")
+
+
+@pytest.mark.parametrize(("completion", "agrees"), [(2, False), (3, True), (64, True), (65, False)])
+def test_who_left_is_billed_what_it_saw_or_more_and_not_more_than_it_asked_for(
+    completion: int, agrees: bool
+) -> None:
+    assert (by_request([LEFT], {"req_2": bill(completion=completion)}) == []) is agrees
+
+
+def test_who_left_before_it_saw_anything_may_be_billed_or_not() -> None:
+    early = replace(LEFT, pieces=0)
+    assert by_request([early], {}) == by_request([early], {"req_2": bill(completion=1)}) == []
+    assert by_request([LEFT], {}) != []  # but who saw something is
+
+
+def test_a_stream_that_broke_is_billed_what_was_delivered() -> None:
+    assert by_request([BROKEN], {"req_4": bill(completion=2)}) == []
+    assert by_request([BROKEN], {"req_4": bill(completion=1)}) != []
+
+
+def test_a_refusal_is_never_billed() -> None:
+    assert by_request([REFUSED], {}) == []
+    assert by_request([REFUSED], {"req_3": bill()}) != []
+
+
+def test_a_server_error_may_have_been_billed() -> None:
+    assert by_request([UNAVAILABLE], {}) == by_request([UNAVAILABLE], {"req_5": bill()}) == []
+
+
+def test_a_bill_that_no_client_asked_for_is_named() -> None:
+    (difference,) = by_request([COMPLETE], {"req_1": bill(), "req_9": bill()})
+    assert (difference.who, difference.seen) == ("req_9", "no client asked")
+
+
+def test_a_client_without_an_answer_may_be_who_a_bill_is_for() -> None:
+    assert by_request([UNKNOWN], {"req_9": bill()}) == []
+    assert len(by_request([UNKNOWN], {"req_8": bill(), "req_9": bill()})) == 2
+
+
+def test_sums_by_model_agree_within_what_those_leave_open_that_left() -> None:
+    exchanges = [COMPLETE, COMPLETE, LEFT]
+    assert by_model(exchanges, {WHO: Counts(3, 60, 48, 18 + 5)}) == []
+    (difference,) = by_model(exchanges, {WHO: Counts(3, 60, 48, 18 + 2)})
+    assert (difference.who, difference.seen) == ("acme: acme/support", "21 to 82")
+
+
+def test_usage_of_a_model_that_nobody_asked_for_is_named() -> None:
+    assert {d.who for d in by_model([], {("acme", "tiny"): Counts(1, 5, 0, 2)})} == {"acme: tiny"}
+
+
+def engine(completion: int, boot: str = "b1") -> EngineCount:
+    return EngineCount("tiny", "r1", boot, 110, completion, 10, 2)
+
+
+def test_an_engine_that_counted_what_was_billed_agrees() -> None:
+    entries = reconcile([engine(42)], {("r1", "b1"): EngineTotal("r1", "b1", 100, 40)})
+    assert by_engine(entries) == []
+
+
+def test_an_engine_that_counted_more_than_was_billed_is_named() -> None:
+    (difference,) = by_engine(reconcile([engine(43)], {("r1", "b1"): EngineTotal("r1", "b1", 100, 40)}))
+    assert (difference.what, difference.seen, difference.billed) == ("completion tokens", "41", "40")
+
+
+def test_what_engines_counted_in_a_run_leaves_out_their_checks_and_what_was_before() -> None:
+    counted = engines_counted([engine(42)], [replace(engine(50), prompt_tokens=150), engine(22, boot="b2")])
+    assert counted == Counts(prompt=40 + 100, completion=8 + 20)
+
+
+def test_engines_that_others_use_have_counted_our_bill_at_least() -> None:
+    assert engines_at_least(Counts(0, 50, 0, 9), Counts(2, 50, 0, 9)) == []
+    assert len(engines_at_least(Counts(0, 49, 0, 8), Counts(2, 50, 0, 9))) == 2
+
+
+def test_the_exit_code_is_0_only_if_all_agree_and_nothing_failed() -> None:
+    verdict = Verdict()
+    assert verdict.exit_code(complete=5, failed=0) == 3  # nothing was compared
+    verdict.add("by request", 5, [])
+    assert verdict.exit_code(complete=5, failed=0) == 0
+    assert verdict.exit_code(complete=5, failed=1) == 1
+    assert verdict.exit_code(complete=0, failed=0) == 1
+    verdict.add("by engine", 1, by_request([COMPLETE], {}))
+    assert verdict.exit_code(complete=5, failed=0) == 3
