@@ -44,7 +44,7 @@ from serve.errors import StoreUnavailable
 from serve.files import FileBounds, Files
 from serve.gateway import Gateway
 from serve.idempotency import Idempotency
-from serve.metrics import Metrics
+from serve.metrics import ALONE, Metrics, Peers
 from serve.settings import Settings
 from serve.steward import Watched
 from serve.tenants import Tenants, server_secret
@@ -56,14 +56,22 @@ KEY_USE_INTERVAL_S = 5.0
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def build_app(settings: Settings, engines: Mapping[str, Engine], steward: Watched | None = None) -> FastAPI:
-    """The gateway over `engines` (one per base); `steward` is asked by /metrics. Migrates the store first."""
+def build_app(
+    settings: Settings,
+    engines: Mapping[str, Engine],
+    steward: Watched | None = None,
+    peers: Peers | None = None,
+) -> FastAPI:
+    """The gateway over `engines` (one per base). Migrates the store first.
+
+    /metrics asks `steward`, and the other gateways by `peers`.
+    """
     store = Store(settings.store_url)
     store.migrate()
     catalogue = Catalogue(store, list(engines))
-    metrics = _metrics(settings)
+    metrics = _metrics(settings, peers.name if peers else ALONE)
     admission = Admission(store, f"{socket.gethostname()}-{os.getpid()}")
-    books = Books(Ledger(store))
+    books = Books(Ledger(store), metrics.committed)
     journal = Journal(settings.journals_dir, failed=metrics.journal_failed)
     idempotency = Idempotency(store, lease=timedelta(seconds=settings.request_timeout_s + 120))
     tracing = tracing_of(settings.otlp_endpoint, settings.trace_ratio, "gateway")
@@ -136,6 +144,7 @@ def build_app(settings: Settings, engines: Mapping[str, Engine], steward: Watche
         limits=fields,
         idempotency=idempotency,
         steward=steward,
+        peers=peers,
     )
     files.install(app, stored, Batches(store, stored, per_tenant=limits.batches_per_tenant))
     routes = (
@@ -164,11 +173,12 @@ def build_app(settings: Settings, engines: Mapping[str, Engine], steward: Watche
     return app
 
 
-def _metrics(settings: Settings) -> Metrics:
+def _metrics(settings: Settings, gateway: str) -> Metrics:
     """Adapters, whose names tell who the customers are, are named to the operator only."""
     token = settings.metrics_token.get_secret_value() if settings.metrics_token else None
     private = token is not None or settings.host in LOOPBACK
-    return Metrics(adapters_max=settings.metrics_adapters if private else 0, token=token)
+    adapters_max = settings.metrics_adapters if private else 0
+    return Metrics(adapters_max=adapters_max, token=token, gateway=gateway)
 
 
 async def _note_key_use(tenants: Tenants) -> None:

@@ -33,6 +33,7 @@ from serve.engine.reconcile import Reconciler
 from serve.engine.remote import RemoteEngine
 from serve.engine.vllm import VllmEngine, compute_on_one_thread
 from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError, Overloaded
+from serve.metrics import Exposition, Metrics
 from serve.port import check_free
 from serve.settings import ScalingSettings, Settings
 from serve.steward import Measurements
@@ -55,12 +56,13 @@ from ray.serve.schema import LoggingConfig
 
 log = logging.getLogger(__name__)
 
-APP_NAME = "bespoke"
+APP_NAME, GATEWAY_NAME = "bespoke", "gateway"
 LOOPBACK_ADDRESS = "127.0.0.1"
 CONTROL_CALLS = (
     256  # what gateways and the steward ask of a replica at the same time; requests go by `channel.py`
 )
 STEWARD_TIMEOUT_S = 3.0
+PEERS_TIMEOUT_S = 2.0
 SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
 HEALTH_CHECK_PERIOD_S = 2  # a process that has died is missed for so long at most
 
@@ -185,6 +187,24 @@ def _engines(
     }
 
 
+class Fleet:
+    """All gateway replicas, as one of them asks them; see `serve.metrics.Peers`."""
+
+    def __init__(self, wanted: int) -> None:
+        self.name: str = ray_serve.get_replica_context().replica_id.unique_id
+        self.wanted = wanted
+
+    async def expositions(self) -> list[Exposition | None]:
+        gateways = ray_serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
+        try:
+            response = gateways.broadcast("exposition")
+            answers = await response.results_async(timeout_s=PEERS_TIMEOUT_S, return_exceptions=True)
+        except Exception as error:  # one that hangs holds up the broadcast as a whole
+            log.warning("the other gateways' figures are missing: %r", error)
+            return []
+        return [answer if isinstance(answer, Exposition) else None for answer in answers]
+
+
 class GatewayDeployment:
     """One gateway replica: an ASGI app and its HTTP server; it loads neither torch nor vLLM."""
 
@@ -198,12 +218,17 @@ class GatewayDeployment:
         logs.install(log_spec(settings), "gateway")
         engines = _engines(settings, contexts, handles)
         self._following = [asyncio.create_task(engine.follow()) for engine in engines.values()]
-        app = build_app(settings, engines, RemoteSteward(steward))
+        fleet = Fleet(settings.gateway_replicas)
+        app = build_app(settings, engines, RemoteSteward(steward), fleet)
+        self._metrics: Metrics = app.state.context.metrics
         self._server = HttpServer(app, settings.host, settings.port)
         await self._server.start()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return {REQUESTS: self._server.ongoing}
+
+    async def exposition(self) -> Exposition:
+        return await asyncio.to_thread(self._metrics.exposition)
 
     async def __del__(self) -> None:
         await self._server.stop()
@@ -250,7 +275,7 @@ def build(settings: Settings) -> Any:
             graceful_shutdown_wait_loop_s=0.2,
         ).bind(settings, base)
     gateway = ray_serve.deployment(GatewayDeployment).options(
-        name="gateway",
+        name=GATEWAY_NAME,
         **_replicas(settings.gateway_replicas, settings.gateway_scaling),
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,

@@ -41,7 +41,7 @@ from serve.engine.base import (
     Toolbox,
 )
 from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, StoreUnavailable
-from serve.metrics import Metrics
+from serve.metrics import Metrics, Pace
 from serve.tenants import Principal
 from serve.tracing import OFF, Tracing
 
@@ -157,6 +157,7 @@ class Generation:
         self._deltas: asyncio.Queue[list[Delta] | BespokeError | None] = asyncio.Queue()
         self._started_s = monotonic()
         self._first_token_s: float | None = None
+        self._pace = Pace(call.choices)
         self._stopped: str | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._done = False
@@ -192,12 +193,16 @@ class Generation:
         """Stream from the engine to its end, whatever the client does, then settle or void."""
         metrics = self._terms.metrics
         metrics.in_progress.inc()
+        metrics.waiting.inc()
+        self._accepted.add_done_callback(lambda _: metrics.waiting.dec())
         if self._terms.journal is not None:
             self._terms.journal.follow(self.call.request_id, self._used)
         failure = await self._listen()
         self._done = True
         self._course.step("settlement")
-        await self._settle_or_void(failure)
+        metrics.pace(self.model.base, self._version, self._pace)
+        with metrics.settling():
+            await self._settle_or_void(failure)
         self._course.end()
         self._admitted.ticket.release(self.tokens.prompt + self.tokens.completion)
         metrics.in_progress.dec()
@@ -310,6 +315,7 @@ class Generation:
 
     def _count(self) -> None:
         self._reasons += [delta.finish_reason for delta in self._last if delta.finish_reason]
+        self._pace.note(self._last)
         if self._last and self._first_token_s is None:
             self._first_token_s = monotonic()
             self._course.step("generation")
@@ -404,6 +410,7 @@ class Generation:
         self._course.settled(event, self._reasons)
         self._terms.metrics.closed(self.model.base, self._version, event.status.value)
         self._terms.metrics.tokens(self.model.base, self._version, event.tokens)
+        self._terms.metrics.billed(self.model.base, event.cost_nanos)
         if self._terms.journal is not None:
             self._terms.journal.note_end(event)
         also: Callable[[sa.Connection], None] | None = None

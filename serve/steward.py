@@ -17,8 +17,10 @@ from typing import Protocol
 import sqlalchemy as sa
 
 from serve.batch_lines import release_line
+from serve.billing import notices
 from serve.billing.books import Books
 from serve.billing.ledger import Ledger
+from serve.billing.notices import NoticeFigures
 from serve.billing.reconcile import EngineCount, Reconciliation, reconcile
 from serve.billing.reports import Usage
 from serve.billing.thresholds import BudgetFigures, figures
@@ -32,7 +34,7 @@ from serve.responses import Responses
 log = logging.getLogger(__name__)
 
 Chore = Callable[[], Awaitable[None]]
-NO_BUDGETS = BudgetFigures((), 0)
+NO_BUDGETS, NO_NOTICES = BudgetFigures((), 0), NoticeFigures()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,10 @@ class Measurements:
     drift_at: float | None = None
     chores: Mapping[str, float] = field(default_factory=dict)
     budgets: BudgetFigures = NO_BUDGETS
+    intervals: Mapping[str, float] = field(default_factory=dict)  # of the chores, in seconds
+    failures: Mapping[str, int] = field(default_factory=dict)  # of the chores
+    notices: NoticeFigures = NO_NOTICES
+    oldest_notice_s: float = 0.0
 
 
 class Watched(Protocol):
@@ -90,6 +96,7 @@ class Steward:
         }
         for name, (interval_s, chore) in (chores or {}).items():
             self._chores[name] = (interval_s, self._threaded(chore))
+        self._failures = dict.fromkeys(self._chores, 0)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -97,19 +104,26 @@ class Steward:
 
     async def measurements(self) -> Measurements:
         """Raises StoreUnavailable."""
-        holds = await asyncio.to_thread(self._ledger.open_holds)
+        open_holds, oldest_at = await asyncio.to_thread(self._ledger.count_open)
         budgets = await asyncio.to_thread(figures, self._store, self._now())
-        oldest_s = (self._now() - holds[0].created_at).total_seconds() if holds else 0.0
+        told = await asyncio.to_thread(notices.figures, self._store)
         return Measurements(
-            len(holds),
-            max(oldest_s, 0.0),
+            open_holds,
+            self._age_s(oldest_at),
             self._recovery.settled,
             self._recovery.voided,
             self._drift,
             self._drift_at,
             {name: time.monotonic() - done_s for name, done_s in self._done_s.items()},
             budgets,
+            {name: interval_s for name, (interval_s, _) in self._chores.items()},
+            dict(self._failures),
+            told,
+            self._age_s(told.oldest_pending_at),
         )
+
+    def _age_s(self, since: datetime | None) -> float:
+        return 0.0 if since is None else max((self._now() - since).total_seconds(), 0.0)
 
     async def _repeat(self, name: str, interval_s: float, chore: Chore) -> None:
         while True:
@@ -117,8 +131,10 @@ class Steward:
                 await chore()
                 self._done_s[name] = time.monotonic()
             except StoreUnavailable:
+                self._failures[name] += 1
                 log.warning("%s waits for the store", name)
             except Exception:
+                self._failures[name] += 1
                 log.exception("%s failed", name)
             await asyncio.sleep(interval_s)
 

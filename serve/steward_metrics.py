@@ -17,7 +17,10 @@ class StewardCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("bespoke_steward_up", "Whether the steward answers.")
         up.add_metric([], self._measured is not None)
-        return [up] if self._measured is None else [up, *_holds(self._measured), *_drift(self._measured)]
+        if self._measured is None:
+            return [up]
+        measured = self._measured
+        return [up, *_holds(measured), *_chores(measured), *_notices(measured), *_drift(measured)]
 
 
 def _holds(measured: Measurements) -> Iterable[Metric]:
@@ -30,12 +33,44 @@ def _holds(measured: Measurements) -> Iterable[Metric]:
     )
     recovered.add_metric(["settled"], measured.recovered_settled)
     recovered.add_metric(["voided"], measured.recovered_voided)
-    chores = GaugeMetricFamily(
+    return [held, oldest, recovered]
+
+
+def _chores(measured: Measurements) -> Iterable[Metric]:
+    ages = GaugeMetricFamily(
         "bespoke_steward_chore_age_seconds", "How long ago each chore was last done.", labels=["chore"]
     )
-    for name, age_s in measured.chores.items():
-        chores.add_metric([name], age_s)
-    return [held, oldest, recovered, chores]
+    intervals = GaugeMetricFamily(
+        "bespoke_steward_chore_interval_seconds", "How often each is to be done.", labels=["chore"]
+    )
+    failures = CounterMetricFamily(
+        "bespoke_steward_chore_failures", "Rounds of a chore that failed.", labels=["chore"]
+    )
+    for family, values in (
+        (ages, measured.chores),
+        (intervals, measured.intervals),
+        (failures, measured.failures),
+    ):
+        for name, value in values.items():
+            family.add_metric([name], value)
+    return [ages, intervals, failures]
+
+
+def _notices(measured: Measurements) -> Iterable[Metric]:
+    told = measured.notices
+    by_state = GaugeMetricFamily(
+        "bespoke_notices", "Notices for webhooks that are not taken yet.", labels=["state"]
+    )
+    by_state.add_metric(["new"], told.pending - told.failing)
+    by_state.add_metric(["failing"], told.failing)
+    oldest = GaugeMetricFamily("bespoke_oldest_notice_seconds", "Age of the oldest of them.")
+    oldest.add_metric([], measured.oldest_notice_s)
+    done = CounterMetricFamily(
+        "bespoke_notices_closed", "Notices that were taken, or given up after a day.", labels=["outcome"]
+    )
+    done.add_metric(["delivered"], told.delivered)
+    done.add_metric(["given_up"], told.given_up)
+    return [by_state, oldest, done]
 
 
 def _drift(measured: Measurements) -> Iterable[Metric]:

@@ -15,7 +15,7 @@ from serve.engine.base import Engine
 from serve.errors import PermissionDenied, Unauthenticated
 from serve.gateway import Gateway
 from serve.idempotency import Idempotency
-from serve.metrics import Metrics
+from serve.metrics import Metrics, Peers
 from serve.steward import Watched
 from serve.tenants import Principal, Tenants
 from serve.tenants.door import Door, Who
@@ -32,6 +32,7 @@ class Context:
     limits: Limits
     idempotency: Idempotency
     steward: Watched | None
+    peers: Peers | None = None
 
 
 def context(request: Request) -> Context:

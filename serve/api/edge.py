@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import logs
 from serve.admission import Quota, Standing
-from serve.api.errors import render
-from serve.errors import BodyTooLarge
+from serve.api.errors import kind_of, render
+from serve.errors import BespokeError, BodyTooLarge
 from serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -81,10 +81,13 @@ class Edge:
             else:
                 await self._app(scope, bounded_receive, stamped_send)
         finally:
-            route = _route(scope)
-            self._metrics.request(route, status)
-            duration_ms = round((monotonic() - started_s) * 1e3)
-            what = {"method": scope["method"], "route": route, "status": status, "duration_ms": duration_ms}
+            route, took_s = _route(scope), monotonic() - started_s
+            self._metrics.request(route, status, took_s)
+            if status >= 400:
+                error = scope["state"].get("refused") or BespokeError()
+                self._metrics.refused(error, *kind_of(error))
+            took_ms = round(took_s * 1e3)
+            what = {"method": scope["method"], "route": route, "status": status, "duration_ms": took_ms}
             log.info("answered", extra=what)
 
 

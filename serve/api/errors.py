@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from serve import errors
 
@@ -66,6 +67,12 @@ def body_of(error: errors.BespokeError) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def kind_of(error: errors.BespokeError) -> tuple[str, str]:
+    """OpenAI's (type, code) of an error; for the metrics."""
+    told = body_of(error)["error"]
+    return told["type"], told["code"] or "none"
+
+
 def anthropic_body_of(error: errors.BespokeError) -> dict[str, Any]:
     """The same in the shape of Anthropic's API; the field that is wrong joins the message.
 
@@ -93,10 +100,22 @@ ANTHROPIC_TYPES = {
 DIALECTS = {"/v1/messages": anthropic_body_of}
 
 
+class Refusal(JSONResponse):
+    """An answer that leaves its error where `edge.py` looks for it: in the scope's state, as `refused`."""
+
+    def __init__(self, error: errors.BespokeError, path: str) -> None:
+        status, _, _ = status_of(error)
+        super().__init__(DIALECTS.get(path, body_of)(error), status, headers=_headers(error))
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["refused"] = self._error
+        await super().__call__(scope, receive, send)
+
+
 def render(error: errors.BespokeError, path: str = "") -> Response:
     """The answer to a request for `path` that ended in `error`."""
-    status, _, _ = status_of(error)
-    return JSONResponse(DIALECTS.get(path, body_of)(error), status, headers=_headers(error))
+    return Refusal(error, path)
 
 
 def _headers(error: errors.BespokeError) -> dict[str, str]:

@@ -5,6 +5,7 @@ The first two name no tenant. /metrics names adapters, unless anyone on the netw
 
 import asyncio
 import hmac
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -15,9 +16,9 @@ from serve.api.connection import Json
 from serve.api.context import Context, Ctx
 from serve.api.document import errors
 from serve.api.objects import Readiness, Status
-from serve.engine.base import Counters
+from serve.engine.base import Counters, Engine
 from serve.errors import EngineUnavailable, Unauthenticated, Unavailable
-from serve.metrics import render, render_budgets
+from serve.metrics import merge, render_budgets, render_engines, render_fleet
 from serve.steward import Measurements, Watched
 
 router = APIRouter()
@@ -43,26 +44,55 @@ async def readyz(ctx: Ctx) -> Json:
     responses=errors(401, 500),
 )
 async def metrics(request: Request, ctx: Ctx) -> Response:
-    """Raises Unauthenticated if there is a metrics token and the request does not bear it."""
+    """What all gateways, the engines and the steward count, whichever gateway answers.
+
+    Raises Unauthenticated if there is a metrics token and the request does not bear it.
+    """
     if ctx.metrics.token is not None:
         _require(ctx.metrics.token, request.headers.get("authorization", ""))
-    counters: list[Counters] = []
-    for engine in ctx.engines.values():
-        try:
-            counters += await engine.counters()
-        except EngineUnavailable:
-            continue  # an engine that is down has no counters; the gateway's own still count
-    text = render(ctx.metrics, counters)
+    gateways, engines, measured = await asyncio.gather(_gateways(ctx), _engines(ctx), _measured(ctx.steward))
+    replicas = {base: len(counters) for base, counters in engines.items()}
+    text = gateways.text + render_fleet(gateways.there, gateways.answering, replicas)
+    text += render_engines([one for counters in engines.values() for one in counters])
     if ctx.steward is not None:
-        measured = await _measured(ctx.steward)
         text += steward_metrics.render(measured)
         text += b"" if measured is None else render_budgets(measured.budgets)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-async def _measured(steward: Watched) -> Measurements | None:
+@dataclass(frozen=True, slots=True)
+class _Gateways:
+    text: bytes
+    there: int
+    answering: int
+
+
+async def _gateways(ctx: Context) -> _Gateways:
+    """What all gateways count, or this one alone if it has no peers or cannot reach them."""
+    found = [] if ctx.peers is None else await ctx.peers.expositions()
+    texts = {one.gateway: one.text for one in found if one is not None}
+    if ctx.metrics.gateway not in texts:
+        texts[ctx.metrics.gateway] = (await asyncio.to_thread(ctx.metrics.exposition)).text
+    wanted = 1 if ctx.peers is None else ctx.peers.wanted
+    return _Gateways(merge(texts.values()), max(wanted, len(found), len(texts)), len(texts))
+
+
+async def _engines(ctx: Context) -> dict[str, list[Counters]]:
+    """Each base's replicas' counters. One that is down has none; the gateways' own still count."""
+
+    async def counters(engine: Engine) -> list[Counters]:
+        try:
+            return await engine.counters()
+        except EngineUnavailable:
+            return []
+
+    found = await asyncio.gather(*(counters(engine) for engine in ctx.engines.values()))
+    return dict(zip(ctx.engines, found, strict=True))
+
+
+async def _measured(steward: Watched | None) -> Measurements | None:
     try:
-        return await steward.measurements()
+        return None if steward is None else await steward.measurements()
     except Unavailable:
         return None
 

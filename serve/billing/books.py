@@ -9,8 +9,10 @@ import asyncio
 import logging
 import queue
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from time import monotonic
 
 from serve.billing.ledger import Closing, Ledger, Opening, Outcome
 from serve.errors import StoreUnavailable
@@ -29,8 +31,10 @@ class _Waiting:
 class Books:
     """Steps of many requests, in the fewest transactions. `stop` it; then steps raise StoreUnavailable."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, committed: Callable[[int, float], None] | None = None) -> None:
+        """`committed` hears of each transaction: its steps, and the seconds that it took."""
         self._ledger = ledger
+        self._committed = committed
         self._waiting: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -91,7 +95,10 @@ class Books:
 
     def _commit(self, batch: list[_Waiting]) -> None:
         try:
+            began_s = monotonic()
             outcomes = self._ledger.apply([waiting.entry for waiting in batch])
+            if self._committed is not None:
+                self._committed(len(batch), monotonic() - began_s)
         except StoreUnavailable as error:
             outcomes = [error] * len(batch)
         except Exception as error:

@@ -195,6 +195,14 @@ class Ledger:
         with self._store.read() as connection:
             return [_open_hold(row) for row in connection.execute(query)]
 
+    def count_open(self) -> tuple[int, datetime | None]:
+        """How many holds are open, and since when the oldest of them is."""
+        c = holds_table.c
+        query = sa.select(sa.func.count(), sa.func.min(c.created_at, type_=c.created_at.type))
+        with self._store.read() as connection:
+            count, oldest_at = connection.execute(query.select_from(holds_table)).one()
+        return count, oldest_at
+
     def held_by(self, owner: str) -> list[OpenHold]:
         """What the gateway process `owner` has not closed."""
         query = sa.select(holds_table).where(holds_table.c.owner == owner)

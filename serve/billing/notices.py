@@ -7,6 +7,7 @@ stewards do not send it side by side, and one that dies in between is followed b
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -38,6 +39,33 @@ notices_table = sa.Table(
     sa.Column("last_error", sa.String(200)),
     sa.Column("created_at", UtcDateTime, nullable=False),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class NoticeFigures:
+    """For /metrics: what is still to be sent, of that what has failed once, and what came of the rest."""
+
+    pending: int = 0
+    failing: int = 0
+    delivered: int = 0
+    given_up: int = 0
+    oldest_pending_at: datetime | None = None
+
+
+def figures(store: Store) -> NoticeFigures:
+    c = notices_table.c
+    pending = c.next_try_at.is_not(None)
+    given_up = sa.and_(c.next_try_at.is_(None), c.delivered_at.is_(None), c.url != "")
+    count = sa.func.count()
+    query = sa.select(
+        count.filter(pending),
+        count.filter(pending, c.tries > 0, c.last_error.is_not(None)),
+        count.filter(c.delivered_at.is_not(None)),
+        count.filter(given_up),
+        sa.func.min(c.created_at, type_=c.created_at.type).filter(pending),
+    )
+    with store.read() as connection:
+        return NoticeFigures(*connection.execute(query.select_from(notices_table)).one())
 
 
 def write(

@@ -209,6 +209,17 @@ class Residency:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """How full vLLM is, as it says itself. `kv_used` is a share of 1; `prefix_*` are prompt tokens."""
+
+    waiting: int = 0
+    kv_used: float = 0.0
+    preemptions: int = 0
+    prefix_asked: int = 0
+    prefix_found: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Counters:
     """An engine process's own lifetime counters, as vLLM keeps them.
 
@@ -224,6 +235,7 @@ class Counters:
     probe_completion_tokens: int
     running: int
     residency: Residency = Residency()
+    load: Load = Load()
 
 
 class Engine(Protocol):

@@ -35,6 +35,7 @@ from serve.engine.packer import Packer
 from serve.engine.reading import Reader
 from serve.engine.rendering import Rendered, Renderer, refusal_of
 from serve.engine.slots import Slots
+from serve.engine.tally import tally
 from serve.errors import (
     BespokeError,
     EngineFailed,
@@ -48,8 +49,6 @@ from serve.vllm_plugin.packed import Layer, Layout
 
 log = logging.getLogger(__name__)
 
-# AsyncLLM registers its metrics in the process-wide registry under these names.
-_PROMPT_COUNTER, _COMPLETION_COUNTER = "vllm:prompt_tokens", "vllm:generation_tokens"
 _PROBE = (Message("user", "Hello"),)
 _PROBE_LOGPROBS = 20
 
@@ -281,24 +280,17 @@ class VllmEngine:
 
     async def counters(self) -> Counters:
         """vLLM's own counters, read from its Prometheus registry."""
-        from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
-
-        totals = {_PROMPT_COUNTER: 0, _COMPLETION_COUNTER: 0}
-        running = 0
-        for metric in get_metrics_snapshot():
-            if isinstance(metric, Counter) and metric.name in totals:
-                totals[metric.name] += int(metric.value)
-            elif isinstance(metric, Gauge) and metric.name == "vllm:num_requests_running":
-                running += int(metric.value)
+        prompt_tokens, completion_tokens, running, load = tally()
         return Counters(
             self._base,
             self._replica,
             self._boot,
-            totals[_PROMPT_COUNTER],
-            totals[_COMPLETION_COUNTER],
+            prompt_tokens,
+            completion_tokens,
             *self._probed,
             running,
             await self._residency(),
+            load,
         )
 
     async def _residency(self) -> Residency:
