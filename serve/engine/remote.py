@@ -59,12 +59,16 @@ class RemoteEngine:
     async def follow(self) -> None:
         """For ever: be introduced to replicas that have started; at once, when one is missed."""
         address = await self._inbox.address()
+        missed = False
         while True:
             self._lonely.clear()
             try:
                 await self._broadcast("meet", address)
+                missed = False
             except BespokeError as error:
-                log.warning("no replica was met: %s", error)
+                if not missed:
+                    log.warning("no replica was met: %s", type(error).__name__)
+                missed = True
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._lonely.wait(), MEET_INTERVAL_S)
                 await asyncio.sleep(0.1)
