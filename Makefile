@@ -5,7 +5,8 @@ BIN := .venv/bin
 # Some images set it: then each process that imports torch or vLLM compiles them anew, 10 s of CPU each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo serve test test-faults check bench-adapters bench-ledger loadtest lock clean
+.PHONY: setup demo serve test test-faults check bench bench-scaling bench-soak bench-connections \
+	bench-adapters bench-ledger loadtest lock clean
 
 setup: .venv/.ready
 
@@ -29,6 +30,24 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Ours beside a bare vLLM and the peers: 40 minutes, alone on the machine, please. PAIRS=3 or QUICK=1: shorter.
+bench: bench-bases
+	@$(BIN)/python -m loadtests.bench front $(if $(QUICK),--quick) $(if $(PAIRS),--pairs $(PAIRS))
+
+bench-scaling: bench-bases
+	@$(BIN)/python -m loadtests.bench scaling
+
+bench-soak: bench-bases
+	@$(BIN)/python -m loadtests.bench soak --minutes $(or $(MINUTES),30)
+
+bench-connections: bench-bases
+	@$(BIN)/python -m loadtests.bench connections
+
+.PHONY: bench-bases
+bench-bases: setup
+	@$(BIN)/bespoke base import configs/bases/tiny.yaml
+	@$(BIN)/bespoke base import configs/bases/smollm2-135m.yaml
 
 bench-adapters: setup
 	@$(BIN)/bespoke base import configs/bases/smollm2-135m.yaml

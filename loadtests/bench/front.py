@@ -1,257 +1,269 @@
-"""The gateway beside vLLM's own server, on the same base with the same engine flags.
+"""Servers beside each other on the same work: throughput, latency, CPU, memory, and what idleness costs.
 
-    .venv/bin/python -m loadtests.bench.front --home .bespoke --pairs 5 --streams 1 16
+    .venv/bin/python -m loadtests.bench front --stage tiny-pair
 
-Both servers run all the time and take turns (A B A B …), so that a noisy moment hits both; medians
-over the pairs. Ours authenticates, holds, meters and settles each request; theirs does none of that.
-Prints a table and ends with one JSON object.
+A stage is a base and a group of servers that all run at once and take turns (A B A B …), so that a noisy
+moment hits all of them. Ratios are made within a pair; each stage has its own bare vLLM.
 """
 
-import argparse
-import asyncio
-import json
-import os
-import socket
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import httpx
-import psutil
 from rich.console import Console
-from rich.table import Table
 
-from loadtests.bench.machine import machine
-from serve.billing.ledger import Ledger
-from serve.billing.pricing import Prices, read_plan
-from serve.db import Store
-from serve.lora_files import target_suffixes
-from serve.settings import Settings, load_settings
-from serve.tenants import Tenants, server_secret
+from loadtests.bench.connection import encoded
+from loadtests.bench.figures import added, agreement, figures, over, paired, spread
+from loadtests.bench.group import BARE, Running, published, started
+from loadtests.bench.load import Run, alternating, closed, opened, run
+from loadtests.bench.ours import NAME
+from loadtests.bench.processes import front_s, idle_percent, used
+from loadtests.bench.vllm_generator import measured, order
+from loadtests.bench.work import Slo, Work, bodies, body, end_tokens, prompt
 
-ROOT = Path(__file__).parents[2]
-MAX_TOKENS = 64
-TOPICS = (
-    "the sea",
-    "a mountain",
-    "a small town",
-    "a long journey",
-    "a garden",
-    "an old clock",
-    "winter",
-    "a train",
-)
-
-
-@dataclass(frozen=True)
-class Server:
-    name: str
-    url: str
-    key: str
-    model: str
+SEED = 1
+ADAPTERS = 7  # with the base, eight models in turn
+TINY_SLO, SMOL_16, SMOL_64 = Slo(500, 100), Slo(2000, 300), Slo(10_000, 1500)
+WORKS = {
+    "tiny": (
+        Work("base, 16 streams", 16, 64, 64, mixed=False, slo=TINY_SLO),
+        Work("mixed, 16 streams", 16, 64, 64, mixed=True, slo=TINY_SLO),
+    ),
+    "smollm2-135m": (
+        Work("mixed, 16 streams", 16, 16, 64, mixed=True, slo=SMOL_16),
+        Work("mixed, 64 streams", 64, 64, 32, mixed=True, slo=SMOL_64),
+    ),
+}
+OPEN_LOAD = 0.6  # of the requests/s that the bare server answered in a closed loop
+OPEN_S = 8.0
+LATENCY_TOKENS = 8
+IDLE_SETTLE_S = 3.0
+console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One burst: `streams` requests at once."""
+class Plan:
+    """How long a stage measures; `quick` is for a look, not for a report."""
 
-    tokens: int
-    wall_s: float
-    ttft_s: list[float]
+    pairs: int = 5
+    latency_requests: int = 300
+    idle_s: float = 20.0
+    check_prompts: int = 32
 
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.wall_s
+    @classmethod
+    def of(cls, *, quick: bool, pairs: int | None) -> "Plan":
+        plan = cls(pairs=2, latency_requests=40, idle_s=5.0, check_prompts=16) if quick else cls()
+        return replace(plan, pairs=pairs) if pairs else plan
 
 
-async def burst(server: Server, streams: int, seed: int) -> Sample:
-    ttft_s: list[float] = []
+class Stage:
+    """The servers of a stage, and their turns."""
 
-    async def one(client: httpx.AsyncClient, number: int) -> int:
-        prompt = f"Write a story number {seed + number} about {TOPICS[number % len(TOPICS)]}."
-        body = {
-            "model": server.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": MAX_TOKENS,
-            "temperature": 0,
-            "stream": True,
-            "stream_options": {"include_usage": True},
+    def __init__(self, base_dir: Path, servers: list[Running], plan: Plan) -> None:
+        self._base_dir = base_dir
+        self._servers = servers
+        self._plan = plan
+        self._ends = end_tokens(base_dir)
+        self._batch = 0
+        self._idle: dict[str, dict[str, float]] = {}
+
+    def idle(self) -> dict[str, Any]:
+        """All servers are idle at once, so one wait measures all."""
+        time.sleep(IDLE_SETTLE_S)
+        before = {one.name: one.family.moment() for one in self._servers}
+        time.sleep(self._plan.idle_s)
+        for one in self._servers:
+            self._idle[one.name] = idle_percent(before[one.name], one.family.moment())
+        return {
+            name: {
+                "percent": round(sum(by_role.values()), 2),
+                "seconds": self._plan.idle_s,
+                "by_role": by_role,
+            }
+            for name, by_role in self._idle.items()
         }
-        started_s, first, tokens = time.perf_counter(), True, 0
-        async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-            answer.raise_for_status()
-            async for line in answer.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line[6:])
-                if first and event["choices"] and event["choices"][0]["delta"].get("content"):
-                    ttft_s.append(time.perf_counter() - started_s)
-                    first = False
-                if event.get("usage"):
-                    tokens = event["usage"]["completion_tokens"]
-        return tokens
 
-    headers = {"Authorization": f"Bearer {server.key}"}
-    limits = httpx.Limits(max_connections=streams)
-    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=300, limits=limits) as client:
-        started_s = time.perf_counter()
-        counts = await asyncio.gather(*(one(client, number) for number in range(streams)))
-        return Sample(sum(counts), time.perf_counter() - started_s, ttft_s)
+    def warm_up(self, work: Work) -> None:
+        for one in self._servers:
+            run(lambda one=one: closed(one.server.url, self._requests(one, work, 0), work.streams))  # type: ignore[misc]
 
+    def closed(self, work: Work) -> dict[str, Any]:
+        self.warm_up(work)
+        return self._turns(work, lambda one, requests: closed(one.server.url, requests, work.streams))
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextmanager
-def ours(home: Path, base: str) -> Iterator[Server]:
-    from serve.deployment import Service
-
-    with tempfile.TemporaryDirectory(prefix="bespoke-bench-") as scratch:
-        Path(scratch, "bases").symlink_to((home / "bases").resolve())
-        settings = load_settings(
-            ROOT / "configs" / "serve" / "cpu.yaml", home=Path(scratch), port=free_port(), bases=[base]
+    def opened(self, work: Work, per_s: float) -> dict[str, Any]:
+        """Poisson arrivals, the same moments for each server of a pair."""
+        told = self._turns(
+            work, lambda one, requests: opened(one.server.url, requests, per_s, SEED + self._batch)
         )
-        key = customer(settings)
-        with Service(settings) as service:
-            yield Server("bespoke", service.url, key, base)
+        return told | {"arrivals_per_s": round(per_s, 2)}
 
-
-def customer(settings: Settings) -> str:
-    store, now = Store(settings.store_url), datetime.now(UTC)
-    store.migrate()
-    tenants, prices = Tenants(store, server_secret(settings.home)), Prices(store)
-    tenants.create("bench", at=now)
-    Ledger(store).open_account("bench", 10**15)
-    prices.publish(read_plan(ROOT / "configs" / "prices" / "standard.yaml"), at=now)
-    prices.subscribe("bench", "standard", at=now)
-    _, secret = tenants.create_key("bench", at=now)
-    store.close()
-    return secret
-
-
-@contextmanager
-def bare(home: Path, base: str) -> Iterator[Server]:
-    """vLLM's OpenAI server with our engine's flags."""
-    engine, port = load_settings(ROOT / "configs" / "serve" / "cpu.yaml").engine, free_port()
-    flags = {
-        "model": str((home / "bases" / base).resolve()),
-        "served-model-name": base,
-        "host": "127.0.0.1",
-        "port": port,
-        "dtype": engine.dtype,
-        "max-model-len": engine.max_model_len,
-        "max-num-seqs": engine.max_num_seqs,
-        "max-num-batched-tokens": engine.max_num_batched_tokens,
-        "max-loras": engine.max_loras,
-        "max-cpu-loras": engine.max_cpu_loras,
-        "max-lora-rank": engine.max_lora_rank,
-    }
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
-    targets = target_suffixes((home / "bases" / base).resolve())
-    command += ["--lora-target-modules", *targets, "--enable-prefix-caching"]
-    command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib),
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            _wait_healthy(url, process)
-            yield Server("vllm", url, "none", base)
-        finally:
-            family = psutil.Process(process.pid).children(recursive=True)
-            process.terminate()
-            process.wait(30)
-            _, alive = psutil.wait_procs(family, timeout=10)
-            for straggler in alive:
-                straggler.kill()
-
-
-def _wait_healthy(url: str, process: "subprocess.Popen[bytes]", timeout_s: float = 300) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        if process.poll() is not None:
-            raise RuntimeError(f"vLLM's server ended with status {process.returncode}")
-        try:
-            if httpx.get(f"{url}/health").status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    raise TimeoutError("vLLM's server did not come up")
-
-
-def memory_mb(root: psutil.Process) -> dict[str, int]:
-    """Resident memory by process, in MB."""
-    by_name: dict[str, int] = {}
-    for process in root.children(recursive=True):
-        try:
-            name = " ".join(process.cmdline()[:1])[:60] or process.name()
-            by_name[name] = by_name.get(name, 0) + process.memory_info().rss // 2**20
-        except psutil.Error:
-            continue
-    return dict(sorted(by_name.items(), key=lambda item: -item[1])[:10])
-
-
-def measure(servers: list[Server], streams: int, pairs: int) -> dict[str, dict[str, float]]:
-    samples: dict[str, list[Sample]] = {server.name: [] for server in servers}
-    for server in servers:
-        asyncio.run(burst(server, streams, seed=0))  # warm-up
-    for pair in range(1, pairs + 1):
-        for server in servers:  # the same prompts for both, new ones in each pair
-            samples[server.name].append(asyncio.run(burst(server, streams, seed=1000 * pair)))
-    return {
-        name: {
-            "tokens_per_s": round(statistics.median(s.tokens_per_s for s in taken), 2),
-            "ttft_p50_ms": round(statistics.median(t for s in taken for t in s.ttft_s) * 1000, 1),
-            "tokens": sum(s.tokens for s in taken),
+    def latency(self) -> dict[str, Any]:
+        """One request at a time, to each server in turn."""
+        requests = []
+        for one in self._servers:
+            texts = [
+                prompt(self._salted(one, 9000), number) for number in range(self._plan.latency_requests + 8)
+            ]
+            requests.append([self._encode(one, one.server.model, text, LATENCY_TOKENS) for text in texts])
+        answers = run(lambda: alternating([one.server.url for one in self._servers], requests))
+        ttft_s = {
+            one.name: [answer.ttft_s for answer in mine[8:] if answer.ok]  # the first ones warm up
+            for one, mine in zip(self._servers, answers, strict=True)
         }
-        for name, taken in samples.items()
+        failed = {
+            one.name: sum(not a.ok for a in mine) for one, mine in zip(self._servers, answers, strict=True)
+        }
+        return {
+            name: {
+                "requests": len(values),
+                "failed": failed[name],
+                **{f"p{p}": added(values, ttft_s[BARE], p, SEED) for p in (50, 99)},
+                "ttft_p50_ms": round(1000 * sorted(values)[len(values) // 2], 2),
+            }
+            for name, values in ttft_s.items()
+        }
+
+    def check(self, streams: int = 16, tokens: int = 64) -> dict[str, Any]:
+        """The same prompts from our load generator and from vLLM's: do they count the same tokens?"""
+        texts = {one.name: [prompt(self._salted(one, 8000), n) for n in range(self._plan.check_prompts)]
+                 for one in self._servers}  # fmt: skip
+        bias = body("", "", tokens=1, end_tokens=self._ends).get("logit_bias")
+        extra = {"logit_bias": bias} if bias else {}
+        said = measured(
+            [order(one.server, texts[one.name], tokens, streams, extra) for one in self._servers],
+            self._base_dir,
+            SEED,
+        )
+        checked = {}
+        for one in self._servers:
+            requests = [self._encode(one, one.server.model, text, tokens) for text in texts[one.name]]
+            told = figures(run(lambda: closed(one.server.url, requests, streams)), TINY_SLO)  # noqa: B023
+            theirs = said[one.name]
+            ours = {"prompt_tokens": told["prompt_tokens"], "completion_tokens": told["tokens"]}
+            counted = {"prompt_tokens": theirs["total_input_tokens"],
+                       "completion_tokens": theirs["total_output_tokens"]}  # fmt: skip
+            checked[one.name] = agreement(ours, counted, tokens * len(requests)) | {
+                "vllm_benchmarks_says": theirs
+            }
+        return checked
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        return {one.name: one.family.memory_mb() for one in self._servers}
+
+    def _turns(self, work: Work, go: Callable[[Running, list[bytes]], Any]) -> dict[str, Any]:
+        turns: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for _ in range(self._plan.pairs):
+            self._batch += 1
+            for one in self._servers:
+                requests, before = self._requests(one, work, self._batch), one.family.moment()
+                taken: Run = run(lambda: go(one, requests))  # noqa: B023
+                turns[one.name].append(self._figures(one, taken, work, before))
+        return {
+            "work": {"streams": work.streams, "requests_a_turn": work.requests, "tokens": work.tokens,
+                     "mixed": work.mixed, "slo": asdict(work.slo)},
+            "servers": {name: beside(taken, turns[BARE]) for name, taken in turns.items()},
+        }  # fmt: skip
+
+    def _figures(self, one: Running, taken: Run, work: Work, before: Any) -> dict[str, Any]:
+        told = figures(taken, work.slo)
+        cpu_s, thousands = used(before, one.family.moment()), max(told["tokens"], 1) / 1000
+        front = front_s(cpu_s, taken.wall_s, self._idle.get(one.name, {}))
+        by_role = {name: round(s / thousands, 4) for name, s in cpu_s.items() if s / thousands >= 0.0005}
+        return told | {
+            "cpu_s_per_1k": round(sum(cpu_s.values()) / thousands, 4),
+            "front_cpu_s_per_1k": round(front / thousands, 4),
+            "cpu_s_per_1k_by_role": by_role,
+        }
+
+    def _requests(self, one: Running, work: Work, batch: int) -> list[bytes]:
+        salted = self._salted(one, batch)
+        return [
+            encoded(one.server.url, one.server.key, asked)
+            for asked in bodies(work, one.models, salted, self._ends)
+        ]
+
+    def _encode(self, one: Running, model: str, text: str, tokens: int) -> bytes:
+        return encoded(
+            one.server.url, one.server.key, body(model, text, tokens=tokens, end_tokens=self._ends)
+        )
+
+    def _salted(self, one: Running, batch: int) -> int:
+        return batch + 100 * one.salt
+
+
+def beside(taken: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the turns, and the ratios to the bare server's turn of the same pair."""
+
+    def ratio(name: str) -> dict[str, float] | None:
+        pairs = paired([turn[name] for turn in taken], [turn[name] for turn in baseline])
+        return spread(pairs) if pairs else None
+
+    roles = {name for turn in taken for name in turn["cpu_s_per_1k_by_role"]}
+    by_role = {r: spread([t["cpu_s_per_1k_by_role"].get(r, 0.0) for t in taken], 4)["median"] for r in roles}
+    return over(taken) | {
+        "ratio": ratio("tokens_per_s"),
+        "front_cpu_ratio": ratio("front_cpu_s_per_1k"),
+        "tokens_per_s_spread": spread([turn["tokens_per_s"] for turn in taken], 2),
+        "cpu_s_per_1k_by_role": dict(sorted(by_role.items(), key=lambda item: -item[1])),
+        "turns": taken,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--home", type=Path, default=Path(os.environ.get("BESPOKE_HOME", ".bespoke")))
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16])
-    options = parser.parse_args()
-    report: dict[str, object] = {
-        "base": options.base,
-        "max_tokens": MAX_TOKENS,
-        "pairs": options.pairs,
-        **machine(),
+def measure(home: Path, base: str, peers: tuple[str, ...], plan: Plan) -> dict[str, Any]:
+    """One stage, told as it goes."""
+    tiny, told = base == "tiny", {}
+    with published(home, base, ADAPTERS) as adapters:
+        console.print(f"starting {', '.join((NAME, BARE, *peers))} with {base}")
+        with started(home, base, adapters, peers) as servers:
+            stage = Stage((home / "bases" / base).resolve(), servers, plan)
+            for work in WORKS[base]:
+                stage.warm_up(work)
+            told["idle"] = stage.idle()
+            console.print(
+                {name: one["percent"] for name, one in told["idle"].items()}, "% of a core when idle"
+            )
+            if tiny:
+                told["latency"] = stage.latency()
+                added_ms = {
+                    name: (one["p50"]["ms"], one["p99"]["ms"]) for name, one in told["latency"].items()
+                }
+                console.print(added_ms, "ms added to TTFT, p50 and p99")
+            told["closed"] = {}
+            for work in WORKS[base]:
+                told["closed"][work.name] = stage.closed(work)
+                _tell(work.name, told["closed"][work.name])
+            if tiny:
+                mixed = WORKS[base][-1]
+                per_s = OPEN_LOAD * told["closed"][mixed.name]["servers"][BARE]["requests_per_s"]
+                arrivals = Work("open loop", 0, max(8, int(per_s * OPEN_S)), mixed.tokens, True, mixed.slo)
+                told["open"] = stage.opened(arrivals, per_s)
+                _tell(arrivals.name, told["open"])
+                told["check"] = stage.check()
+                console.print(
+                    {name: one["agree"] for name, one in told["check"].items()}, "the generators agree"
+                )
+            told["memory_mb"] = stage.memory()
+            told["leaves_out"] = {one.name: one.server.leaves_out for one in servers}
+    return told | {
+        "base": base,
+        "peers": list(peers),
+        "pairs": plan.pairs,
+        "seed": SEED,
+        "adapters": ADAPTERS,
     }
-    table = Table("streams", "server", "tok/s (median)", "TTFT p50 ms", "tokens")
-    with ours(options.home, options.base) as mine, bare(options.home, options.base) as theirs:
-        for streams in options.streams:
-            figures = measure([mine, theirs], streams, options.pairs)
-            ratio = figures["bespoke"]["tokens_per_s"] / figures["vllm"]["tokens_per_s"]
-            report[f"streams_{streams}"] = figures | {"ratio": round(ratio, 3)}
-            for name, row in figures.items():
-                table.add_row(str(streams), name, *(str(value) for value in row.values()))
-        report["memory_mb"] = memory_mb(psutil.Process())
-    console = Console()
-    console.print(table)
-    console.print_json(json.dumps(report))
 
 
-if __name__ == "__main__":
-    main()
+def _tell(name: str, told: dict[str, Any]) -> None:
+    for server, one in told["servers"].items():
+        ratio, cpu = one["ratio"] or {}, one["front_cpu_ratio"] or {}
+        console.print(
+            f"{name:18} {server:22} {one['tokens_per_s']:8.1f} tok/s, {ratio.get('median', 0):.3f} of bare "
+            f"({ratio.get('low', 0):.3f} to {ratio.get('high', 0):.3f}); "
+            f"TTFT p50 {one['ttft_p50_ms']:.0f} ms; "
+            f"front {1000 * one['front_cpu_s_per_1k']:.0f} µs a token ({cpu.get('median', 0):.2f} of bare)"
+            + (f"; {one['failed']} failed: {one.get('errors')}" if one["failed"] else "")
+        )

@@ -33,7 +33,14 @@ def free_port() -> int:
 
 @contextmanager
 def running(
-    name: str, command: list[str], variables: Mapping[str, str], *, directory: Path, url: str, model: str
+    name: str,
+    command: list[str],
+    variables: Mapping[str, str],
+    *,
+    directory: Path,
+    url: str,
+    model: str,
+    key: str = "none",
 ) -> Iterator[int]:
     """Run `command` in `directory` until it answers a chat completion for `model`; yields its process id.
 
@@ -51,7 +58,7 @@ def running(
             start_new_session=True,
         )
         try:
-            _wait_for_answer(process, url, model)
+            _wait_for_answer(process, url, model, key)
             _require_loopback(process.pid)
             yield process.pid
         except PeerFailed as failure:
@@ -60,10 +67,11 @@ def running(
             _end(process)
 
 
-def _wait_for_answer(process: "subprocess.Popen[bytes]", url: str, model: str) -> None:
+def _wait_for_answer(process: "subprocess.Popen[bytes]", url: str, model: str, key: str) -> None:
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     deadline_s, said = time.monotonic() + START_TIMEOUT_S, "nothing"
-    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as client:
         while time.monotonic() < deadline_s:
             if process.poll() is not None:
                 raise PeerFailed(f"ended with status {process.returncode}")

@@ -1,0 +1,74 @@
+"""The load generator: closed loop, open loop, and one request at a time in turns."""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import uvloop
+
+from loadtests.bench.connection import Answer, Pool
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All answers of one turn, and how long it took from the first request to the last answer's end."""
+
+    answers: list[Answer]
+    wall_s: float
+
+
+def run(task: Callable[[], Awaitable[T]]) -> T:
+    """On a loop of its own; uvloop's, because the load must cost as little as it can."""
+
+    async def main() -> T:
+        return await task()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main())
+
+
+async def closed(url: str, requests: Sequence[bytes], streams: int) -> Run:
+    """`streams` clients that each send the next request when they have read an answer to its end."""
+    pool, left, answers = Pool(url), list(reversed(requests)), []
+
+    async def client() -> None:
+        while left:
+            answers.append(await pool.ask(left.pop()))
+
+    started_s = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(streams)))
+    wall_s = time.perf_counter() - started_s
+    pool.close()
+    return Run(answers, wall_s)
+
+
+async def opened(url: str, requests: Sequence[bytes], per_s: float, seed: int) -> Run:
+    """Poisson arrivals: a request is sent at its time, however many are still unanswered."""
+    pool, rng, tasks = Pool(url), random.Random(seed), []
+    started_s = due_s = time.perf_counter()
+    for request in requests:
+        due_s += rng.expovariate(per_s)
+        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+        tasks.append(asyncio.create_task(pool.ask(request)))
+    answers = list(await asyncio.gather(*tasks))
+    wall_s = time.perf_counter() - started_s
+    pool.close()
+    return Run(answers, wall_s)
+
+
+async def alternating(urls: Sequence[str], requests: Sequence[Sequence[bytes]]) -> list[list[Answer]]:
+    """The next request to each server in turn, one at a time; `requests` has a list for each server."""
+    pools = [Pool(url) for url in urls]
+    answers: list[list[Answer]] = [[] for _ in urls]
+    for number in range(len(requests[0])):
+        order = range(len(urls)) if number % 2 else range(len(urls) - 1, -1, -1)
+        for server in order:
+            answers[server].append(await pools[server].ask(requests[server][number]))
+    for pool in pools:
+        pool.close()
+    return answers

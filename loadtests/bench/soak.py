@@ -1,0 +1,86 @@
+"""Half an hour of steady load: is anything growing?"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from loadtests.bench.connection import encoded
+from loadtests.bench.figures import figures, slope
+from loadtests.bench.front import ADAPTERS, TINY_SLO
+from loadtests.bench.group import published
+from loadtests.bench.load import closed, opened, run
+from loadtests.bench.ours import ours
+from loadtests.bench.processes import Family
+from loadtests.bench.tables import markdown
+from loadtests.bench.work import Work, bodies
+from loadtests.peers.server import Server
+
+LOAD = 0.5  # of what a closed loop of 16 reaches
+SETTLING = 3  # minutes at the start that do not count: caches fill
+LATENCIES = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
+console = Console(stderr=True)
+
+
+def measure(home: Path, base: str, *, minutes: int, seed: int) -> dict[str, Any]:
+    with published(home, base, ADAPTERS) as adapters, ours(home, base, adapters) as server:
+        models = (server.model, *server.adapters)
+        family, per_s, told = Family((server.root_pid,)), LOAD * _capacity(server, models), []
+        for minute in range(1, minutes + 1):
+            count = math.ceil(60 * per_s)
+            work = Work("soak", 0, count, 64, mixed=True, slo=TINY_SLO)
+            requests = _requests(server, models, work, minute)
+            taken = figures(run(lambda: opened(server.url, requests, per_s, seed + minute)), work.slo)  # noqa: B023
+            told.append(taken | {"memory_mb": family.memory_mb()})
+            console.print(
+                f"minute {minute}: TTFT p50 {taken['ttft_p50_ms']:.0f} ms, {taken['failed']} failed, "
+                f"{sum(told[-1]['memory_mb'].values())} MB"
+            )
+    return {"base": base, "minutes": minutes, "arrivals_per_s": round(per_s, 2), "seed": seed,
+            "trend": trend(told), "by_minute": told}  # fmt: skip
+
+
+def trend(told: list[dict[str, Any]]) -> dict[str, Any]:
+    """Slopes after the settling minutes: MB an hour by process, ms an hour for the latencies."""
+    steady = told[SETTLING:] if len(told) > SETTLING + 1 else told
+    roles = {role for minute in steady for role in minute["memory_mb"]}
+    by_role = {r: round(60 * slope([m["memory_mb"].get(r, 0) for m in steady]), 1) for r in sorted(roles)}
+    whole = [sum(minute["memory_mb"].values()) for minute in steady]
+    return {
+        "requests": sum(round(m["requests_per_s"] * m["wall_s"]) for m in told),
+        "failed": sum(minute["failed"] for minute in told),
+        "memory_mb": {"first": whole[0], "last": whole[-1], "per_hour": round(60 * slope(whole), 1)},
+        "memory_mb_per_hour_by_role": by_role,
+        **{
+            name: {
+                "first": steady[0][name],
+                "last": steady[-1][name],
+                "per_hour": round(60 * slope([minute[name] for minute in steady]), 2),
+            }
+            for name in LATENCIES
+        },
+    }
+
+
+def table(told: dict[str, Any]) -> str:
+    trend = told["trend"]
+    rows = [
+        [name, f"{trend[name]['first']:.1f}", f"{trend[name]['last']:.1f}", f"{trend[name]['per_hour']:+.1f}"]
+        for name in ("memory_mb", *LATENCIES)
+    ]
+    said = f"{told['minutes']} minutes, {trend['requests']} requests (Poisson, {told['arrivals_per_s']} a "
+    said += f"second), {trend['failed']} failed; the first {SETTLING} minutes do not count.\n\n"
+    return said + markdown(["", "first minute", "last minute", "slope an hour"], rows)
+
+
+def _capacity(server: Server, models: tuple[str, ...]) -> float:
+    work = Work("capacity", 16, 64, 64, mixed=True, slo=TINY_SLO)
+    for batch in (9001, 9002):  # the first warms up
+        requests = _requests(server, models, work, batch)
+        taken = figures(run(lambda: closed(server.url, requests, work.streams)), work.slo)  # noqa: B023
+    return float(taken["requests_per_s"])
+
+
+def _requests(server: Server, models: tuple[str, ...], work: Work, batch: int) -> list[bytes]:
+    return [encoded(server.url, server.key, asked) for asked in bodies(work, models, batch, ())]
