@@ -117,6 +117,14 @@ def transfer(
     return True
 
 
+_LOCK = (
+    sa.select(accounts_table.c.tenant_id)
+    .where(accounts_table.c.tenant_id.in_(sa.bindparam("tenants", expanding=True)))
+    .order_by(accounts_table.c.tenant_id)
+    .with_for_update()
+)
+
+
 def lock_account(connection: sa.Connection, tenant: str) -> None:
     """Nobody settles for `tenant` until the caller's transaction ends."""
     lock(connection, [tenant])
@@ -125,9 +133,7 @@ def lock_account(connection: sa.Connection, tenant: str) -> None:
 def lock(connection: sa.Connection, tenants: Iterable[str]) -> None:
     if connection.dialect.name == "sqlite":
         return  # a write transaction is alone there
-    c = accounts_table.c
-    query = sa.select(c.tenant_id).where(c.tenant_id.in_(sorted(set(tenants))))
-    connection.execute(query.order_by(c.tenant_id).with_for_update()).all()
+    connection.execute(_LOCK, {"tenants": sorted(set(tenants))}).all()
 
 
 def transfer_row(

@@ -100,12 +100,21 @@ def budget_of(row: "sa.Row[tuple[object, ...]]") -> Budget:
     )
 
 
+_IN_FORCE = (  # asked for each hold, so built once
+    sa.select(budgets_table)
+    .where(
+        budgets_table.c.tenant_id.in_(sa.bindparam("tenants", expanding=True)),
+        budgets_table.c.subject.in_(sa.bindparam("subjects", expanding=True)),
+        budgets_table.c.retired_at.is_(None),
+    )
+    .order_by(budgets_table.c.id)
+)
+
+
 def in_force(connection: sa.Connection, tenants: set[str], subjects: set[str]) -> list[Budget]:
     """The budgets of `tenants` that bind requests of any of `subjects` now."""
-    c = budgets_table.c
-    whose = (c.tenant_id.in_(sorted(tenants)), c.subject.in_(sorted(subjects)))
-    query = sa.select(budgets_table).where(*whose, c.retired_at.is_(None))
-    return [budget_of(row) for row in connection.execute(query.order_by(c.id))]
+    given = {"tenants": sorted(tenants), "subjects": sorted(subjects)}
+    return [budget_of(row) for row in connection.execute(_IN_FORCE, given)]
 
 
 def reserve(

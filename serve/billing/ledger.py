@@ -43,6 +43,32 @@ from serve.errors import InsufficientCredit, UnknownRecord
 
 Also = Callable[[sa.Connection], None]
 
+# The statements of each request, built once: to build them and to know them again took half of a hold's time.
+_ACCOUNT = accounts_table.c
+_RESERVE = (
+    accounts_table.update()
+    .where(
+        _ACCOUNT.tenant_id == sa.bindparam("t"),
+        _ACCOUNT.credit_nanos - _ACCOUNT.spent_nanos - _ACCOUNT.held_nanos >= sa.bindparam("amount"),
+    )
+    .values(held_nanos=_ACCOUNT.held_nanos + sa.bindparam("amount"))
+)
+_RELEASE = (
+    accounts_table.update()
+    .where(_ACCOUNT.tenant_id == sa.bindparam("t"))
+    .values(
+        held_nanos=_ACCOUNT.held_nanos - sa.bindparam("held"),
+        spent_nanos=_ACCOUNT.spent_nanos + sa.bindparam("spent"),
+    )
+)
+_DELETE_HOLDS = (
+    holds_table.delete()
+    .where(holds_table.c.request_id.in_(sa.bindparam("wanted", expanding=True)))
+    .returning(holds_table.c.request_id, holds_table.c.amount_nanos, holds_table.c.budgets)
+)
+_INSERT_HOLDS, _INSERT_TRANSFERS = holds_table.insert(), transfers_table.insert()
+_INSERT_USAGE = usage_table.insert()
+
 
 @dataclass(frozen=True, slots=True)
 class Hold:
@@ -260,8 +286,8 @@ def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) ->
             }
         )
     if opened:
-        connection.execute(transfers_table.insert(), transfers)
-        connection.execute(holds_table.insert(), opened)
+        connection.execute(_INSERT_TRANSFERS, transfers)
+        connection.execute(_INSERT_HOLDS, opened)
     return outcomes
 
 
@@ -286,13 +312,7 @@ def _take_together(
 
 
 def _reserved(connection: sa.Connection, tenant: str, amount_nanos: int) -> bool:
-    c = accounts_table.c
-    reserving = (
-        accounts_table.update()
-        .where(c.tenant_id == tenant, c.credit_nanos - c.spent_nanos - c.held_nanos >= amount_nanos)
-        .values(held_nanos=c.held_nanos + amount_nanos)
-    )
-    return connection.execute(reserving).rowcount == 1
+    return connection.execute(_RESERVE, {"t": tenant, "amount": amount_nanos}).rowcount == 1
 
 
 def _take(connection: sa.Connection, hold: Hold) -> None:
@@ -303,13 +323,8 @@ def _take(connection: sa.Connection, hold: Hold) -> None:
 
 
 def _close_all(connection: sa.Connection, closings: list[tuple[int, Closing]]) -> dict[int, Outcome]:
-    c = holds_table.c
     wanted = [closing.request_id for _, closing in closings]
-    deleted = holds_table.delete().where(c.request_id.in_(wanted))
-    held = {
-        row.request_id: row
-        for row in connection.execute(deleted.returning(c.request_id, c.amount_nanos, c.budgets))
-    }
+    held = {row.request_id: row for row in connection.execute(_DELETE_HOLDS, {"wanted": wanted})}
     outcomes: dict[int, Outcome] = {}
     closed: dict[str, Closing] = {}
     for i, closing in closings:
@@ -336,7 +351,7 @@ def _record(connection: sa.Connection, closed: list[Closing], held: dict[str, An
         )
         for one in closed
     ]
-    connection.execute(transfers_table.insert(), transfers)
+    connection.execute(_INSERT_TRANSFERS, transfers)
     moves: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     released = []
     for one in closed:
@@ -352,7 +367,7 @@ def _record(connection: sa.Connection, closed: list[Closing], held: dict[str, An
     periods = open_periods(connection, [(event.tenant, event.created_at) for event in events])
     if events:
         rows = [event.row() | {"period": period} for event, period in zip(events, periods, strict=True)]
-        connection.execute(usage_table.insert(), rows)
+        connection.execute(_INSERT_USAGE, rows)
     if failed:
         rows = [attempt.row() for attempt in failed]
         connection.execute(insert(connection, attempts_table).on_conflict_do_nothing(), rows)
@@ -363,16 +378,8 @@ def _record(connection: sa.Connection, closed: list[Closing], held: dict[str, An
 
 
 def _release(connection: sa.Connection, moves: dict[str, list[int]]) -> None:
-    c = accounts_table.c
-    releasing = (
-        accounts_table.update()
-        .where(c.tenant_id == sa.bindparam("t"))
-        .values(
-            held_nanos=c.held_nanos - sa.bindparam("held"), spent_nanos=c.spent_nanos + sa.bindparam("spent")
-        )
-    )
     rows = [{"t": t, "held": held, "spent": spent} for t, (held, spent) in sorted(moves.items())]
-    connection.execute(releasing, rows)
+    connection.execute(_RELEASE, rows)
 
 
 def _open_hold(row: "sa.Row[Any]") -> OpenHold:

@@ -21,13 +21,17 @@ periods_table = sa.Table(
 )
 
 
+_CLOSED = sa.select(periods_table.c.tenant_id, periods_table.c.period).where(
+    periods_table.c.tenant_id.in_(sa.bindparam("tenants", expanding=True))
+)
+
+
 def open_periods(connection: sa.Connection, events: Sequence[tuple[str, datetime]]) -> list[str]:
     """The billing period of each (tenant, time)."""
     if not events:
         return []
-    c = periods_table.c
-    query = sa.select(c.tenant_id, c.period).where(c.tenant_id.in_({tenant for tenant, _ in events}))
-    closed = {(row.tenant_id, row.period) for row in connection.execute(query)}
+    tenants = sorted({tenant for tenant, _ in events})
+    closed = {(row.tenant_id, row.period) for row in connection.execute(_CLOSED, {"tenants": tenants})}
     periods = []
     for tenant, at in events:
         period = f"{at:%Y-%m}"
