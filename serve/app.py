@@ -32,6 +32,7 @@ from serve.api.batch_worker import BatchWorker
 from serve.api.context import Context
 from serve.api.edge import Edge, body_bound
 from serve.api.intake import Intake
+from serve.api.traced import Traced
 from serve.api.wire import Limits
 from serve.batches import Batches
 from serve.billing.books import Books
@@ -47,6 +48,7 @@ from serve.metrics import ALONE, Metrics, Peers
 from serve.settings import Settings
 from serve.steward import Watched
 from serve.tenants import Tenants, server_secret
+from serve.tracing import OFF, tracing_of
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ def build_app(
     books = Books(Ledger(store), metrics.committed)
     journal = Journal(settings.journals_dir, failed=metrics.journal_failed)
     idempotency = Idempotency(store, lease=timedelta(seconds=settings.request_timeout_s + 120))
+    tracing = tracing_of(settings.otlp_endpoint, settings.trace_ratio, "gateway")
     gateway = Gateway(
         store=store,
         catalogue=catalogue,
@@ -82,6 +85,7 @@ def build_app(
         metrics=metrics,
         request_timeout_s=settings.request_timeout_s,
         first_token_timeout_s=settings.first_token_timeout_s,
+        tracing=tracing,
     )
 
     tenants = Tenants(store, server_secret(settings.home))
@@ -127,6 +131,7 @@ def build_app(
         await _flush_key_use(tenants)
         await admission.close()
         store.close()
+        await asyncio.to_thread(tracing.close)
 
     app = FastAPI(title="Bespoke", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.context = Context(
@@ -163,6 +168,8 @@ def build_app(
     slowest = limits.body_bytes / limits.body_timeout_s
     app.add_middleware(Intake, body_bytes_max=body_bound(**sizes), bytes_per_s_min=slowest)
     app.add_middleware(Edge, metrics=metrics, **sizes)
+    if tracing is not OFF:
+        app.add_middleware(Traced, tracing=tracing)
     return app
 
 

@@ -20,8 +20,10 @@ import psutil
 
 from quantize.card import verify
 from quantize.errors import CardMissing
+from serve import logs
 from serve.adapters import Catalogue
 from serve.app import LOOPBACK
+from serve.autoscaling import REQUESTS
 from serve.db import Store
 from serve.engine.base import Counters, Event, Final, GenerationRequest
 from serve.engine.channel import Address, Hello
@@ -33,7 +35,7 @@ from serve.engine.vllm import VllmEngine, compute_on_one_thread
 from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError, Overloaded
 from serve.metrics import Exposition, Metrics
 from serve.port import check_free
-from serve.settings import Settings
+from serve.settings import ScalingSettings, Settings
 from serve.steward import Measurements
 
 # Read by ray when it is imported and by every process it starts.
@@ -48,6 +50,7 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 from ray import serve as ray_serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.schema import LoggingConfig
 
@@ -69,10 +72,12 @@ class EngineDeployment:
 
     async def __init__(self, settings: Settings, base: str) -> None:  # type: ignore[misc] # Serve awaits it
         _keep_replica_port_on(settings.host)
+        logs.install_with_children(log_spec(settings), f"engine-{base}")
         replica = ray_serve.get_replica_context().replica_id.unique_id
+        directories = settings.bases_dir / base, settings.adapters_dir
         self._drain_timeout_s = settings.drain_timeout_s
         self._engine = await VllmEngine.start(
-            base, settings.bases_dir / base, settings.adapters_dir, settings.engine, replica
+            base, *directories, settings.engine, replica, settings.otlp_endpoint
         )
         compute_on_one_thread()
         store = Store(settings.store_url)
@@ -107,6 +112,9 @@ class EngineDeployment:
         with _ending_with_the_engine():
             return await self._engine.counters()
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {REQUESTS: self._desk.ongoing}
+
     async def check_health(self) -> None:
         with _ending_with_the_engine():
             await self._engine.check_health()
@@ -138,7 +146,7 @@ class StewardDeployment:
         from serve.chores import build_steward
 
         _keep_replica_port_on(settings.host)
-        logging.getLogger("serve").setLevel(logging.INFO)
+        logs.install(log_spec(settings), "steward")
         self._steward = build_steward(settings, _engines(settings, contexts, handles))
         self._running = asyncio.get_running_loop().create_task(self._steward.run())
 
@@ -207,7 +215,7 @@ class GatewayDeployment:
         from serve.server import HttpServer
 
         _keep_replica_port_on(settings.host)
-        logging.getLogger("serve").setLevel(logging.INFO)
+        logs.install(log_spec(settings), "gateway")
         engines = _engines(settings, contexts, handles)
         self._following = [asyncio.create_task(engine.follow()) for engine in engines.values()]
         fleet = Fleet(settings.gateway_replicas)
@@ -219,8 +227,21 @@ class GatewayDeployment:
     async def exposition(self) -> Exposition:
         return await asyncio.to_thread(self._metrics.exposition)
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {REQUESTS: self._server.ongoing}
+
     async def __del__(self) -> None:
         await self._server.stop()
+
+
+def log_spec(settings: Settings) -> logs.LogSpec:
+    return logs.LogSpec(
+        str(settings.logs_dir),
+        settings.log_format,
+        settings.log_level,
+        file_bytes=settings.log_file_bytes,
+        kept=settings.log_files - 1,
+    )
 
 
 def classify(error: BaseException) -> BespokeError | None:
@@ -244,7 +265,7 @@ def build(settings: Settings) -> Any:
         contexts[base] = min(settings.engine.max_model_len, _context_tokens_max(settings.bases_dir / base))
         engines[base] = engine.options(
             name=f"engine-{base}",
-            num_replicas=settings.engine_replicas,
+            **_replicas(settings.engine_replicas, settings.engine_scaling),
             max_ongoing_requests=CONTROL_CALLS,
             ray_actor_options={"num_cpus": 0, "num_gpus": _gpus(settings)},
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -255,7 +276,7 @@ def build(settings: Settings) -> Any:
         ).bind(settings, base)
     gateway = ray_serve.deployment(GatewayDeployment).options(
         name=GATEWAY_NAME,
-        num_replicas=settings.gateway_replicas,
+        **_replicas(settings.gateway_replicas, settings.gateway_scaling),
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
@@ -268,6 +289,26 @@ def build(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=5,
     )
     return gateway.bind(settings, contexts, engines, steward.bind(settings, contexts, engines))
+
+
+def _replicas(least: int, scaling: ScalingSettings) -> dict[str, Any]:
+    """Serve's options for a fixed number of replicas, or for one that follows the load."""
+    if scaling.replicas_max is None:
+        return {"num_replicas": least}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=least,
+            initial_replicas=least,
+            max_replicas=scaling.replicas_max,
+            target_ongoing_requests=scaling.requests_per_replica,
+            upscale_delay_s=scaling.up_after_s,
+            downscale_delay_s=scaling.down_after_s,
+            # The delays damp enough; a longer memory would only make both longer.
+            metrics_interval_s=1,
+            look_back_period_s=3,
+            policy=AutoscalingPolicy(policy_function="serve.autoscaling:replicas_for"),
+        )
+    }
 
 
 class Service:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
+from serve import logs
 from serve.adapters import Catalogue
 from serve.admission import Admission
 from serve.billing.books import Books
@@ -24,6 +25,7 @@ from serve.generation import Admitted, Call, Generation, Terms, detached
 from serve.metrics import Metrics
 from serve.offers import Offer, Offers
 from serve.tenants import Principal
+from serve.tracing import OFF, Tracing
 
 # A chat template adds a few tokens per message and at most a short default system prompt.
 _TEMPLATE_TOKENS, _MESSAGE_TOKENS = 64, 16
@@ -60,11 +62,12 @@ class Gateway:
         request_timeout_s: float,
         first_token_timeout_s: float,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        tracing: Tracing = OFF,
     ) -> None:
         self._engines = engines
         self._admission = admission
         self._offers = Offers(store, catalogue)
-        self.terms = Terms(books, journal, metrics, request_timeout_s, first_token_timeout_s, now)
+        self.terms = Terms(books, journal, metrics, request_timeout_s, first_token_timeout_s, now, tracing)
         self._running: set[asyncio.Task[None]] = set()
 
     async def generate(self, principal: Principal, call: Call) -> Generation:
@@ -85,6 +88,7 @@ class Gateway:
         return generation
 
     async def _start(self, principal: Principal, call: Call) -> Generation:
+        logs.handle(call.request_id)
         for _ in range(_OFFERS_MAX):
             with contextlib.suppress(Outdated):
                 return await self._start_once(principal, call)
@@ -92,17 +96,20 @@ class Gateway:
         raise StoreUnavailable()
 
     async def _start_once(self, principal: Principal, call: Call) -> Generation:
-        quote = self._quote(principal, call, await self._offer(principal, call))
-        ticket = await self._admission.admit(principal.subjects, tokens=quote.tokens_max)
+        step = self.terms.tracing.step
+        with step("admission"):
+            quote = self._quote(principal, call, await self._offer(principal, call))
+            ticket = await self._admission.admit(principal.subjects, tokens=quote.tokens_max)
         try:
             sale = self._sale(principal, call, quote)
-            await self._hold(principal, call, quote, sale)
+            with step("hold"):
+                await self._hold(principal, call, quote, sale)
         except BaseException:
             ticket.release(0)
             raise
         admitted = Admitted(sale, quote.offer.model, ticket, quote.context_tokens_max)
         generation = Generation(self.terms, principal, call, admitted, self._engines[admitted.model.base])
-        task = asyncio.create_task(generation.run(), context=detached())
+        task = asyncio.create_task(generation.run(), context=detached(generation.handling))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return generation

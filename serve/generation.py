@@ -18,6 +18,7 @@ from typing import Protocol
 
 import sqlalchemy as sa
 
+from serve import logs
 from serve.adapters import Model
 from serve.admission import Standing, Ticket
 from serve.answer import Answer
@@ -42,6 +43,7 @@ from serve.engine.base import (
 from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, StoreUnavailable
 from serve.metrics import Metrics, Pace
 from serve.tenants import Principal
+from serve.tracing import OFF, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -111,15 +113,16 @@ class Terms:
     request_timeout_s: float
     first_token_timeout_s: float
     now: Callable[[], datetime]
+    tracing: Tracing = OFF
 
 
-def detached() -> contextvars.Context:
-    """An empty context, for work that outlives its client.
+def detached(whose: logs.Handling) -> contextvars.Context:
+    """A context for work that outlives its client, empty but for which request it is.
 
     Ray Serve keeps a request's identity in context variables, and when the client leaves it cancels every
     call that was made under it: the abort itself, and the stream that carries the engine's last count.
     """
-    return contextvars.Context()
+    return logs.context_of(whose)
 
 
 class Generation:
@@ -133,6 +136,11 @@ class Generation:
         self.tokens = Tokens()
         self.answer = Answer(call.choices) if call.whole else None
         self.created_at = terms.now()
+        operation = "text_completion" if isinstance(call.prompt, Texts) else "chat"
+        self._course = terms.tracing.course(
+            operation, call.model, admitted.model.base, call.sampling, call.request_id
+        )
+        self.handling = logs.handling()
         self._terms = terms
         self._principal = principal
         self._admitted = admitted
@@ -191,9 +199,11 @@ class Generation:
             self._terms.journal.follow(self.call.request_id, self._used)
         failure = await self._listen()
         self._done = True
+        self._course.step("settlement")
         metrics.pace(self.model.base, self._version, self._pace)
         with metrics.settling():
             await self._settle_or_void(failure)
+        self._course.end()
         self._admitted.ticket.release(self.tokens.prompt + self.tokens.completion)
         metrics.in_progress.dec()
         if not self._accepted.done():
@@ -243,6 +253,7 @@ class Generation:
         """Stream from a replica, which knows the request as `engine_id`."""
         self._engine_id, self._served_by = engine_id, None
         self._attempts += 1
+        self._course.step("dispatch", attempt=self._attempts)
         await self._engine.generate(self._request(), self._take)
 
     def _take(self, batch: list[Event]) -> None:
@@ -290,10 +301,12 @@ class Generation:
             reasoning_effort=self.call.reasoning_effort,
             whole=self.call.whole,
             context_tokens_max=self._admitted.context_tokens_max,
+            trace_headers=self._course.headers,
         )
 
     def _accept(self, event: Accepted) -> None:
         self._served_by = event
+        self._course.step("first_token", replica=event.replica)
         self.tokens = Tokens(prompt=event.prompt_tokens)
         if not self._accepted.done():
             self._accepted.set_result(event)
@@ -305,6 +318,7 @@ class Generation:
         self._pace.note(self._last)
         if self._last and self._first_token_s is None:
             self._first_token_s = monotonic()
+            self._course.step("generation")
             waited_s = self._first_token_s - self._started_s
             self._terms.metrics.ttft(self.model.base, self._version, waited_s)
         if (end := self._finished) is not None:
@@ -355,7 +369,7 @@ class Generation:
                     log.warning("request %s is not aborted yet: %s", self.call.request_id, error)
                     await asyncio.sleep(_ABORT_RETRY_S)
 
-        self._stopping = asyncio.create_task(abort(), context=detached())
+        self._stopping = asyncio.create_task(abort(), context=detached(self.handling))
 
     async def _settle_or_void(self, failure: BespokeError | None) -> None:
         """Close the hold, however long the store is away; the journal knows, if this process dies first."""
@@ -376,6 +390,7 @@ class Generation:
 
     def _void(self, failure: BespokeError | None, at: datetime) -> Closing:
         reason = type(failure).__name__ if failure else (self._stopped or "no tokens")
+        self._course.voided(reason, self._attempts)
         if failure is not None and self._attempts > len(self._failed):
             self._failed.append(self._failure(failure))
         self.tokens = Tokens()
@@ -392,6 +407,7 @@ class Generation:
 
     def _settlement(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> Closing:
         event = self._event(served_by, failure, at)
+        self._course.settled(event, self._reasons)
         self._terms.metrics.closed(self.model.base, self._version, event.status.value)
         self._terms.metrics.tokens(self.model.base, self._version, event.tokens)
         self._terms.metrics.billed(self.model.base, event.cost_nanos)

@@ -93,6 +93,11 @@ class HttpServer:
                 self._serving.result()
                 raise RuntimeError("the gateway's application did not start")
 
+    @property
+    def ongoing(self) -> int:
+        """Requests that are being answered."""
+        return len(self._server.server_state.tasks)
+
     async def stop(self) -> None:
         """Takes no more connections and returns once the last answer is sent."""
         self._server.should_exit = True

@@ -7,7 +7,7 @@ travel as plain values. Unknown names are errors: a typing mistake must not sile
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -59,6 +59,17 @@ class LimitSettings(BaseSettings):
     queued_requests: int = Field(256, ge=1)
 
 
+class ScalingSettings(BaseSettings):
+    """How many replicas a deployment may grow to, and when. Without `replicas_max` their number is fixed."""
+
+    model_config = SettingsConfigDict(extra="forbid")
+
+    replicas_max: int | None = Field(None, ge=1)
+    requests_per_replica: float = Field(16.0, gt=0)
+    up_after_s: float = Field(10.0, ge=0)
+    down_after_s: float = Field(300.0, ge=0)
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="BESPOKE_", env_nested_delimiter="__", extra="forbid", validate_default=True
@@ -77,8 +88,24 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(60.0, ge=0)
     metrics_adapters: int = Field(100, ge=0)
     metrics_token: SecretStr | None = Field(None, min_length=1)
+    log_format: str = Field("json", pattern="^(json|text)$")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")  # of Bespoke; others: WARNING
+    log_file_bytes: int = Field(16 << 20, ge=4096)
+    log_files: int = Field(5, ge=2)  # per process, the current one included
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s]+")  # a collector; None: no traces
+    trace_ratio: float = Field(1.0, ge=0, le=1)  # of the requests, unless the client asks for none
     engine: EngineSettings = EngineSettings()
     limits: LimitSettings = LimitSettings()
+    gateway_scaling: ScalingSettings = ScalingSettings()
+    engine_scaling: ScalingSettings = ScalingSettings()
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> "Settings":
+        for name in ("gateway", "engine"):
+            least, most = getattr(self, f"{name}_replicas"), getattr(self, f"{name}_scaling").replicas_max
+            if most is not None and most < least:
+                raise ValueError(f"{name}_scaling.replicas_max is {most}, below {name}_replicas ({least})")
+        return self
 
     @property
     def bases_dir(self) -> Path:
@@ -95,6 +122,10 @@ class Settings(BaseSettings):
     @property
     def journals_dir(self) -> Path:
         return self.home / "journals"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.home / "logs"
 
     @property
     def invoices_dir(self) -> Path:

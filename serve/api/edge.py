@@ -12,6 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve import logs
 from serve.admission import Quota, Standing
 from serve.api.errors import kind_of, render
 from serve.errors import BespokeError, BodyTooLarge
@@ -50,6 +51,7 @@ class Edge:
         started_s = monotonic()
         # Ours, never the client's: it is the ledger's key.
         request_id = scope.setdefault("state", {})["request_id"] = f"req_{uuid.uuid4().hex}"
+        logs.handle(request_id)
         status = 500
         received_bytes, most = 0, self._body_bytes_max(scope)
 
@@ -84,7 +86,9 @@ class Edge:
             if status >= 400:
                 error = scope["state"].get("refused") or BespokeError()
                 self._metrics.refused(error, *kind_of(error))
-            log.info("%s %s %s %.0f ms %s", scope["method"], route, status, took_s * 1e3, request_id)
+            duration_ms = round(took_s * 1e3)
+            what = {"method": scope["method"], "route": route, "status": status, "duration_ms": duration_ms}
+            log.info("answered", extra=what)
 
 
 def rate_limits(standing: Standing | None) -> dict[str, str]:

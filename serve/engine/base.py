@@ -6,7 +6,7 @@ Events are msgspec's structs, because one of them is made, sent and read for eac
 After `abort` the last event is Finished still, which carries what was generated until then.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -109,7 +109,8 @@ class GenerationRequest:
     `cache_salt` keeps the prefix cache of one tenant from being probed by another.
     `length_param` is the client's own name for `completion_tokens_max`, for error messages.
     With `whole` nobody reads the answer before it is complete: each choice comes in one piece, and the
-    counts as they arise. `context_tokens_max` narrows the engine's own context.
+    counts as they arise. `context_tokens_max` narrows the engine's own context. `trace_headers` name the span
+    that the engine's own are under (W3C Trace Context), if there is one.
     """
 
     request_id: str
@@ -122,6 +123,7 @@ class GenerationRequest:
     reasoning_effort: str | None = None
     whole: bool = False
     context_tokens_max: int | None = None
+    trace_headers: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

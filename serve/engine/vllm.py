@@ -16,6 +16,7 @@ from typing import Any
 
 from finetune.errors import FinetuneError
 from quantize.card import read_card
+from serve import logs
 from serve.adapters import AdapterRef
 from serve.engine import scratch
 from serve.engine.base import (
@@ -43,6 +44,7 @@ from serve.errors import (
 )
 from serve.lora_files import target_suffixes
 from serve.settings import EngineSettings
+from serve.tracing import prepare_vllm, trace_id_of, traces_url
 from serve.vllm_plugin.packed import Layer, Layout
 
 log = logging.getLogger(__name__)
@@ -77,16 +79,28 @@ class VllmEngine:
 
     @classmethod
     async def start(
-        cls, base: str, base_dir: Path, adapters_dir: Path, settings: EngineSettings, replica: str
+        cls,
+        base: str,
+        base_dir: Path,
+        adapters_dir: Path,
+        settings: EngineSettings,
+        replica: str,
+        otlp_endpoint: str | None = None,
     ) -> "VllmEngine":
         """Load the base and prove with one real request that it answers. Takes tens of seconds."""
         _prepare_environment(settings)
+        prepare_vllm(otlp_endpoint)
         from vllm import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         targets = target_suffixes(base_dir) if settings.max_loras else []
-        args = AsyncEngineArgs(model=str(base_dir), served_model_name=base, **_engine_args(settings, targets))
+        args = AsyncEngineArgs(
+            model=str(base_dir),
+            served_model_name=base,
+            otlp_traces_endpoint=traces_url(otlp_endpoint) if otlp_endpoint else None,
+            **_engine_args(settings, targets),
+        )
         config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
         # A small model may write free whitespace until its tokens are spent. Both grammar backends that
         # `auto` chooses between know the switch; vLLM's check of the arguments overlooks that.
@@ -178,6 +192,7 @@ class VllmEngine:
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         """The events of `serve.engine.base.Engine.generate`, for whoever is in this process."""
+        logs.handle(request.request_id, trace_id=trace_id_of(request.trace_headers))
         rendered = await self._renderer.render(request)
         reader = self._reader(request, rendered)
         adapter = request.adapter
@@ -234,7 +249,12 @@ class VllmEngine:
         try:
             for part, (prompt, params) in enumerate(zip(rendered.inputs, rendered.params, strict=True)):
                 name = _part(request.request_id, part)
-                queues.append(await self._llm.add_request(name, prompt, params, lora_request=lora))
+                headers = request.trace_headers
+                queues.append(
+                    await self._llm.add_request(
+                        name, prompt, params, lora_request=lora, trace_headers=headers
+                    )
+                )
             yield queues
         finally:
             del self._parts[request.request_id]

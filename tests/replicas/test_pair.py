@@ -10,10 +10,11 @@ import psutil
 import pytest
 
 from serve.adapters import AdapterRef, Catalogue, State
-from serve.router import SLACK_REQUESTS, Candidate, rank
+from serve.engine.routing import SLACK_REQUESTS, choose
 from tests.replicas.conftest import SEQUENCES, TENANT, Pair, Stream
 from tests.serve.conftest import NOON, TINY, enter, wait_until
 from tests.serve.test_live import HELLO, assert_reconciled
+from tests.serve.test_routing import Candidate
 
 pytestmark = pytest.mark.slow
 
@@ -69,10 +70,10 @@ def place(pair: Pair, adapter: AdapterRef) -> str:
     Where both hold it, that is the rendezvous hash's choice; the gateway hears every 2 s what they hold.
     """
     assert_served_by_both(pair, adapter.model)
-    known = [Candidate(replica, 0, 99) for replica in pair.pids()]
-    chosen = rank(adapter.id, known, SLACK_REQUESTS)[0][0].id
-    wait_until(lambda: bool(ask(pair, adapter.model, 1)[1]["replica"] == chosen), 20)
-    return chosen
+    chosen = choose(adapter.id, [Candidate(replica, 0) for replica in pair.pids()])
+    assert chosen is not None
+    wait_until(lambda: bool(ask(pair, adapter.model, 1)[1]["replica"] == chosen.id), 20)
+    return chosen.id
 
 
 def test_requests_for_one_adapter_keep_to_one_replica_while_it_has_room(pair: Pair) -> None:

@@ -71,9 +71,9 @@ class PlayingEngine:
 class Played:
     """A gateway with the tenants acme and rival, whose engine plays `scripts`."""
 
-    def __init__(self, home: Path, *scripts: Script) -> None:
+    def __init__(self, home: Path, *scripts: Script, **settings: Any) -> None:
         self.engine = PlayingEngine(*scripts)
-        self.app = build_app(Settings(home=home, bases=[TINY]), {TINY: self.engine})
+        self.app = build_app(Settings(home=home, bases=[TINY], **settings), {TINY: self.engine})
         self.store = self.app.state.context.store
         self.gateway = self.app.state.context.gateway
         self.keys = onboard(self.store, home, ("acme", "rival"))
