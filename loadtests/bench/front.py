@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from loadtests.bench.connection import encoded
+from loadtests.bench.connection import Answer, encoded
 from loadtests.bench.figures import added, agreement, figures, over, paired, spread
 from loadtests.bench.group import BARE, Running, published, started
-from loadtests.bench.load import Run, alternating, closed, opened, run
+from loadtests.bench.load import Run, closed, opened, run
 from loadtests.bench.ours import NAME
 from loadtests.bench.processes import front_s, idle_percent, used
 from loadtests.bench.vllm_generator import measured, order
@@ -29,8 +29,8 @@ ADAPTERS = 7  # with the base, eight models in turn
 TINY_SLO, SMOL_16, SMOL_64 = Slo(500, 100), Slo(2000, 300), Slo(10_000, 1500)
 WORKS = {
     "tiny": (
-        Work("base, 16 streams", 16, 64, 64, mixed=False, slo=TINY_SLO),
-        Work("mixed, 16 streams", 16, 64, 64, mixed=True, slo=TINY_SLO),
+        Work("base, 16 streams", 16, 128, 64, mixed=False, slo=TINY_SLO),
+        Work("mixed, 16 streams", 16, 128, 64, mixed=True, slo=TINY_SLO),
     ),
     "smollm2-135m": (
         Work("mixed, 16 streams", 16, 16, 64, mixed=True, slo=SMOL_16),
@@ -40,7 +40,11 @@ WORKS = {
 OPEN_LOAD = 0.6  # of the requests/s that the bare server answered in a closed loop
 OPEN_S = 8.0
 LATENCY_TOKENS = 8
+LATENCY_BLOCK = 25
 IDLE_SETTLE_S = 3.0
+# vLLM's worker waits actively for a second after its last step (shm_broadcast.SpinTimer): on a core that the
+# next server's turn needs.
+REST_S = 1.5
 console = Console(stderr=True)
 
 
@@ -102,16 +106,16 @@ class Stage:
         return told | {"arrivals_per_s": round(per_s, 2)}
 
     def latency(self) -> dict[str, Any]:
-        """One request at a time, to each server in turn."""
-        requests = []
-        for one in self._servers:
-            texts = [
-                prompt(self._salted(one, 9000), number) for number in range(self._plan.latency_requests + 8)
-            ]
-            requests.append([self._encode(one, one.server.model, text, LATENCY_TOKENS) for text in texts])
-        answers = run(lambda: alternating([one.server.url for one in self._servers], requests))
+        """One request at a time; servers take turns of LATENCY_BLOCK, whose first wakes the engine."""
+        answers: list[list[Answer]] = [[] for _ in self._servers]
+        for block in range(-(-self._plan.latency_requests // LATENCY_BLOCK)):
+            for one, mine in zip(self._servers, answers, strict=True):
+                texts = [prompt(self._salted(one, 9000 + block), n) for n in range(LATENCY_BLOCK + 1)]
+                requests = [self._encode(one, one.server.model, text, LATENCY_TOKENS) for text in texts]
+                time.sleep(REST_S)
+                mine += run(lambda: closed(one.server.url, requests, 1)).answers[1:]  # noqa: B023
         ttft_s = {
-            one.name: [answer.ttft_s for answer in mine[8:] if answer.ok]  # the first ones warm up
+            one.name: [answer.ttft_s for answer in mine if answer.ok]
             for one, mine in zip(self._servers, answers, strict=True)
         }
         failed = {
@@ -159,7 +163,11 @@ class Stage:
         for _ in range(self._plan.pairs):
             self._batch += 1
             for one in self._servers:
-                requests, before = self._requests(one, work, self._batch), one.family.moment()
+                requests = self._requests(one, work, self._batch)
+                waking = self._encode(one, one.server.model, prompt(self._salted(one, self._batch), 7777), 4)
+                time.sleep(REST_S)
+                run(lambda: closed(one.server.url, [waking], 1))  # noqa: B023
+                before = one.family.moment()
                 taken: Run = run(lambda: go(one, requests))  # noqa: B023
                 turns[one.name].append(self._figures(one, taken, work, before))
         return {

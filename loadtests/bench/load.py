@@ -59,16 +59,3 @@ async def opened(url: str, requests: Sequence[bytes], per_s: float, seed: int) -
     wall_s = time.perf_counter() - started_s
     pool.close()
     return Run(answers, wall_s)
-
-
-async def alternating(urls: Sequence[str], requests: Sequence[Sequence[bytes]]) -> list[list[Answer]]:
-    """The next request to each server in turn, one at a time; `requests` has a list for each server."""
-    pools = [Pool(url) for url in urls]
-    answers: list[list[Answer]] = [[] for _ in urls]
-    for number in range(len(requests[0])):
-        order = range(len(urls)) if number % 2 else range(len(urls) - 1, -1, -1)
-        for server in order:
-            answers[server].append(await pools[server].ask(requests[server][number]))
-    for pool in pools:
-        pool.close()
-    return answers

@@ -75,6 +75,9 @@ class VllmEngine:
         self._probed = (0, 0)
         self._parts: dict[str, int] = {}
         self._finals = Finals(self.abort)
+        self._unloads = 0
+        self._worker: dict[str, Any] = {}
+        self._moved: tuple[int, ...] = ()
         self.served = 0  # adapter versions that this base should serve
 
     @classmethod
@@ -176,6 +179,7 @@ class VllmEngine:
         """Out of the slots and out of memory, unless a request still holds it."""
         if self._packer is not None and self._packer.drop(adapter):
             await self._llm.remove_lora(adapter)
+            self._unloads += 1
 
     @contextlib.asynccontextmanager
     async def _lora(self, adapter: AdapterRef | None) -> AsyncIterator[Any]:
@@ -289,18 +293,27 @@ class VllmEngine:
             completion_tokens,
             *self._probed,
             running,
-            await self._residency(),
+            await self._residency((prompt_tokens, completion_tokens, running)),
             load,
         )
 
-    async def _residency(self) -> Residency:
+    async def _residency(self, moved: tuple[int, ...]) -> Residency:
+        """`moved` is what changes whenever a worker's slots can have changed.
+
+        Only then is the worker asked: it waits actively for a second after each call, so a steward that asks
+        every five seconds would keep a fifth of a core busy in an idle engine.
+        """
         if self._packer is None or self._slots is None:
             return Residency()
-        try:
-            (worker, *_) = await self._llm.collective_rpc("bespoke_residency")
-        except Exception as error:
-            log.exception("vLLM does not tell what it holds")
-            raise _lost_or(EngineUnavailable(), self._llm) from error
+        moved += (self._packer.loads, self._packer.evictions, self._unloads)
+        if moved != self._moved:
+            try:
+                (self._worker, *_) = await self._llm.collective_rpc("bespoke_residency")
+            except Exception as error:
+                log.exception("vLLM does not tell what it holds")
+                raise _lost_or(EngineUnavailable(), self._llm) from error
+            self._moved = moved
+        worker = self._worker
         return Residency(
             slots=len(worker["slots"]),
             memory=len(self._packer.held),

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 
 from loadtests.bench.connection import Pool, encoded
-from loadtests.bench.load import Run, alternating, closed, opened, run
+from loadtests.bench.load import Run, closed, opened, run
 
 PAUSE_S = 0.02
 
@@ -137,19 +137,6 @@ def test_open_loop_does_not_wait_for_answers():
     taken = run(go)
     assert all(answer.ok for answer in taken.answers)
     assert taken.wall_s < 10 * 11 * PAUSE_S  # one after the other they would take 20 × 11 pauses
-
-
-def test_turns_go_to_each_server_once_a_round():
-    one, two = Speaker([event("a"), USAGE]), Speaker([event("b"), USAGE])
-
-    async def go() -> list[list[object]]:
-        async with one as first, two as second:
-            urls = (first, second)
-            return await alternating(urls, [asked(url, 4) for url in urls])
-
-    told = run(go)
-    assert [len(answers) for answers in told] == [4, 4]
-    assert (one.requests, two.requests) == (4, 4)
 
 
 def test_a_pool_connects_again_when_the_server_has_closed():
