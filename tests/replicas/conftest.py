@@ -61,7 +61,8 @@ class Stream:
         for choice in event.get("choices", ()):
             self.finish_reason = choice["finish_reason"]
             if choice["delta"].get("role") is None:
-                self.tokens += 1
+                # Several that came at once are one piece; with log-probabilities each is told.
+                self.tokens += len(choice["logprobs"]["content"]) if choice["logprobs"] else 1
                 self._begun.set()
 
 
