@@ -15,10 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from loadtests.bench.connection import Answer, encoded
-from loadtests.bench.figures import added, agreement, figures, over, paired, spread
+from loadtests.bench.connection import encoded
+from loadtests.bench.figures import added, agreement, figures, ms, over, paired, quantile, spread
 from loadtests.bench.group import BARE, Running, published, started
-from loadtests.bench.load import Run, closed, opened, run
+from loadtests.bench.load import Run, alternating, closed, opened, run
 from loadtests.bench.ours import NAME
 from loadtests.bench.processes import front_s, idle_percent, used
 from loadtests.bench.vllm_generator import measured, order
@@ -29,8 +29,8 @@ ADAPTERS = 7  # with the base, eight models in turn
 TINY_SLO, SMOL_16, SMOL_64 = Slo(500, 100), Slo(2000, 300), Slo(10_000, 1500)
 WORKS = {
     "tiny": (
-        Work("base, 16 streams", 16, 128, 64, mixed=False, slo=TINY_SLO),
-        Work("mixed, 16 streams", 16, 128, 64, mixed=True, slo=TINY_SLO),
+        Work("base, 16 streams", 16, 64, 64, mixed=False, slo=TINY_SLO),
+        Work("mixed, 16 streams", 16, 64, 64, mixed=True, slo=TINY_SLO),
     ),
     "smollm2-135m": (
         Work("mixed, 16 streams", 16, 16, 64, mixed=True, slo=SMOL_16),
@@ -40,11 +40,11 @@ WORKS = {
 OPEN_LOAD = 0.6  # of the requests/s that the bare server answered in a closed loop
 OPEN_S = 8.0
 LATENCY_TOKENS = 8
-LATENCY_BLOCK = 25
+LATENCY_BLOCK = 21
+# vLLM's worker spins for a second after its last step, and all of them are pinned to the same core: what
+# begins sooner is measured beside the spinning of the server before.
+QUIET_S = 1.2
 IDLE_SETTLE_S = 3.0
-# vLLM's worker waits actively for a second after its last step (shm_broadcast.SpinTimer): on a core that the
-# next server's turn needs.
-REST_S = 1.5
 console = Console(stderr=True)
 
 
@@ -53,13 +53,13 @@ class Plan:
     """How long a stage measures; `quick` is for a look, not for a report."""
 
     pairs: int = 5
-    latency_requests: int = 300
+    latency_blocks: int = 15
     idle_s: float = 20.0
     check_prompts: int = 32
 
     @classmethod
     def of(cls, *, quick: bool, pairs: int | None) -> "Plan":
-        plan = cls(pairs=2, latency_requests=40, idle_s=5.0, check_prompts=16) if quick else cls()
+        plan = cls(pairs=2, latency_blocks=2, idle_s=5.0, check_prompts=16) if quick else cls()
         return replace(plan, pairs=pairs) if pairs else plan
 
 
@@ -106,27 +106,24 @@ class Stage:
         return told | {"arrivals_per_s": round(per_s, 2)}
 
     def latency(self) -> dict[str, Any]:
-        """One request at a time; servers take turns of LATENCY_BLOCK, whose first wakes the engine."""
-        answers: list[list[Answer]] = [[] for _ in self._servers]
-        for block in range(-(-self._plan.latency_requests // LATENCY_BLOCK)):
-            for one, mine in zip(self._servers, answers, strict=True):
-                texts = [prompt(self._salted(one, 9000 + block), n) for n in range(LATENCY_BLOCK + 1)]
-                requests = [self._encode(one, one.server.model, text, LATENCY_TOKENS) for text in texts]
-                time.sleep(REST_S)
-                mine += run(lambda: closed(one.server.url, requests, 1)).answers[1:]  # noqa: B023
-        ttft_s = {
-            one.name: [answer.ttft_s for answer in mine if answer.ok]
-            for one, mine in zip(self._servers, answers, strict=True)
-        }
-        failed = {
-            one.name: sum(not a.ok for a in mine) for one, mine in zip(self._servers, answers, strict=True)
-        }
+        """One request at a time, in blocks to each server in turn."""
+        requests = [
+            [
+                self._encode(one, one.server.model, prompt(self._salted(one, 9000), number), LATENCY_TOKENS)
+                for number in range(self._plan.latency_blocks * LATENCY_BLOCK)
+            ]
+            for one in self._servers
+        ]
+        urls = [one.server.url for one in self._servers]
+        answers = run(lambda: alternating(urls, requests, LATENCY_BLOCK, QUIET_S))
+        told = {one.name: mine for one, mine in zip(self._servers, answers, strict=True)}
+        ttft_s = {name: [answer.ttft_s for answer in mine if answer.ok] for name, mine in told.items()}
         return {
             name: {
-                "requests": len(values),
-                "failed": failed[name],
+                "requests": len(told[name]),
+                "failed": len(told[name]) - len(values),
                 **{f"p{p}": added(values, ttft_s[BARE], p, SEED) for p in (50, 99)},
-                "ttft_p50_ms": round(1000 * sorted(values)[len(values) // 2], 2),
+                **{f"ttft_p{p}_ms": ms(quantile(values, p)) for p in (50, 99)},
             }
             for name, values in ttft_s.items()
         }
@@ -164,9 +161,7 @@ class Stage:
             self._batch += 1
             for one in self._servers:
                 requests = self._requests(one, work, self._batch)
-                waking = self._encode(one, one.server.model, prompt(self._salted(one, self._batch), 7777), 4)
-                time.sleep(REST_S)
-                run(lambda: closed(one.server.url, [waking], 1))  # noqa: B023
+                time.sleep(QUIET_S)
                 before = one.family.moment()
                 taken: Run = run(lambda: go(one, requests))  # noqa: B023
                 turns[one.name].append(self._figures(one, taken, work, before))
@@ -231,9 +226,8 @@ def measure(home: Path, base: str, peers: tuple[str, ...], plan: Plan) -> dict[s
             for work in WORKS[base]:
                 stage.warm_up(work)
             told["idle"] = stage.idle()
-            console.print(
-                {name: one["percent"] for name, one in told["idle"].items()}, "% of a core when idle"
-            )
+            for name, one in told["idle"].items():
+                console.print(f"idle, % of a core: {name} {one['percent']} {one['by_role']}")
             if tiny:
                 told["latency"] = stage.latency()
                 added_ms = {

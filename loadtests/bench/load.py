@@ -59,3 +59,22 @@ async def opened(url: str, requests: Sequence[bytes], per_s: float, seed: int) -
     wall_s = time.perf_counter() - started_s
     pool.close()
     return Run(answers, wall_s)
+
+
+async def alternating(
+    urls: Sequence[str], requests: Sequence[Sequence[bytes]], block: int, quiet_s: float
+) -> list[list[Answer]]:
+    """One request at a time, a block of them to each server in turn, `quiet_s` before each block.
+
+    `requests` has a list for each server. The first of a block wakes its server up and is left out.
+    """
+    pools = [Pool(url) for url in urls]
+    answers: list[list[Answer]] = [[] for _ in urls]
+    for begin in range(0, len(requests[0]), block):
+        for pool, mine, told in zip(pools, requests, answers, strict=True):
+            await asyncio.sleep(quiet_s)
+            taken = [await pool.ask(request) for request in mine[begin : begin + block]]
+            told += taken[1:]
+    for pool in pools:
+        pool.close()
+    return answers

@@ -21,6 +21,8 @@ HOUSEKEEPING = {
     "ray/dashboard": "Ray's agents",
     "runtime_env": "Ray's agents",
     "ray/_private": "Ray's monitors",
+    "ray::DashboardAgent": "Ray's agents",
+    "ray::RuntimeEnvAgent": "Ray's agents",
     "ray::IDLE": "idle Ray workers",
     "resource_tracker": "resource tracker",
     "serve.cli": "bespoke serve",
@@ -34,6 +36,7 @@ FRONT = {
     "openai.api_server": "API server",
     "litellm": "LiteLLM",
     "vllm-router": "vllm-router",
+    "vllm::router": "vllm-router",
 }
 Seconds = dict[str, float]
 

@@ -4,8 +4,8 @@ import asyncio
 import json
 from collections.abc import Sequence
 
-from loadtests.bench.connection import Pool, encoded
-from loadtests.bench.load import Run, closed, opened, run
+from loadtests.bench.connection import Answer, Pool, encoded
+from loadtests.bench.load import Run, alternating, closed, opened, run
 
 PAUSE_S = 0.02
 
@@ -137,6 +137,21 @@ def test_open_loop_does_not_wait_for_answers():
     taken = run(go)
     assert all(answer.ok for answer in taken.answers)
     assert taken.wall_s < 10 * 11 * PAUSE_S  # one after the other they would take 20 × 11 pauses
+
+
+def test_blocks_go_to_each_server_in_turn_and_the_first_of_each_is_left_out():
+    one, two = Speaker([event("a"), USAGE]), Speaker([event("b"), USAGE])
+
+    async def go() -> list[list[Answer]]:
+        async with one as first, two as second:
+            urls = (first, second)
+            return await alternating(urls, [asked(url, 6) for url in urls], block=3, quiet_s=0.01)
+
+    told = run(go)
+    assert [len(answers) for answers in told] == [4, 4]
+    assert (one.requests, two.requests) == (6, 6)
+    sent = sorted((answer.sent_s, server) for server, answers in enumerate(told) for answer in answers)
+    assert [server for _, server in sent] == [0, 0, 1, 1, 0, 0, 1, 1]
 
 
 def test_a_pool_connects_again_when_the_server_has_closed():

@@ -26,6 +26,8 @@ from loadtests.bench.processes import Family, front_s, idle_percent, is_engine, 
         ("/x/python -m serve.cli serve --port 1", "bespoke serve"),
         ("/c/peers/litellm-1/bin/python /c/peers/litellm-1/bin/litellm --config c", "LiteLLM"),
         ("/c/peers/vllm-router-1/bin/python /c/bin/vllm-router --worker-urls http://u", "vllm-router"),
+        ("vllm::router", "vllm-router"),
+        ("ray::DashboardAgent", "Ray's agents"),
         ("/usr/sbin/odd --flag", "odd"),
     ],
 )  # fmt: skip
