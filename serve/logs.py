@@ -263,15 +263,15 @@ def install(spec: LogSpec, process: str) -> None:
     root = logging.getLogger()
     if any(isinstance(one, LogFile) for one in root.handlers):
         return
-    root.addHandler(LogFile(spec, process))
+    file = LogFile(spec, process)
+    root.addHandler(file)
     root.setLevel(logging.WARNING)
     for name in OURS:
         logging.getLogger(name).setLevel(spec.level)
     logging.captureWarnings(True)
     serve = logging.getLogger("ray.serve")
-    for handler in serve.handlers[:]:
-        serve.removeHandler(handler)
-    serve.propagate = True
+    serve.handlers[:] = [file]
+    serve.propagate = False  # or to the logger "ray", which prints
 
 
 def install_with_children(spec: LogSpec, process: str) -> None:

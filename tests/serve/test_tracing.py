@@ -13,13 +13,11 @@ import pytest
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.attributes import error_attributes, http_attributes, url_attributes
 
-from serve.db import Store
 from serve.engine.base import Accepted, Delta, Finished, Message, Sampling
 from serve.errors import EngineLost, EngineUnavailable
 from serve.generation import Call
-from serve.settings import EngineSettings, Settings
 from tests.serve.collector import Collector, Received
-from tests.serve.conftest import TENANTS, TINY, free_port, import_tiny, onboard
+from tests.serve.conftest import TINY, free_port
 from tests.serve.scripted import BROKEN, HELLO, LEFT, Played, Script
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -318,55 +316,3 @@ assert not found, found
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_gateway_and_vllm_tell_one_trace(tmp_path: Path, collector: Collector) -> None:
-    """Real Ray Serve and vLLM. And what all their processes log, Ray's own files included."""
-    from serve.deployment import Service
-    from tests.serve.logbook import Logbook
-
-    import_tiny(tmp_path)
-    settings = Settings(
-        home=tmp_path,
-        port=free_port(),
-        bases=[TINY],
-        otlp_endpoint=collector.endpoint,
-        engine=EngineSettings(dtype="float32", max_model_len=1024, max_loras=0, enforce_eager=True),
-    )
-    store = Store(settings.store_url)
-    keys = onboard(store, tmp_path, TENANTS[:1])
-    key = keys[TENANTS[0]]
-    headers = {"authorization": f"Bearer {key}", "traceparent": f"00-{TRACE}-{PARENT}-01"}
-    with Service(settings) as service:
-        good = httpx.post(f"{service.url}{CHAT}", json=BODY, headers=headers, timeout=120)
-        long = BODY | {"messages": [{"role": "user", "content": f"{MARKER} " * 900}]}
-        refused = httpx.post(f"{service.url}{CHAT}", json=long, headers=headers, timeout=120)
-        llm = collector.wait_for(lambda span: span.name == "llm_request" and span.trace == TRACE)
-        generation = collector.wait_for(lambda span: span.id == llm.parent)
-        server = collector.wait_for(lambda span: span.id == generation.parent)
-        assert service._scratch is not None
-        rays = [
-            path for path in service._scratch.rglob("*") if path.is_file() and path.suffix in LOG_SUFFIXES
-        ]
-        for path in rays:
-            assert MARKER not in path.read_text(errors="replace"), path
-            assert key not in path.read_text(errors="replace"), path
-    store.close()
-    assert (good.status_code, refused.status_code) == (200, 400)
-    assert (server.name, server.parent, server.service) == (f"POST {CHAT}", PARENT, "bespoke-gateway")
-    assert (generation.name, llm.service) == (f"chat {TINY}", "bespoke-engine")
-    assert generation.start_ns <= llm.start_ns
-    request_id = good.headers["x-request-id"]
-    assert llm.attributes["gen_ai.request.id"] == request_id
-    assert rays
-    logbook = Logbook(settings.logs_dir)
-    assert {name.rstrip("0123456789-") for name in logbook.files} >= {"gateway", "engine-tiny", "steward"}
-    answered = [record for record in logbook.of(request_id) if record["message"] == "answered"]
-    assert [(record["status"], record["trace_id"]) for record in answered] == [(200, TRACE)]
-    for word in (MARKER, key):
-        assert word not in logbook.text
-    assert MARKER.encode() not in b"".join(collector.bodies)
-
-
-LOG_SUFFIXES = {".log", ".out", ".err", ".json", ".txt"}
