@@ -162,9 +162,12 @@ class Stage:
             for one in self._servers:
                 requests = self._requests(one, work, self._batch)
                 time.sleep(QUIET_S)
-                before = one.family.moment()
+                before, own_s = one.family.moment(), time.process_time()
                 taken: Run = run(lambda: go(one, requests))  # noqa: B023
-                turns[one.name].append(self._figures(one, taken, work, before))
+                own_s = time.process_time() - own_s
+                told = self._figures(one, taken, work, before)
+                thousands = max(told["tokens"], 1) / 1000
+                turns[one.name].append(told | {"generator_cpu_s_per_1k": round(own_s / thousands, 4)})
         return {
             "work": {"streams": work.streams, "requests_a_turn": work.requests, "tokens": work.tokens,
                      "mixed": work.mixed, "slo": asdict(work.slo)},

@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -23,13 +25,25 @@ class Run:
 
 
 def run(task: Callable[[], Awaitable[T]]) -> T:
-    """On a loop of its own; uvloop's, because the load must cost as little as it can."""
+    """On a loop of its own; uvloop's, because the load must cost as little as it can.
+
+    SIGTERM ends the process from here too: uvloop swallows what a handler raises within one of its callbacks.
+    """
+    before = signal.getsignal(signal.SIGTERM)
 
     async def main() -> T:
+        current = asyncio.current_task()
+        assert current is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, current.cancel)
         return await task()
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main())
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(main())
+    except asyncio.CancelledError:
+        sys.exit(128 + signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 async def closed(url: str, requests: Sequence[bytes], streams: int) -> Run:

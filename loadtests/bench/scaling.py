@@ -4,6 +4,7 @@ Each size is a start of its own, because memory does not hold them beside each o
 forwards and then backwards, so that a machine that drifts shows as a spread.
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from loadtests.peers.server import Server
 
 GATEWAYS, ENGINES = (1, 2, 4), (1, 2)
 STREAMS, REQUESTS = 32, 128
+GENERATOR = "load generator"
 SATURATED = 0.95  # of a core for a process, of all cores for the machine
 console = Console(stderr=True)
 
@@ -49,9 +51,10 @@ def _rounds(server: Server, rounds: int) -> list[dict[str, Any]]:
     family, taken = Family((server.root_pid,)), []
     for number in range(rounds + 1):
         requests = [encoded(server.url, server.key, b) for b in bodies(work, (server.model,), number, ())]
-        before, busy = family.moment(), psutil.cpu_times()
+        before, busy, own_s = family.moment(), psutil.cpu_times(), time.process_time()
         one = run(lambda: closed(server.url, requests, STREAMS))  # noqa: B023
-        cores = {name: seconds / one.wall_s for name, seconds in used(before, family.moment()).items()}
+        cpu_s = used(before, family.moment()) | {GENERATOR: time.process_time() - own_s}
+        cores = {name: seconds / one.wall_s for name, seconds in cpu_s.items()}
         if number:  # the first warms up
             told = figures(one, work.slo)
             taken.append(told | {"cores": cores, "machine_busy": _busy(busy, psutil.cpu_times())})
@@ -81,7 +84,7 @@ def first_limit(point: dict[str, Any], cores: int | None = None) -> str:
     shares = ", ".join(f"{role} {share:.2f}" for role, share in list(by_role.items())[:4])
     name, most = next(iter(by_role.items()))
     if point["machine_busy"] >= SATURATED:
-        around = sum(share for role, share in by_role.items() if not is_engine(role))
+        around = sum(share for role, share in by_role.items() if not is_engine(role) and role != GENERATOR)
         return f"the machine's {cores} cores are full ({shares}; {around:.2f} are ours around the engine)"
     if most >= SATURATED:
         return f"one {name} process fills its core ({shares})"

@@ -2,7 +2,11 @@
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import Sequence
+
+import pytest
 
 from loadtests.bench.connection import Answer, Pool, encoded
 from loadtests.bench.load import Run, alternating, closed, opened, run
@@ -152,6 +156,19 @@ def test_blocks_go_to_each_server_in_turn_and_the_first_of_each_is_left_out():
     assert (one.requests, two.requests) == (6, 6)
     sent = sorted((answer.sent_s, server) for server, answers in enumerate(told) for answer in answers)
     assert [server for _, server in sent] == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def test_sigterm_ends_a_run_even_within_a_callback_and_the_handler_from_before_is_back():
+    before = signal.getsignal(signal.SIGTERM)
+
+    async def go() -> Run:
+        asyncio.get_running_loop().call_later(PAUSE_S, os.kill, os.getpid(), signal.SIGTERM)
+        async with Speaker([event("a")] * 1000) as url:
+            return await closed(url, asked(url), 1)
+
+    with pytest.raises(SystemExit):
+        run(go)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_pool_connects_again_when_the_server_has_closed():
