@@ -1,7 +1,7 @@
 """Ray Serve composition root: which deployments there are and how they are wired.
 
-The only module that imports ray. `Service` starts a private, loopback-only
-Ray in this process's children, and ends all of it again.
+The only module that imports ray. `Service` starts a private, loopback-only Ray in this process's children,
+and ends all of it again.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from serve.engine.inbox import Inbox
 from serve.engine.reconcile import Reconciler
 from serve.engine.remote import RemoteEngine
 from serve.engine.vllm import VllmEngine, compute_on_one_thread
-from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError, Overloaded
+from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError
 from serve.metrics import Exposition, Metrics
 from serve.port import check_free
 from serve.settings import ScalingSettings, Settings
@@ -51,16 +51,15 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 import ray
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.schema import LoggingConfig
 
 log = logging.getLogger(__name__)
 
 APP_NAME, GATEWAY_NAME = "bespoke", "gateway"
 LOOPBACK_ADDRESS = "127.0.0.1"
-CONTROL_CALLS = (
-    256  # what gateways and the steward ask of a replica at the same time; requests go by `channel.py`
-)
+# What gateways and the steward ask of a replica at the same time; requests go by `engine/channel.py`.
+CONTROL_CALLS = 256
 STEWARD_TIMEOUT_S = 3.0
 PEERS_TIMEOUT_S = 2.0
 SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
@@ -246,8 +245,6 @@ def log_spec(settings: Settings) -> logs.LogSpec:
 
 def classify(error: BaseException) -> BespokeError | None:
     """What ray's own errors mean in our tree."""
-    if isinstance(error, BackPressureError):
-        return Overloaded()
     if isinstance(error, DeploymentUnavailableError):
         return EngineUnavailable()
     lost = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ReplicaUnavailableError)

@@ -117,11 +117,7 @@ class Terms:
 
 
 def detached(whose: logs.Handling) -> contextvars.Context:
-    """A context for work that outlives its client, empty but for which request it is.
-
-    Ray Serve keeps a request's identity in context variables, and when the client leaves it cancels every
-    call that was made under it: the abort itself, and the stream that carries the engine's last count.
-    """
+    """A context for work that outlives its client: nothing of the client's, only which request it is."""
     return logs.context_of(whose)
 
 

@@ -6,5 +6,5 @@ import uvloop
 
 
 def use_uvloop() -> None:
-    """libuv's loop for user code, as uvicorn and vLLM's own server have it: half the CPU per socket write."""
+    """libuv's loop for user code, as vLLM's own server has it."""
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())

@@ -1,8 +1,7 @@
 """A gateway replica's own HTTP server: uvicorn on a port that all replicas share.
 
 Each replica listens on the port itself (SO_REUSEPORT, socket(7)) and the kernel spreads new connections
-over them. There is no proxy process between a client and its gateway: Ray Serve's costs a third of the
-throughput of a small model (docs/performance.md).
+over them. There is no proxy process between a client and its gateway.
 """
 
 import asyncio

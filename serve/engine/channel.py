@@ -4,7 +4,7 @@ Ray Serve starts, watches, scales and ends replicas, and introduces gateways to 
 then on nothing of a request passes through Ray: a gateway writes it to the connection (`inbox.py`), and the
 replica (`desk.py`) answers with one frame for each step of its engine, with the events of all requests of
 that gateway. The end of a connection is the end of a process, and is known at once on the other side. What a
-Ray call and an item of a Ray stream cost instead: docs/performance.md.
+Ray call costs instead: docs/performance.md.
 
 A connection is opened by the replica and begins with the gateway's token, which only Ray's calls carry. A
 frame is its length (4 bytes, big endian) and msgpack: Generate, Abort and Cancel to the replica, a Hello

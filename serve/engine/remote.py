@@ -119,7 +119,7 @@ class RemoteEngine:
         try:
             return await turn
         except BaseException:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
+            if turn.done() and not turn.cancelled():  # it was placed in the moment in which it was given up
                 turn.result().leave(arrivals)
             raise
 
