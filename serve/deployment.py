@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from serve.adapters import Catalogue
 from serve.app import LOOPBACK
 from serve.autoscaling import REQUESTS
 from serve.db import Store
-from serve.engine.base import Counters, Event, Final, GenerationRequest
+from serve.engine.base import Counters, Final, GenerationRequest, Take
 from serve.engine.channel import Address, Hello
 from serve.engine.desk import Desk
 from serve.engine.inbox import Inbox
@@ -76,7 +76,7 @@ class EngineDeployment:
         directories = settings.bases_dir / base, settings.adapters_dir
         self._drain_timeout_s = settings.drain_timeout_s
         self._engine = await VllmEngine.start(
-            base, *directories, settings.engine, replica, settings.otlp_endpoint
+            base, *directories, settings.engine_here, replica, settings.otlp_endpoint
         )
         compute_on_one_thread()
         store = Store(settings.store_url)
@@ -95,10 +95,9 @@ class EngineDeployment:
     def resident(self) -> list[int]:
         return self._engine.resident
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
         with _ending_with_the_engine():
-            async for batch in self._engine.stream(request):
-                yield batch
+            await self._engine.generate(request, take)
 
     async def abort(self, request_id: str) -> None:
         await self._engine.abort(request_id)

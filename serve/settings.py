@@ -4,6 +4,7 @@ Only the roots (`deployment`, `app`, `cli` and its commands) see this object; be
 travel as plain values. Unknown names are errors: a typing mistake must not silently mean a default.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class EngineSettings(BaseSettings):
     tensor_parallel_size: int = Field(1, ge=1)
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     device: str = Field("cpu", pattern="^(cpu|gpu)$")
+    compute_threads: int | None = Field(None, ge=1)  # of one engine on a CPU; None: its share of the cores
     enforce_eager: bool = False
 
 
@@ -106,6 +108,18 @@ class Settings(BaseSettings):
             if most is not None and most < least:
                 raise ValueError(f"{name}_scaling.replicas_max is {most}, below {name}_replicas ({least})")
         return self
+
+    @property
+    def engine_here(self) -> EngineSettings:
+        """`engine` for one of the engines that share this machine's cores but one.
+
+        OpenMP's threads wait for each other actively: where all cores compute, one other busy process makes a
+        model several times slower (docs/performance.md).
+        """
+        engines = len(self.bases) * (self.engine_scaling.replicas_max or self.engine_replicas)
+        share = (len(os.sched_getaffinity(0)) - 1) // engines
+        threads = self.engine.compute_threads or max(1, share)
+        return self.engine.model_copy(update={"compute_threads": threads})
 
     @property
     def bases_dir(self) -> Path:

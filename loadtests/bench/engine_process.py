@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.adapters import AdapterRef
-from serve.engine.base import Delta, GenerationRequest, Message, Sampling
+from serve.engine.base import Delta, Event, GenerationRequest, Message, Sampling
 from serve.engine.vllm import VllmEngine, compute_on_one_thread
 from serve.settings import EngineSettings
 
@@ -66,10 +66,12 @@ class Driver:
             cache_salt=str(self._number),  # no prefix cache: every prompt is computed
         )
         timing, started_s = Timing(), time.perf_counter()
-        async with contextlib.aclosing(self._engine.stream(request)) as batches:  # type: ignore[type-var]
-            async for batch in batches:
-                now_s = time.perf_counter() - started_s
-                timing.stamps_s += [now_s] * sum(e.tokens for e in batch if isinstance(e, Delta))
+
+        def take(batch: list[Event]) -> None:
+            now_s = time.perf_counter() - started_s
+            timing.stamps_s += [now_s] * sum(e.tokens for e in batch if isinstance(e, Delta))
+
+        await self._engine.generate(request, take)
         return timing
 
     async def burst(self, adapters: list[int | None], tokens: int, seed: int) -> dict[str, Any]:
@@ -106,6 +108,10 @@ class Driver:
 
     async def _watch(self, tokens: int, seed: int) -> list[float]:
         stamps: list[float] = []
+
+        def take(batch: list[Event]) -> None:
+            stamps.extend([time.perf_counter()] * sum(isinstance(event, Delta) for event in batch))
+
         with contextlib.suppress(asyncio.CancelledError):
             while True:
                 base_s = time.perf_counter()
@@ -116,8 +122,7 @@ class Driver:
                     Sampling(completion_tokens_max=tokens, temperature=0.0),
                     cache_salt=str(seed),
                 )
-                async for batch in self._engine.stream(request):
-                    stamps += [time.perf_counter()] * sum(isinstance(event, Delta) for event in batch)
+                await self._engine.generate(request, take)
         return stamps
 
     async def popular(

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from serve.engine.vllm import CPU_EXECUTOR
 from serve.settings import EngineSettings, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -14,7 +15,7 @@ def base_dir(home: Path, base: str) -> Path:
 
 
 def settings() -> EngineSettings:
-    return load_settings(ROOT / "configs" / "serve" / "cpu.yaml").engine
+    return load_settings(ROOT / "configs" / "serve" / "cpu.yaml").engine_here
 
 
 def engine_arguments(engine: EngineSettings, lora_targets: list[str]) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def engine_arguments(engine: EngineSettings, lora_targets: list[str]) -> dict[st
         "max_cpu_loras": max(engine.max_cpu_loras, engine.max_loras),
         "max_lora_rank": engine.max_lora_rank,
         "lora_target_modules": lora_targets,
+        "distributed_executor_backend": CPU_EXECUTOR,
     }
 
 
@@ -40,6 +42,7 @@ def engine_variables(engine: EngineSettings) -> dict[str, str]:
     """The environment of a process that starts vLLM."""
     return os.environ | {
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(engine.compute_threads),
         "VLLM_CPU_KVCACHE_SPACE": str(engine.kv_cache_gib),
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_LOGGING_LEVEL": "ERROR",

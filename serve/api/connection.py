@@ -5,8 +5,9 @@ SSE: html.spec.whatwg.org/multipage/server-sent-events.html.
 """
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.api.context import Context
+from serve.api.edge import pieces_send
 from serve.errors import ClientGone
 from serve.generation import Call, Generation
 from serve.tenants import Principal
@@ -47,44 +49,49 @@ class EventStream(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-
-        async def stream() -> None:
-            await send(start)
-            async for piece in self._events:
-                if not piece:
-                    continue
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        send = pieces_send(scope, send)
         try:
-            await _first(asyncio.create_task(stream()), asyncio.create_task(_gone(receive)))
+            with contextlib.suppress(ClientGone):
+                async with _Presence(receive):
+                    async for piece in self._events:
+                        if piece:
+                            await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._generation.close()
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled if the client leaves first (raises ClientGone)."""
-    task = asyncio.create_task(work)
-    if not await _first(task, asyncio.create_task(_gone(request.receive))):
-        raise ClientGone()
-    return task.result()
+    async with _Presence(request.receive):
+        return await work
 
 
-async def _first(work: "asyncio.Task[Any]", gone: "asyncio.Task[None]") -> bool:
-    """True if `work` was done first, and then raises what it raised; whatever is left is cancelled."""
-    try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            work.result()
-            return True
-        return False
-    finally:
-        for task in (work, gone):
-            task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
+class _Presence:
+    """Cancels what is in its block when the client leaves, as asyncio.timeout does when time is up.
 
+    Raises ClientGone then. `receive` must have given the body already.
+    """
 
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._left = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, _trace: object) -> None:
+        self._watching.cancel()
+        if self._left and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise ClientGone()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._left = True
+        self._task.cancel()

@@ -50,7 +50,9 @@ class Edge:
             return
         started_s = monotonic()
         # Ours, never the client's: it is the ledger's key.
-        request_id = scope.setdefault("state", {})["request_id"] = f"req_{uuid.uuid4().hex}"
+        state = scope.setdefault("state", {})
+        request_id = state["request_id"] = f"req_{uuid.uuid4().hex}"
+        state["pieces_send"] = send
         logs.handle(request_id)
         status = 500
         received_bytes, most = 0, self._body_bytes_max(scope)
@@ -89,6 +91,12 @@ class Edge:
             took_ms = round(took_s * 1e3)
             what = {"method": scope["method"], "route": route, "status": status, "duration_ms": took_ms}
             log.info("answered", extra=what)
+
+
+def pieces_send(scope: Scope, send: Send) -> Send:
+    """For the pieces of an answer that has begun with `send`: past all that looks only at how it begins."""
+    past: Send = scope.get("state", {}).get("pieces_send", send)
+    return past
 
 
 def rate_limits(standing: Standing | None) -> dict[str, str]:

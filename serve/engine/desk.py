@@ -4,10 +4,10 @@ import asyncio
 import contextlib
 import logging
 import pickle
-from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any, Protocol
 
-from serve.engine.base import Event, GenerationRequest
+from serve.engine.base import GenerationRequest, Take
 from serve.engine.channel import (
     Abort,
     Address,
@@ -35,7 +35,7 @@ class Works(Protocol):
     def resident(self) -> list[int]:
         """Ids of the adapters in memory."""
 
-    def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]: ...
+    async def generate(self, request: GenerationRequest, take: Take) -> None: ...
 
     async def abort(self, request_id: str) -> None: ...
 
@@ -128,9 +128,7 @@ class _Line(Framed):
 
     async def _run(self, request: GenerationRequest) -> None:
         try:
-            async with contextlib.aclosing(self._desk.engine.stream(request)) as batches:  # type: ignore[type-var]
-                async for batch in batches:
-                    self._send(request.request_id, batch)
+            await self._desk.engine.generate(request, partial(self._send, request.request_id))
         except BespokeError as error:
             self._send(request.request_id, [Failed(pickle.dumps(error))])
         except Exception:
@@ -142,7 +140,7 @@ class _Line(Framed):
         if self.lost:
             return
         if not self._entries:
-            # All whom the step woke are due before what is scheduled now.
+            # vLLM hands out a step without giving up the loop.
             self._loop.call_soon(self._flush)
         self._entries.append((request_id, batch))
 

@@ -4,7 +4,6 @@ The only module of the serving side that imports vLLM, and it does so inside fun
 gateway shares this package and must not load torch.
 """
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -22,12 +21,12 @@ from serve.engine import scratch
 from serve.engine.base import (
     Accepted,
     Counters,
-    Event,
     Final,
     GenerationRequest,
     Message,
     Residency,
     Sampling,
+    Take,
     Texts,
 )
 from serve.engine.finals import Finals
@@ -36,6 +35,7 @@ from serve.engine.reading import Reader
 from serve.engine.rendering import Rendered, Renderer, refusal_of
 from serve.engine.slots import Slots
 from serve.engine.tally import tally
+from serve.engine.tap import Tap
 from serve.errors import (
     BespokeError,
     EngineFailed,
@@ -49,6 +49,10 @@ from serve.vllm_plugin.packed import Layer, Layout
 
 log = logging.getLogger(__name__)
 
+# vLLM's core computes in its own process, as on a GPU. On CPUs vLLM would start a worker process, because
+# OpenMP's threads can only be set before a process starts, and each would wait actively for the other: a core
+# less to compute on. We set the threads before the core starts (docs/performance.md).
+CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 _PROBE = (Message("user", "Hello"),)
 _PROBE_LOGPROBS = 20
 
@@ -194,8 +198,8 @@ class VllmEngine:
         async with self._packer.hold(adapter) as path, self._slots.hold(adapter.id):
             yield LoRARequest(adapter.model, adapter.id, str(path))
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-        """The events of `serve.engine.base.Engine.generate`, for whoever is in this process."""
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
+        """See `serve.engine.base.Engine.generate`. Cancelled, it ends the request."""
         logs.handle(request.request_id, trace_id=trace_id_of(request.trace_headers))
         rendered = await self._renderer.render(request)
         reader = self._reader(request, rendered)
@@ -206,7 +210,7 @@ class VllmEngine:
                 lora = await held.enter_async_context(self._lora(request.adapter))
                 count = partial(self._final, reader, cold)
                 held.enter_context(self._finals.remembering(request.request_id, count))
-                outputs = await held.enter_async_context(self._added(request, rendered, lora, reader))
+                queues = await held.enter_async_context(self._added(request, rendered, lora, reader))
             except BespokeError:
                 raise
             except Exception as error:
@@ -215,11 +219,11 @@ class VllmEngine:
                 log.exception("request %s was not accepted", request.request_id)
                 raise _lost_or(EngineUnavailable(), self._llm) from error
             try:
-                yield [Accepted(self._replica, self._boot, rendered.prompt_tokens, cold)]
-                async for part, output in _merged(outputs):
-                    batch = reader.read(part, output)
-                    if batch:
-                        yield batch
+                take([Accepted(self._replica, self._boot, rendered.prompt_tokens, cold)])
+                tap = Tap(reader, take)
+                for part, queue in enumerate(queues):
+                    tap.open(part, queue)
+                await tap.ended
             except Exception as error:
                 # Nothing of vLLM's own may travel to the gateway: unpickling it there would load torch.
                 log.exception("request %s failed in vLLM", request.request_id)
@@ -264,7 +268,7 @@ class VllmEngine:
             del self._parts[request.request_id]
             if not reader.finished:
                 await self._llm.abort([queue.request_id for queue in queues], internal=True)
-                # Nobody reads on, but what vLLM has counted is in its queues and must be known (`finals`).
+                # What vLLM has counted is in its queues, or a tap has read it, and must be known (`finals`).
                 for part, queue in enumerate(queues):
                     if (output := queue.get_nowait()) is not None:
                         reader.read(part, output)
@@ -300,8 +304,8 @@ class VllmEngine:
     async def _residency(self, moved: tuple[int, ...]) -> Residency:
         """`moved` is what changes whenever a worker's slots can have changed.
 
-        Only then is the worker asked: it waits actively for a second after each call, so a steward that asks
-        every five seconds would keep a fifth of a core busy in an idle engine.
+        Only then is the worker asked, which answers between two steps. Workers in processes of their own
+        wait actively for a second after each call: a fifth of a core, if a steward asks every five seconds.
         """
         if self._packer is None or self._slots is None:
             return Residency()
@@ -368,30 +372,6 @@ def _preload(llm: Any) -> Callable[[AdapterRef, Path], Awaitable[None]]:
     return preload
 
 
-async def _merged(queues: list[Any]) -> AsyncIterator[tuple[int, Any]]:
-    """Each output with the number of its queue, as they come, until all queues have finished."""
-    if len(queues) == 1:
-        finished = False
-        while not finished:
-            # `get_nowait` first: under load the queue is seldom empty and a task switch is saved.
-            output = queues[0].get_nowait() or await queues[0].get()
-            finished = output.finished
-            yield 0, output
-        return
-    waiting = {asyncio.create_task(queue.get()): part for part, queue in enumerate(queues)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                part, output = waiting.pop(task), task.result()
-                if not output.finished:
-                    waiting[asyncio.create_task(queues[part].get())] = part
-                yield part, output
-    finally:
-        for task in waiting:
-            task.cancel()
-
-
 def _part(request_id: str, part: int) -> str:
     """What vLLM calls the request for one of several prompts."""
     return f"{request_id}.{part}" if part else request_id
@@ -415,6 +395,8 @@ def _prepare_environment(settings: EngineSettings) -> None:
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # its internal sockets stay on this machine
     if settings.device == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
+        # Not by default: Ray's workers have a 1 there.
+        os.environ["OMP_NUM_THREADS"] = str(settings.compute_threads or 1)
 
 
 def _engine_args(settings: EngineSettings, lora_targets: list[str]) -> dict[str, Any]:
@@ -440,4 +422,6 @@ def _engine_args(settings: EngineSettings, lora_targets: list[str]) -> dict[str,
         }
     if settings.device == "gpu":
         args["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    elif settings.tensor_parallel_size == 1:
+        args["distributed_executor_backend"] = CPU_EXECUTOR
     return args

@@ -58,6 +58,23 @@ class Loop:
         self._loop.close()
 
 
+async def events_of(engine: VllmEngine, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+    """What the engine pushes, to be read one batch after the other; ends the request when it is closed."""
+    batches: asyncio.Queue[list[Event]] = asyncio.Queue()
+    generating = asyncio.create_task(engine.generate(request, batches.put_nowait))
+    try:
+        while not (generating.done() and batches.empty()):
+            coming = asyncio.create_task(batches.get())
+            await asyncio.wait({coming, generating}, return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
+                yield coming.result()
+            coming.cancel()
+        await generating
+    finally:
+        generating.cancel()
+        await asyncio.wait({generating})
+
+
 @dataclass
 class Host:
     """A running engine, and adapters for it under ids that no other test uses."""
@@ -87,7 +104,7 @@ class Host:
         request_id = f"request-{next(_numbers)}"
         sampling = Sampling(completion_tokens_max=tokens, temperature=0.0)
         request = GenerationRequest(request_id, adapter, Texts((prompt,)), sampling, salt or request_id)
-        return request_id, self.engine.stream(request)
+        return request_id, events_of(self.engine, request)
 
     async def answer(
         self, adapter: AdapterRef | None, prompt: str, tokens: int = 8, *, salt: str | None = None

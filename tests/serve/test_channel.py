@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import pytest
 
 from serve.adapters import AdapterRef
-from serve.engine.base import Accepted, Delta, Event, Finished, GenerationRequest, Sampling, Texts
+from serve.engine.base import Accepted, Delta, Event, Finished, GenerationRequest, Sampling, Take, Texts
 from serve.engine.channel import Address, Hello
 from serve.engine.desk import Desk
 from serve.engine.inbox import Inbox
@@ -36,7 +36,7 @@ class Engine:
         self.cancelled = 0
         self.aborted: dict[str, asyncio.Event] = {}
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
         assert isinstance(request.prompt, Texts)
         (what,) = request.prompt.prompts
         self.running += 1
@@ -46,13 +46,13 @@ class Engine:
                 raise ContextLengthExceeded(10, 9, 2, "messages")
             if what == "a bug":
                 raise RuntimeError("a bug")
-            yield [Accepted(self.name, "boot", 1)]
-            yield [Delta(0, self.name, 1)]
+            take([Accepted(self.name, "boot", 1)])
+            take([Delta(0, self.name, 1)])
             if what == "broken":
                 raise EngineFailed()
             if what == "stay":
                 await aborted.wait()
-            yield [Finished(1, 0, 1, aborted=aborted.is_set())]
+            take([Finished(1, 0, 1, aborted=aborted.is_set())])
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
