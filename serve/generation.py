@@ -28,6 +28,7 @@ from serve.billing.ledger import Closing
 from serve.billing.pricing import Tokens
 from serve.billing.sale import Sale, Served
 from serve.billing.usage import FailedAttempt, Status, UsageEvent
+from serve.delivery import Delivery
 from serve.engine.base import (
     Accepted,
     Delta,
@@ -129,7 +130,6 @@ class Generation:
     ) -> None:
         self.call = call
         self.model = admitted.model
-        self.tokens = Tokens()
         self.answer = Answer(call.choices) if call.whole else None
         self.created_at = terms.now()
         operation = "text_completion" if isinstance(call.prompt, Texts) else "chat"
@@ -146,17 +146,23 @@ class Generation:
         self._failed: list[FailedAttempt] = []
         self._version = admitted.model.adapter.model if admitted.model.adapter else None
         self._served_by: Accepted | None = None
+        self._prompt = self._cached = self._completion = 0  # tokens
         self._last: list[Delta] = []
         self._reasons: list[str] = []
         self._finished: Finished | None = None
         self._accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
-        self._deltas: asyncio.Queue[list[Delta] | BespokeError | None] = asyncio.Queue()
+        self._delivery = Delivery()
         self._started_s = monotonic()
         self._first_token_s: float | None = None
         self._pace = Pace(call.choices)
         self._stopped: str | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._done = False
+
+    @property
+    def tokens(self) -> Tokens:
+        """What was counted until now; once it is over, what is billed."""
+        return Tokens(self._prompt, self._cached, self._completion)
 
     @property
     def standing(self) -> Standing | None:
@@ -170,15 +176,12 @@ class Generation:
             self.close()
             raise
 
-    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+    def __aiter__(self) -> AsyncIterator[list[Delta]]:
         """Batches of deltas, all that wait at once. The last batch comes after the settlement.
 
         Raises EngineFailed.
         """
-        while (item := await self._deltas.get()) is not None:
-            if isinstance(item, BespokeError):
-                raise item
-            yield item
+        return aiter(self._delivery)
 
     def close(self) -> None:
         """The client is gone or has everything: stop the engine if it still runs. Never blocks."""
@@ -200,14 +203,14 @@ class Generation:
         with metrics.settling():
             await self._settle_or_void(failure)
         self._course.end()
-        self._admitted.ticket.release(self.tokens.prompt + self.tokens.completion)
+        self._admitted.ticket.release(self._prompt + self._completion)
         metrics.in_progress.dec()
         if not self._accepted.done():
             self._accepted.set_exception(failure or EngineUnavailable())
             self._accepted.exception()  # retrieved: a client that left is not an unhandled error
         if self._finished is not None and self._last:
-            self._deltas.put_nowait(self._last)
-        self._deltas.put_nowait(failure)
+            self._delivery.put(self._last)
+        self._delivery.end(failure)
 
     async def _listen(self) -> BespokeError | None:
         """Take in all that the engine says; returns what went wrong, if anything did."""
@@ -253,20 +256,29 @@ class Generation:
         await self._engine.generate(self._request(), self._take)
 
     def _take(self, batch: list[Event]) -> None:
-        self._last = []
+        self._last = deltas = []
         for event in batch:
             match event:
                 case Delta():
-                    self._last.append(event)
+                    deltas.append(event)
+                    self._completion += event.tokens
+                    if event.finish_reason:
+                        self._reasons.append(event.finish_reason)
                 case Finished():
                     self._finished = event
+                    self._prompt, self._cached = event.prompt_tokens, event.cached_tokens
+                    self._completion = event.completion_tokens
                 case Accepted():
                     self._accept(event)
-        self._count()
+        if not deltas:
+            return
+        self._pace.note(deltas)
+        if self._first_token_s is None:
+            self._note_first_token()
         if self.answer is not None:
-            self.answer.take(self._last)
-        if self._last and self._finished is None:
-            self._deltas.put_nowait(self._last)
+            self.answer.take(deltas)
+        if self._finished is None:
+            self._delivery.put(deltas)
 
     @property
     def _begun(self) -> bool:
@@ -303,25 +315,17 @@ class Generation:
     def _accept(self, event: Accepted) -> None:
         self._served_by = event
         self._course.step("first_token", replica=event.replica)
-        self.tokens = Tokens(prompt=event.prompt_tokens)
+        self._prompt, self._cached, self._completion = event.prompt_tokens, 0, 0
         if not self._accepted.done():
             self._accepted.set_result(event)
         if self._stopped:
             self._abort()
 
-    def _count(self) -> None:
-        self._reasons += [delta.finish_reason for delta in self._last if delta.finish_reason]
-        self._pace.note(self._last)
-        if self._last and self._first_token_s is None:
-            self._first_token_s = monotonic()
-            self._course.step("generation")
-            waited_s = self._first_token_s - self._started_s
-            self._terms.metrics.ttft(self.model.base, self._version, waited_s)
-        if (end := self._finished) is not None:
-            self.tokens = Tokens(end.prompt_tokens, end.cached_tokens, end.completion_tokens)
-        else:
-            new = sum(delta.tokens for delta in self._last)
-            self.tokens = Tokens(self.tokens.prompt, self.tokens.cached, self.tokens.completion + new)
+    def _note_first_token(self) -> None:
+        self._first_token_s = monotonic()
+        self._course.step("generation")
+        waited_s = self._first_token_s - self._started_s
+        self._terms.metrics.ttft(self.model.base, self._version, waited_s)
 
     def _used(self) -> Served | None:
         """What was counted until now: should this process die, somebody else must bill it."""
@@ -370,7 +374,7 @@ class Generation:
     async def _settle_or_void(self, failure: BespokeError | None) -> None:
         """Close the hold, however long the store is away; the journal knows, if this process dies first."""
         at, served_by = self._terms.now(), self._served_by
-        if served_by is None or self.tokens.completion == 0:
+        if served_by is None or self._completion == 0:
             closing = self._void(failure, at)
         else:
             closing = self._settlement(served_by, failure, at)
@@ -389,7 +393,7 @@ class Generation:
         self._course.voided(reason, self._attempts)
         if failure is not None and self._attempts > len(self._failed):
             self._failed.append(self._failure(failure))
-        self.tokens = Tokens()
+        self._prompt = self._cached = self._completion = 0
         self._terms.metrics.closed(self.model.base, self._version, "void")
         keeper = self.call.keeper
         return Closing(

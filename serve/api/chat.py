@@ -10,12 +10,13 @@ from serve.api.answers import answer
 from serve.api.connection import Json
 from serve.api.context import Ctx, Inference
 from serve.api.conversation import ChatCompletionRequest
+from serve.api.direct import Direct
 from serve.api.objects import ChatCompletion, ChatCompletionChunk, generation_responses, json_body
 from serve.api.wire import Limits, parse
 from serve.engine.base import Delta, TokenLogprob, ToolCall
 from serve.generation import Call, Generation
 
-router = APIRouter()
+router = APIRouter(route_class=Direct)
 
 
 @router.post(

@@ -13,13 +13,14 @@ from serve.api.answers import answer
 from serve.api.bounds import bound
 from serve.api.connection import Json
 from serve.api.context import Ctx, Inference
+from serve.api.direct import Direct
 from serve.api.objects import TextCompletion, generation_responses, json_body
 from serve.api.wire import CHOICES_MAX, GenerationBody, Limits, parse
 from serve.engine.base import Delta, Sampling, Texts, TokenLogprob
 from serve.errors import InvalidRequest
 from serve.generation import Call, Generation
 
-router = APIRouter()
+router = APIRouter(route_class=Direct)
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's

@@ -71,14 +71,19 @@ async def admit(door: Door[Who], key: str) -> Who:
     return await door.shared(key, lambda: asyncio.to_thread(door.authenticate, key)) if who is None else who
 
 
+async def caller(request: Request, scope: str) -> Principal:
+    """Who is asking, and holds `scope`. Raises as `admit` does, and PermissionDenied."""
+    who = await admit(context(request).tenants.door, bearer(request))
+    if scope not in who.scopes:
+        raise PermissionDenied(scope)
+    return who
+
+
 def principal(scope: str) -> Callable[..., Awaitable[Principal]]:
-    """A dependency: the caller, who must hold `scope`. It runs before the body is read."""
+    """`caller` as a dependency. It runs before the body is read."""
 
     async def authenticated(request: Request, _documented: Annotated[object, KEY_REQUIRED]) -> Principal:
-        who = await admit(context(request).tenants.door, bearer(request))
-        if scope not in who.scopes:
-            raise PermissionDenied(scope)
-        return who
+        return await caller(request, scope)
 
     return authenticated
 

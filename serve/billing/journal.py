@@ -18,10 +18,12 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from serve.billing.pricing import Tokens
 from serve.billing.sale import Served
@@ -219,11 +221,10 @@ def _locked(path: Path) -> int:
 
 
 def _line(request_id: str, record: Record) -> bytes:
-    served = asdict(record.served)
-    said: dict[str, Any] = {"request_id": request_id, "served": served}
+    said: dict[str, Any] = {"request_id": request_id, "served": record.served}
     if record.end is not None:
-        said["end"] = asdict(record.end) | {"at": record.end.at.isoformat()}
-    return json.dumps(said).encode() + b"\n"
+        said["end"] = record.end
+    return msgspec.json.encode(said) + b"\n"
 
 
 def _read(path: Path) -> dict[str, Record]:

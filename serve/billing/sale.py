@@ -5,8 +5,10 @@ that has died.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
+
+import msgspec
 
 from serve.billing.pricing import Rates, Tokens
 from serve.billing.usage import Status, UsageEvent
@@ -44,7 +46,7 @@ class Sale:
     again: bool = False
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"rates": self.rates.model_dump()})
+        return msgspec.json.encode(self, enc_hook=Rates.model_dump).decode()
 
     @classmethod
     def from_json(cls, text: str) -> "Sale":

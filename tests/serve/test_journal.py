@@ -70,7 +70,7 @@ def test_the_last_count_of_a_request_is_on_disk_within_a_flush(tmp_path: Path) -
             journal.follow("req_1", partial(served, count))
         (path,) = journals(tmp_path)
         started_s = time.monotonic()
-        wait_until(lambda: b'"completion": 49' in path.read_bytes(), 10, 0.005)
+        wait_until(lambda: b'"completion":49' in path.read_bytes(), 10, 0.005)
         assert time.monotonic() - started_s < 20 * FLUSH_S  # on a machine with nothing else to do, one
     assert left(tmp_path) == {"req_1": Record(served(49))}
 
