@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -136,16 +136,17 @@ class FaultyEngine(EngineDeployment):
     async def __init__(self, settings: Settings, base: str) -> None:  # type: ignore[misc] # Serve awaits it
         traps = Traps(settings.home)
         await super().__init__(settings, base)  # type: ignore[misc]
-        stream = self._engine.stream
+        generate = self._engine.generate
 
-        async def stopping(request: GenerationRequest) -> AsyncIterator[list[Event]]:
-            async for batch in stream(request):
-                yield batch
+        async def stopping(request: GenerationRequest, take: Take) -> None:
+            async def come(batch: list[Event]) -> None:
                 if any(isinstance(event, Accepted) for event in batch):
                     point = at("engine", BEFORE_FIRST_TOKEN)
                     await traps.come(point, _marker_of(request.prompt), request.request_id)
 
-        self._engine.stream = stopping  # type: ignore[method-assign]
+            await _held_up(lambda slowly: generate(request, slowly), take, come)
+
+        self._engine.generate = stopping  # type: ignore[method-assign]
 
 
 class FaultySteward(StewardDeployment):
@@ -185,26 +186,41 @@ def _watch_engines(traps: Traps) -> None:
     async def generate(self: RemoteEngine, request: GenerationRequest, take: Take) -> None:
         marker, name = _marker_of(request.prompt), request.request_id
         await traps.come(at("gateway", BEFORE_DISPATCH), marker, name)
-        came: asyncio.Queue[list[Event]] = asyncio.Queue()  # an empty list is the end
+        tokens = 0
 
-        async def give() -> None:
-            tokens = 0
-            while batch := await came.get():
-                take(batch)
-                if any(isinstance(event, Accepted) for event in batch):
-                    await traps.come(at("gateway", BEFORE_FIRST_TOKEN), marker, name)
-                tokens += sum(event.tokens for event in batch if isinstance(event, Delta))
-                if tokens >= MID_TOKENS:
-                    await traps.come(at("gateway", IN_MID_STREAM), marker, name)
+        async def come(batch: list[Event]) -> None:
+            nonlocal tokens
+            if any(isinstance(event, Accepted) for event in batch):
+                await traps.come(at("gateway", BEFORE_FIRST_TOKEN), marker, name)
+            tokens += sum(event.tokens for event in batch if isinstance(event, Delta))
+            if tokens >= MID_TOKENS:
+                await traps.come(at("gateway", IN_MID_STREAM), marker, name)
 
-        giving = asyncio.create_task(give())
-        try:
-            await ask(self, request, came.put_nowait)
-        finally:
-            came.put_nowait([])
-            await giving
+        await _held_up(lambda slowly: ask(self, request, slowly), take, come)
 
     RemoteEngine.generate = generate  # type: ignore[method-assign]
+
+
+async def _held_up(
+    ask: Callable[[Take], Awaitable[None]], take: Take, come: Callable[[list[Event]], Awaitable[None]]
+) -> None:
+    """`ask`, whose events get to `take` one by one, each when `come` has let go of the one before."""
+    waiting: asyncio.Queue[list[Event]] = asyncio.Queue()  # an empty list is the end
+
+    async def give() -> None:
+        while batch := await waiting.get():
+            take(batch)
+            await come(batch)
+
+    giving = asyncio.create_task(give())
+    try:
+        await ask(waiting.put_nowait)
+    except asyncio.CancelledError:
+        giving.cancel()
+        raise
+    finally:
+        waiting.put_nowait([])
+        await asyncio.wait({giving})
 
 
 def _watch_ledger(traps: Traps, who: str, marker_of: Callable[[str], str | None]) -> None:
