@@ -6,6 +6,7 @@ and ends all of it again.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -31,7 +32,7 @@ from serve.engine.desk import Desk
 from serve.engine.inbox import Inbox
 from serve.engine.reconcile import Reconciler
 from serve.engine.remote import RemoteEngine
-from serve.engine.vllm import VllmEngine, compute_on_one_thread
+from serve.engine.vllm import VllmEngine, compute_on_one_thread, read_variables_once
 from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError
 from serve.metrics import Exposition, Metrics
 from serve.port import check_free
@@ -79,6 +80,7 @@ class EngineDeployment:
             base, *directories, settings.engine_here, replica, settings.otlp_endpoint
         )
         compute_on_one_thread()
+        read_variables_once()
         store = Store(settings.store_url)
         store.migrate()
         catalogue = Catalogue(store, settings.bases)
@@ -86,6 +88,7 @@ class EngineDeployment:
         await self._reconciler.reconcile()  # a new replica serves the same set as the one before
         self._following = asyncio.create_task(self._reconciler.follow())
         self._desk = Desk(self, Hello(base, replica, settings.limits.ongoing_requests))
+        _keep_what_is_loaded()
 
     async def meet(self, gateway: Address) -> None:
         """From now on `gateway` sends its requests to this replica by a connection of their own."""
@@ -121,6 +124,12 @@ class EngineDeployment:
         with contextlib.suppress(AttributeError):  # of one that was ended while it started
             await self._desk.drain(self._drain_timeout_s)
             self._engine.shutdown()
+
+
+def _keep_what_is_loaded() -> None:
+    """Of what a replica has loaded nothing will be freed: the garbage collector need not look for it."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager
@@ -221,6 +230,7 @@ class GatewayDeployment:
         self._metrics: Metrics = app.state.context.metrics
         self._server = HttpServer(app, settings.host, settings.port)
         await self._server.start()
+        _keep_what_is_loaded()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return {REQUESTS: self._server.ongoing}

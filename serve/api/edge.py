@@ -9,7 +9,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import logs
@@ -69,11 +69,13 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                headers["openai-processing-ms"] = str(round((monotonic() - started_s) * 1000))
-                for name, value in rate_limits(scope["state"].get("standing")).items():
-                    headers[name] = value
+                told = {
+                    "x-request-id": request_id,
+                    "openai-processing-ms": str(round((monotonic() - started_s) * 1000)),
+                    **rate_limits(state.get("standing")),
+                }
+                headers = [(name.encode(), value.encode()) for name, value in told.items()]
+                message["headers"] = [*message["headers"], *headers]
             await send(message)
 
         try:

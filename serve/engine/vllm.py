@@ -388,6 +388,13 @@ def compute_on_one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def read_variables_once() -> None:
+    """For a replica's process, once its engine runs: vLLM looks several up for every token."""
+    from vllm.envs import enable_envs_cache
+
+    enable_envs_cache()
+
+
 def _prepare_environment(settings: EngineSettings) -> None:
     """vLLM reads these at import and in the processes it starts."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
