@@ -31,7 +31,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Ours beside a bare vLLM and the peers: 40 minutes, alone on the machine, please. PAIRS=3 or QUICK=1: shorter.
+# Ours beside a bare vLLM and the peers: 70 minutes, alone on the machine, please. PAIRS=3 or QUICK=1: shorter.
 bench: bench-bases
 	@$(BIN)/python -m loadtests.bench front $(if $(QUICK),--quick) $(if $(PAIRS),--pairs $(PAIRS))
 

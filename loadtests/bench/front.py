@@ -41,8 +41,8 @@ OPEN_LOAD = 0.6  # of the requests/s that the bare server answered in a closed l
 OPEN_S = 8.0
 LATENCY_TOKENS = 8
 LATENCY_BLOCK = 21
-# vLLM's worker spins for a second after its last step, and all of them are pinned to the same core: what
-# begins sooner is measured beside the spinning of the server before.
+# Where vLLM has a worker process (ray.serve.llm, `vllm-as-it-comes`) it spins for a second after its last
+# step: what begins sooner is measured beside the spinning of the server before.
 QUIET_S = 1.2
 IDLE_SETTLE_S = 3.0
 console = Console(stderr=True)
@@ -95,7 +95,6 @@ class Stage:
             run(lambda one=one: closed(one.server.url, self._requests(one, work, 0), work.streams))  # type: ignore[misc]
 
     def closed(self, work: Work) -> dict[str, Any]:
-        self.warm_up(work)
         return self._turns(work, lambda one, requests: closed(one.server.url, requests, work.streams))
 
     def opened(self, work: Work, per_s: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ BARE = "vllm"
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "pair": (),
     "proxies": tuple(PROXIES),
+    "default": ("vllm-as-it-comes",),
     "ray": ("ray.serve.llm",),
     "ray-direct": ("ray.serve.llm-direct",),
 }

@@ -8,14 +8,14 @@ from loadtests.peers.litellm import litellm
 from loadtests.peers.ray_llm import ray_llm, ray_llm_direct
 from loadtests.peers.server import Server
 from loadtests.peers.vllm_router import vllm_router
-from loadtests.peers.vllm_server import bare
+from loadtests.peers.vllm_server import as_it_comes, bare
 
 # They stand in front of a bare server, which several may share.
 PROXIES: Mapping[str, Callable[[Server], AbstractContextManager[Server]]] = {
     "litellm": litellm,
     "vllm-router": vllm_router,
 }
-NAMES = ("vllm", "ray.serve.llm", "ray.serve.llm-direct", *PROXIES)
+NAMES = ("vllm", "vllm-as-it-comes", "ray.serve.llm", "ray.serve.llm-direct", *PROXIES)
 
 
 @contextmanager
@@ -26,6 +26,9 @@ def peer(name: str, home: Path, base: str, adapters: Mapping[str, Path] | None =
             yield server
     elif name == "vllm":
         with bare(home, base, adapters) as server:
+            yield server
+    elif name == "vllm-as-it-comes":
+        with as_it_comes(home, base, adapters) as server:
             yield server
     elif name == "ray.serve.llm":
         with ray_llm(home, base) as server:

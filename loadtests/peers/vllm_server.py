@@ -20,16 +20,47 @@ LEAVES_OUT = (
 @contextmanager
 def bare(home: Path, base: str, adapters: Mapping[str, Path] | None = None) -> Iterator[Server]:
     """`adapters`: model name → directory with the adapter's files, the ones that ours serves."""
-    directory, engine, port = base_dir(home, base), settings(), free_port()
-    modules = [f"{name}={path.resolve()}" for name, path in (adapters or {}).items()]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    arguments = engine_arguments(settings(), target_suffixes(base_dir(home, base)))
+    variables = engine_variables(settings())
+    with _started("vllm", home, base, adapters or {}, arguments, variables) as server:
+        yield server
+
+
+@contextmanager
+def as_it_comes(home: Path, base: str, adapters: Mapping[str, Path] | None = None) -> Iterator[Server]:
+    """As `bare`, but processes and threads are vLLM's own choice: on a CPU a worker beside the core."""
+    arguments = engine_arguments(settings(), target_suffixes(base_dir(home, base)))
+    del arguments["distributed_executor_backend"]
+    variables = engine_variables(settings())
+    del variables["OMP_NUM_THREADS"]
+    with _started("vllm-as-it-comes", home, base, adapters or {}, arguments, variables) as server:
+        yield server
+
+
+@contextmanager
+def _started(
+    name: str,
+    home: Path,
+    base: str,
+    adapters: Mapping[str, Path],
+    arguments: dict[str, Any],
+    variables: dict[str, str],
+) -> Iterator[Server]:
+    directory, port = base_dir(home, base), free_port()
+    modules = [f"{adapter}={path.resolve()}" for adapter, path in adapters.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(directory),
+    ]
     command += ["--served-model-name", base, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--uvicorn-log-level", "warning"]
-    command += flags(engine_arguments(engine, target_suffixes(directory)))
+    command += ["--uvicorn-log-level", "warning", *flags(arguments)]
     command += ["--lora-modules", *modules] if modules else []
     url = f"http://127.0.0.1:{port}"
-    with running("vllm", command, engine_variables(engine), directory=ROOT, url=url, model=base) as pid:
-        yield Server("vllm", url, "none", base, pid, LEAVES_OUT, tuple(adapters or ()))
+    with running(name, command, variables, directory=ROOT, url=url, model=base) as pid:
+        yield Server(name, url, "none", base, pid, LEAVES_OUT, tuple(adapters))
 
 
 def flags(arguments: dict[str, Any]) -> list[str]:

@@ -75,7 +75,7 @@ class Edge:
                     **rate_limits(state.get("standing")),
                 }
                 headers = [(name.encode(), value.encode()) for name, value in told.items()]
-                message["headers"] = [*message["headers"], *headers]
+                message["headers"] = [*message.get("headers", ()), *headers]
             await send(message)
 
         try:

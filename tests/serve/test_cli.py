@@ -158,6 +158,21 @@ def test_the_profiles_that_we_ship_are_valid() -> None:
         assert load_settings(profile).host == "127.0.0.1"
 
 
+@pytest.mark.parametrize(
+    ("cores", "bases", "replicas", "threads"),
+    [(1, 1, 1, 1), (2, 1, 1, 1), (8, 1, 1, 7), (8, 1, 2, 3), (8, 3, 2, 1)],
+)
+def test_engines_share_all_cores_but_one(
+    monkeypatch: pytest.MonkeyPatch, cores: int, bases: int, replicas: int, threads: int
+) -> None:
+    from serve.settings import load_settings
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(cores)))
+    shared = {"bases": [f"base-{number}" for number in range(bases)], "engine_replicas": replicas}
+    assert load_settings(None, **shared).engine_here.compute_threads == threads
+    assert load_settings(None, **shared, engine={"compute_threads": 5}).engine_here.compute_threads == 5
+
+
 def test_the_environment_overrides_the_profile_and_the_command_line_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
