@@ -48,13 +48,7 @@ def _started(
 ) -> Iterator[Server]:
     directory, port = base_dir(home, base), free_port()
     modules = [f"{adapter}={path.resolve()}" for adapter, path in adapters.items()]
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(directory),
-    ]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
     command += ["--served-model-name", base, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--uvicorn-log-level", "warning", *flags(arguments)]
     command += ["--lora-modules", *modules] if modules else []
