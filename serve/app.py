@@ -10,7 +10,6 @@ from datetime import timedelta
 
 from fastapi import FastAPI
 
-from serve.adapters import Catalogue
 from serve.admission import Admission
 from serve.api import (
     admin,
@@ -38,6 +37,7 @@ from serve.batches import Batches
 from serve.billing.books import Books
 from serve.billing.journal import Journal
 from serve.billing.ledger import Ledger
+from serve.catalogue import Catalogue
 from serve.db import Store
 from serve.engine.base import Engine
 from serve.errors import StoreUnavailable

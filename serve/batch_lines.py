@@ -96,7 +96,7 @@ class Lines:
 
 
 class LineKeeper:
-    """See `serve.generation.Keeper`. `render` makes the body of an answer; `broken_body` is that of none."""
+    """See `serve.call.Keeper`. `render` makes the body of an answer; `broken_body` is that of none."""
 
     def __init__(self, attempt: Attempt, render: Callable[[Generation], Json], broken_body: Json) -> None:
         self._attempt = attempt

@@ -1,7 +1,6 @@
 """Ray Serve composition root: which deployments there are and how they are wired.
 
-The only module that imports ray. `Service` starts a private, loopback-only Ray in this process's children,
-and ends all of it again.
+Only this module and `service.py`, which starts and ends it all, import ray.
 """
 
 import asyncio
@@ -9,22 +8,17 @@ import contextlib
 import gc
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-
-import psutil
 
 from quantize.card import verify
 from quantize.errors import CardMissing
 from serve import logs
-from serve.adapters import Catalogue
 from serve.app import LOOPBACK
 from serve.autoscaling import REQUESTS
+from serve.catalogue import Catalogue
 from serve.db import Store
 from serve.engine.base import Counters, Final, GenerationRequest, Take
 from serve.engine.channel import Address, Hello
@@ -32,10 +26,10 @@ from serve.engine.desk import Desk
 from serve.engine.inbox import Inbox
 from serve.engine.reconcile import Reconciler
 from serve.engine.remote import RemoteEngine
-from serve.engine.vllm import VllmEngine, compute_on_one_thread, read_variables_once
+from serve.engine.vllm import VllmEngine
+from serve.engine.vllm_setup import compute_on_one_thread, read_variables_once
 from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError
 from serve.metrics import Exposition, Metrics
-from serve.port import check_free
 from serve.settings import ScalingSettings, Settings
 from serve.steward import Measurements
 
@@ -53,7 +47,6 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.schema import LoggingConfig
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +56,6 @@ LOOPBACK_ADDRESS = "127.0.0.1"
 CONTROL_CALLS = 256
 STEWARD_TIMEOUT_S = 3.0
 PEERS_TIMEOUT_S = 2.0
-SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
 HEALTH_CHECK_PERIOD_S = 2  # a process that has died is missed for so long at most
 
 
@@ -317,77 +309,6 @@ def _replicas(least: int, scaling: ScalingSettings) -> dict[str, Any]:
     }
 
 
-class Service:
-    """A running Bespoke on this machine: `with Service(settings) as service: service.url`."""
-
-    def __init__(self, settings: Settings) -> None:
-        # Replicas have working directories of their own.
-        self._settings = settings.model_copy(update={"home": settings.home.resolve()})
-        self._scratch: Path | None = None
-        self._children: list[psutil.Process] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://{self._settings.host}:{self._settings.port}"
-
-    def __enter__(self) -> "Service":
-        try:
-            self._start()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def _start(self) -> None:
-        settings = self._settings
-        check_free(settings.host, settings.port)
-        # Short, because Unix socket paths have at most 107 bytes; private, because they are doors.
-        self._scratch = Path(tempfile.mkdtemp(prefix="bespoke-"))
-        os.environ[SOCKETS_VARIABLE] = str(self._scratch)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        others = psutil.Process().children(recursive=True)
-        try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"worker_process_setup_hook": "serve.loops.use_uvloop"},
-                _temp_dir=str(self._scratch),
-            )
-        finally:  # even what a start that failed has left
-            self._children = [one for one in psutil.Process().children(recursive=True) if one not in others]
-        _check_node_on(settings.host)
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
-        ray_serve.start(proxy_location="Disabled", logging_config=quiet)
-        ray_serve.run(build(settings), name=APP_NAME, route_prefix=None, logging_config=quiet)
-
-    def stop(self) -> None:
-        """End every process that this service started; what does not go by itself is killed."""
-        for process in tuple(self._children):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self._children += process.children(recursive=True)
-        if ray.is_initialized():
-            with contextlib.suppress(Exception):
-                ray_serve.delete(APP_NAME)
-            ray.shutdown()
-        _, alive = psutil.wait_procs(self._children, timeout=10)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=5)
-        if self._scratch is not None:
-            # An engine that this process starts later must not look for its sockets where nothing is.
-            os.environ.pop(SOCKETS_VARIABLE, None)
-            shutil.rmtree(self._scratch, ignore_errors=True)
-
-
 def _keep_replica_port_on(host: str) -> None:
     """Bind this replica's inter-deployment gRPC port to loopback when the service is on loopback.
 
@@ -403,16 +324,6 @@ def _keep_replica_port_on(host: str) -> None:
             return int(bind(server, address.replace("[::]:", "127.0.0.1:")))
 
         replica.add_port_to_grpc_server = bind_loopback
-
-
-def _check_node_on(host: str) -> None:
-    """Raises OperatorError if Ray's own ports would be reachable although the service is on loopback.
-
-    So it is if ray was imported before this module could tell it where to listen.
-    """
-    address = ray.util.get_node_ip_address()
-    if host in LOOPBACK and address not in LOOPBACK:
-        raise OperatorError(f"Ray listens on {address}: serve.deployment must be imported before ray.")
 
 
 def _gpus(settings: Settings) -> int:

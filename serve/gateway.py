@@ -12,16 +12,17 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from serve import logs
-from serve.adapters import Catalogue
 from serve.admission import Admission
 from serve.billing.books import Books
 from serve.billing.journal import Journal
 from serve.billing.ledger import Hold, Opening, Outdated
 from serve.billing.sale import Sale
+from serve.call import Call
+from serve.catalogue import Catalogue
 from serve.db import Store
 from serve.engine.base import Engine, Texts
 from serve.errors import ModelNotFound, StoreUnavailable
-from serve.generation import Admitted, Call, Generation, Terms, detached
+from serve.generation import Admitted, Generation, Terms
 from serve.metrics import Metrics
 from serve.offers import Offer, Offers
 from serve.tenants import Principal
@@ -109,7 +110,7 @@ class Gateway:
             raise
         admitted = Admitted(sale, quote.offer.model, ticket, quote.context_tokens_max)
         generation = Generation(self.terms, principal, call, admitted, self._engines[admitted.model.base])
-        task = asyncio.create_task(generation.run(), context=detached(generation.handling))
+        task = asyncio.create_task(generation.run(), context=logs.context_of(generation.handling))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return generation

@@ -7,18 +7,13 @@ is dispatched once more, as long as somebody waits for it.
 
 import asyncio
 import contextlib
-import contextvars
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain, repeat
 from time import monotonic
-from typing import Protocol
 
-import sqlalchemy as sa
-
-from serve import logs
+from serve import logs, settlement
 from serve.adapters import Model
 from serve.admission import Standing, Ticket
 from serve.answer import Answer
@@ -27,21 +22,11 @@ from serve.billing.journal import Journal
 from serve.billing.ledger import Closing
 from serve.billing.pricing import Tokens
 from serve.billing.sale import Sale, Served
-from serve.billing.usage import FailedAttempt, Status, UsageEvent
+from serve.billing.usage import FailedAttempt, UsageEvent
+from serve.call import Call
 from serve.delivery import Delivery
-from serve.engine.base import (
-    Accepted,
-    Delta,
-    Engine,
-    Event,
-    Finished,
-    GenerationRequest,
-    Prompt,
-    Sampling,
-    Texts,
-    Toolbox,
-)
-from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, StoreUnavailable
+from serve.engine.base import Accepted, Delta, Engine, Event, Finished, GenerationRequest, Texts
+from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable
 from serve.metrics import Metrics, Pace
 from serve.tenants import Principal
 from serve.tracing import OFF, Tracing
@@ -50,48 +35,6 @@ log = logging.getLogger(__name__)
 
 _ABORT_RETRY_S = 0.5
 _ABORT_GRACE_S = 30.0
-_CLOSE_RETRY_S = (0.1, 0.5, 1.0, 2.0)
-_CLOSE_RETRY_LATER_S = 5.0
-
-
-class Keeper(Protocol):
-    """Whoever keeps a request's outcome does so in the very transactions that open and close its hold."""
-
-    def claim(self, connection: sa.Connection, at: datetime) -> None:
-        """With the hold. What it raises refuses the request, and nothing is held."""
-
-    def keep(self, connection: sa.Connection, generation: "Generation") -> None:
-        """With the settlement: `generation.answer` is complete, and paid for."""
-
-    def release(self, connection: sa.Connection) -> None:
-        """With the void, and with the settlement of what was cut short or could not be kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a client asked for, validated and bounded, in the gateway's own terms.
-
-    With `whole` the answer is gathered (`Generation.answer`), which a `keeper` needs. A `persistent` one goes
-    on when its client leaves, who will come back for the answer. `tier` is default or batch: at which of the
-    plan's prices.
-    """
-
-    request_id: str
-    model: str
-    prompt: Prompt
-    sampling: Sampling
-    length_param: str
-    toolbox: Toolbox | None = None
-    reasoning_effort: str | None = None
-    whole: bool = False
-    keeper: Keeper | None = None
-    persistent: bool = False
-    tier: str = "default"
-
-    @property
-    def choices(self) -> int:
-        prompts = len(self.prompt.prompts) if isinstance(self.prompt, Texts) else 1
-        return prompts * self.sampling.n
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +58,6 @@ class Terms:
     first_token_timeout_s: float
     now: Callable[[], datetime]
     tracing: Tracing = OFF
-
-
-def detached(whose: logs.Handling) -> contextvars.Context:
-    """A context for work that outlives its client: nothing of the client's, only which request it is."""
-    return logs.context_of(whose)
 
 
 class Generation:
@@ -369,24 +307,16 @@ class Generation:
                     log.warning("request %s is not aborted yet: %s", self.call.request_id, error)
                     await asyncio.sleep(_ABORT_RETRY_S)
 
-        self._stopping = asyncio.create_task(abort(), context=detached(self.handling))
+        self._stopping = asyncio.create_task(abort(), context=logs.context_of(self.handling))
 
     async def _settle_or_void(self, failure: BespokeError | None) -> None:
-        """Close the hold, however long the store is away; the journal knows, if this process dies first."""
+        """Close the hold; the journal knows, if this process dies first."""
         at, served_by = self._terms.now(), self._served_by
         if served_by is None or self._completion == 0:
             closing = self._void(failure, at)
         else:
             closing = self._settlement(served_by, failure, at)
-        for delay_s in chain(_CLOSE_RETRY_S, repeat(_CLOSE_RETRY_LATER_S)):
-            try:
-                if not await self._terms.books.close(closing):
-                    log.warning("request %s was closed by somebody else", self.call.request_id)
-                if self._terms.journal is not None:
-                    self._terms.journal.forget(self.call.request_id)
-                return
-            except StoreUnavailable:
-                await asyncio.sleep(delay_s)
+        await settlement.close(self._terms.books, self._terms.journal, closing)
 
     def _void(self, failure: BespokeError | None, at: datetime) -> Closing:
         reason = type(failure).__name__ if failure else (self._stopped or "no tokens")
@@ -413,45 +343,18 @@ class Generation:
         self._terms.metrics.billed(self.model.base, event.cost_nanos)
         if self._terms.journal is not None:
             self._terms.journal.note_end(event)
-        also: Callable[[sa.Connection], None] | None = None
-        if (keeper := self.call.keeper) is not None:
-            # What was cut short is billed, and is no answer to give again.
-            also = _guarded(keeper, self) if event.status is Status.COMPLETE else keeper.release
+        also = settlement.keeping(self, event.status)
         return Closing(event.request_id, event.tenant, at, event=event, also=also, failed=tuple(self._failed))
 
     def _event(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> UsageEvent:
-        reasons = self._reasons
-        status: Status
-        reason: str | None
-        if failure is not None:
-            status, reason = Status.FAILED, self._stopped or "error"
-        elif self._stopped and len(reasons) < self.call.choices:
-            status, reason = Status.DISCONNECTED, "abort"
-        else:
-            status, reason = Status.COMPLETE, reasons[0] if reasons else None
+        status, reason = settlement.outcome(failure, self._stopped, self._reasons, self.call.choices)
         first_s = self._first_token_s or monotonic()
         return self._admitted.sale.event(
             self.call.request_id,
             self._served(served_by),
             status,
-            reason[:32] if reason else None,
+            reason,
             ttft_ms=round((first_s - self._started_s) * 1000),
             latency_ms=round((monotonic() - self._started_s) * 1000),
             at=at,
         )
-
-
-def _guarded(keeper: Keeper, generation: Generation) -> Callable[[sa.Connection], None]:
-    """Keep the outcome, or release it: a bug in keeping must not unsettle a request."""
-
-    def guarded(connection: sa.Connection) -> None:
-        try:
-            with connection.begin_nested():
-                keeper.keep(connection, generation)
-        except sa.exc.OperationalError:
-            raise  # the store is away: the whole settlement is tried again
-        except Exception:
-            log.exception("the outcome of request %s could not be kept", generation.call.request_id)
-            keeper.release(connection)
-
-    return guarded

@@ -95,7 +95,7 @@ class Idempotency:
 
 
 class IdempotentKeeper:
-    """See `serve.generation.Keeper`."""
+    """See `serve.call.Keeper`."""
 
     def __init__(self, row: dict[str, str], lease: timedelta, render: Callable[[Generation], str]) -> None:
         self._row = row

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from serve import revision
-from serve.adapters import Catalogue, Model
+from serve.adapters import Model
 from serve.billing.pricing import Prices, PriceVersion
+from serve.catalogue import Catalogue
 from serve.db import Store
 from serve.errors import NotBillable
 

@@ -158,7 +158,7 @@ class Responses:
 
 
 class ResponseKeeper:
-    """Stores a whole answer with its settlement; see `serve.generation.Keeper`.
+    """Stores a whole answer with its settlement; see `serve.call.Keeper`.
 
     `render` makes the response of a generation. `stored` is what was kept, None if nothing was: what is wrong
     with storing an answer must not keep it from being billed.

@@ -21,7 +21,8 @@ from typing import Any
 
 from serve.adapters import AdapterRef
 from serve.engine.base import Delta, Event, GenerationRequest, Message, Sampling
-from serve.engine.vllm import VllmEngine, compute_on_one_thread
+from serve.engine.vllm import VllmEngine
+from serve.engine.vllm_setup import compute_on_one_thread
 from serve.settings import EngineSettings
 
 TOPICS = (

@@ -14,9 +14,9 @@ from pathlib import Path
 from loadtests.bench.front import free_port
 from loadtests.load.target import Offer, Target
 from loadtests.synthetic import publish_random
-from serve.adapters import Catalogue
 from serve.billing.ledger import Ledger
 from serve.billing.pricing import Prices, read_plan
+from serve.catalogue import Catalogue
 from serve.db import Store
 from serve.settings import Settings, load_settings
 from serve.tenants import Tenants, server_secret
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--adapters", type=int, required=True)
     options = parser.parse_args()
-    from serve.deployment import Service
+    from serve.service import Service
 
     (options.home / "bases").symlink_to(options.bases.resolve())
     profile = CONFIGS / "serve" / "cpu.yaml"

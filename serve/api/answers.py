@@ -15,9 +15,10 @@ from serve.api.context import Context
 from serve.api.errors import sse_event
 from serve.api.once import answer_once
 from serve.billing.pricing import Tokens
+from serve.call import Call
 from serve.engine.base import Delta
 from serve.errors import BespokeError
-from serve.generation import Call, Generation
+from serve.generation import Generation
 from serve.tenants import Principal
 
 

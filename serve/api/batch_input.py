@@ -15,8 +15,8 @@ from serve.api.connection import Json
 from serve.api.conversation import ChatCompletionRequest
 from serve.api.wire import Limits, parse
 from serve.batches import ERRORS_MAX, LineError
+from serve.call import Call
 from serve.errors import InvalidRequest
-from serve.generation import Call
 
 CUSTOM_ID_CHARS_MAX = 512
 

@@ -13,8 +13,9 @@ from serve.api.conversation import ChatCompletionRequest
 from serve.api.direct import Direct
 from serve.api.objects import ChatCompletion, ChatCompletionChunk, generation_responses, json_body
 from serve.api.wire import Limits, parse
+from serve.call import Call
 from serve.engine.base import Delta, TokenLogprob, ToolCall
-from serve.generation import Call, Generation
+from serve.generation import Generation
 
 router = APIRouter(route_class=Direct)
 

@@ -16,9 +16,10 @@ from serve.api.context import Ctx, Inference
 from serve.api.direct import Direct
 from serve.api.objects import TextCompletion, generation_responses, json_body
 from serve.api.wire import CHOICES_MAX, GenerationBody, Limits, parse
+from serve.call import Call
 from serve.engine.base import Delta, Sampling, Texts, TokenLogprob
 from serve.errors import InvalidRequest
-from serve.generation import Call, Generation
+from serve.generation import Generation
 
 router = APIRouter(route_class=Direct)
 

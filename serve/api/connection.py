@@ -17,8 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from serve.api.context import Context
 from serve.api.edge import pieces_send
+from serve.call import Call
 from serve.errors import ClientGone
-from serve.generation import Call, Generation
+from serve.generation import Generation
 from serve.tenants import Principal
 
 Json = dict[str, Any]

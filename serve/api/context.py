@@ -7,9 +7,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from serve.adapters import Catalogue
 from serve.api.document import KEY_REQUIRED
 from serve.api.wire import Limits
+from serve.catalogue import Catalogue
 from serve.db import Store
 from serve.engine.base import Engine
 from serve.errors import PermissionDenied, Unauthenticated

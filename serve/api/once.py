@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from serve.api.connection import dumps, start, unless_gone
 from serve.api.context import Context
-from serve.generation import Call, Generation, Keeper
+from serve.call import Call, Keeper
+from serve.generation import Generation
 from serve.tenants import Principal
 
 

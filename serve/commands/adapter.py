@@ -8,8 +8,9 @@ from rich import filesize
 from rich.markup import escape
 
 from finetune.card import read_card
-from serve.adapters import AdapterRef, Catalogue, Entry, State, newest_published
+from serve.adapters import AdapterRef, Entry, State
 from serve.audit import command_actor
+from serve.catalogue import Catalogue, newest_published
 from serve.commands.parts import HomeOption, ProfileOption, console, now, open_store, settings_of, table
 from serve.errors import OperatorError, UnknownRecord
 from serve.settings import Settings

@@ -60,7 +60,7 @@ def demo(
         _process("quantize", "run", str(CONFIGS / "quantize" / "nf4.yaml"), "--base", BASE)
     with steps("Create tenants, prices, keys; promote the adapters"):
         keys = _onboard(settings)
-    from serve.deployment import Service
+    from serve.service import Service
 
     with ExitStack() as running:
         with steps("Start Ray Serve: a gateway and vLLM, no adapter loaded yet"):

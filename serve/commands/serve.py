@@ -24,7 +24,7 @@ def serve(
 
 
 def run(settings: Settings) -> None:
-    from serve.deployment import Service
+    from serve.service import Service
 
     with ExitStack() as running:
         with console.status(f"starting vLLM with {', '.join(settings.bases)} (about a minute) …"):

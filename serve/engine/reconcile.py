@@ -9,7 +9,8 @@ import logging
 from collections.abc import Callable
 from datetime import datetime
 
-from serve.adapters import Catalogue, State
+from serve.adapters import State
+from serve.catalogue import Catalogue
 from serve.engine.probe import probe
 from serve.engine.vllm import VllmEngine
 from serve.errors import BespokeError, StoreUnavailable

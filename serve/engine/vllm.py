@@ -1,12 +1,11 @@
 """vLLM behind the engine seam: AsyncLLM inside a replica.
 
-The only module of the serving side that imports vLLM, and it does so inside functions: the
-gateway shares this package and must not load torch.
+vLLM is imported inside functions, here and in the modules beside it: the gateway shares this package and
+must not load torch.
 """
 
 import contextlib
 import logging
-import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -36,12 +35,8 @@ from serve.engine.rendering import Rendered, Renderer, refusal_of
 from serve.engine.slots import Slots
 from serve.engine.tally import tally
 from serve.engine.tap import Tap
-from serve.errors import (
-    BespokeError,
-    EngineFailed,
-    EngineLost,
-    EngineUnavailable,
-)
+from serve.engine.vllm_setup import engine_args, prepare_environment
+from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable
 from serve.lora_files import target_suffixes
 from serve.settings import EngineSettings
 from serve.tracing import prepare_vllm, trace_id_of, traces_url
@@ -49,10 +44,6 @@ from serve.vllm_plugin.packed import Layer, Layout
 
 log = logging.getLogger(__name__)
 
-# vLLM's core computes in its own process, as on a GPU. On CPUs vLLM would start a worker process, because
-# OpenMP's threads can only be set before a process starts, and each would wait actively for the other: a core
-# less to compute on. We set the threads before the core starts (docs/performance.md).
-CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 _PROBE = (Message("user", "Hello"),)
 _PROBE_LOGPROBS = 20
 
@@ -95,7 +86,7 @@ class VllmEngine:
         otlp_endpoint: str | None = None,
     ) -> "VllmEngine":
         """Load the base and prove with one real request that it answers. Takes tens of seconds."""
-        _prepare_environment(settings)
+        prepare_environment(settings)
         prepare_vllm(otlp_endpoint)
         from vllm import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
@@ -106,7 +97,7 @@ class VllmEngine:
             model=str(base_dir),
             served_model_name=base,
             otlp_traces_endpoint=traces_url(otlp_endpoint) if otlp_endpoint else None,
-            **_engine_args(settings, targets),
+            **engine_args(settings, targets),
         )
         config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
         # A small model may write free whitespace until its tokens are spent. Both grammar backends that
@@ -375,60 +366,3 @@ def _preload(llm: Any) -> Callable[[AdapterRef, Path], Awaitable[None]]:
 def _part(request_id: str, part: int) -> str:
     """What vLLM calls the request for one of several prompts."""
     return f"{request_id}.{part}" if part else request_id
-
-
-def compute_on_one_thread() -> None:
-    """For a replica's process: to pack an adapter takes 34 ms so, and 48 on all threads.
-
-    vLLM computes in processes of its own. The tensors are small, and other threads would wait actively
-    on the cores of vLLM's worker.
-    """
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def read_variables_once() -> None:
-    """For a replica's process, once its engine runs: vLLM looks several up for every token."""
-    from vllm.envs import enable_envs_cache
-
-    enable_envs_cache()
-
-
-def _prepare_environment(settings: EngineSettings) -> None:
-    """vLLM reads these at import and in the processes it starts."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # its internal sockets stay on this machine
-    if settings.device == "cpu":
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
-        # Not by default: Ray's workers have a 1 there.
-        os.environ["OMP_NUM_THREADS"] = str(settings.compute_threads or 1)
-
-
-def _engine_args(settings: EngineSettings, lora_targets: list[str]) -> dict[str, Any]:
-    args: dict[str, Any] = {
-        "dtype": settings.dtype,
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_num_seqs,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "enforce_eager": settings.enforce_eager,
-        "tensor_parallel_size": settings.tensor_parallel_size,
-        "enable_prefix_caching": True,
-        "disable_log_stats": False,
-    }
-    if lora_targets:
-        args |= {
-            "enable_lora": True,
-            "max_loras": settings.max_loras,
-            "max_cpu_loras": max(settings.max_cpu_loras, settings.max_loras),
-            "max_lora_rank": settings.max_lora_rank,
-            # Otherwise the output layer is wrapped too, and its zero delta computed in every step.
-            "lora_target_modules": lora_targets,
-            "worker_extension_cls": "serve.vllm_plugin.worker.WorkerExtension",
-        }
-    if settings.device == "gpu":
-        args["gpu_memory_utilization"] = settings.gpu_memory_utilization
-    elif settings.tensor_parallel_size == 1:
-        args["distributed_executor_backend"] = CPU_EXECUTOR
-    return args

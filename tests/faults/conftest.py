@@ -267,6 +267,7 @@ class Site(Live):
 @pytest.fixture(scope="package")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     from serve import deployment
+    from serve.service import Service
 
     home = tmp_path_factory.mktemp("faults")
     import_tiny(home)
@@ -287,7 +288,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         )
         with contextlib.closing(Store(settings.store_url)) as store:
             keys = onboard(store, home, TENANTS)
-            with deployment.Service(settings) as service:
+            with Service(settings) as service:
                 yield Site(service.url, settings, store, keys, postgres, Traps(home), seen)
             # What the service did not start, it does not end.
             assert [check for check in verify(store) if check.differences] == []

@@ -14,7 +14,7 @@ from loadtests.peers.environment import bare_variables
 from loadtests.peers.loopback import on_loopback
 from loadtests.peers.process import PeerFailed, free_port, running
 from loadtests.peers.server import Server
-from serve.engine.vllm import _engine_args
+from serve.engine.vllm_setup import engine_args
 
 LOCKS = sorted(Path(process.__file__).parent.glob("requirements-*.txt"))
 ENTRY = re.compile(r"^(\S+)==(\S+) \\\n((?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE)
@@ -77,7 +77,7 @@ def test_each_peer_says_in_one_sentence_what_it_leaves_out(text: str):
 
 
 def test_the_peers_engine_has_the_arguments_of_ours():
-    ours = _engine_args(settings(), ["q_proj", "v_proj"])
+    ours = engine_args(settings(), ["q_proj", "v_proj"])
     del ours["worker_extension_cls"]  # fills our adapter slots
     assert engine_arguments(settings(), ["q_proj", "v_proj"]) == ours
 

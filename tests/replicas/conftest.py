@@ -15,8 +15,9 @@ import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.synthetic import publish_random
-from serve.adapters import AdapterRef, Catalogue, State
+from serve.adapters import AdapterRef, State
 from serve.billing.usage import usage_table
+from serve.catalogue import Catalogue
 from serve.db import Store
 from serve.settings import EngineSettings, Settings
 from tests.serve.conftest import TENANTS, TINY, Live, enter, free_port, import_tiny, onboard, wait_until
@@ -116,7 +117,7 @@ class Pair(Live):
 
 @pytest.fixture(scope="package")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    from serve.deployment import Service
+    from serve.service import Service
 
     home = tmp_path_factory.mktemp("pair")
     import_tiny(home)

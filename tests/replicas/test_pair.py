@@ -9,7 +9,8 @@ import httpx
 import psutil
 import pytest
 
-from serve.adapters import AdapterRef, Catalogue, State
+from serve.adapters import AdapterRef, State
+from serve.catalogue import Catalogue
 from serve.engine.routing import SLACK_REQUESTS, choose
 from tests.replicas.conftest import SEQUENCES, TENANT, Pair, Stream
 from tests.serve.conftest import NOON, TINY, enter, wait_until

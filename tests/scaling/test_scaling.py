@@ -29,7 +29,7 @@ BODY = {
 
 @pytest.fixture(scope="module")
 def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    from serve.deployment import Service
+    from serve.service import Service
 
     home = tmp_path_factory.mktemp("elastic")
     import_tiny(home)

@@ -12,7 +12,6 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serve.adapters import Catalogue
 from serve.admission import Admission
 from serve.api.batch_input import InputBounds
 from serve.api.batch_worker import BatchWorker
@@ -23,6 +22,7 @@ from serve.billing.books import Books
 from serve.billing.ledger import Ledger
 from serve.billing.pricing import BatchRates, Prices, Rates
 from serve.billing.usage import usage_table
+from serve.catalogue import Catalogue
 from serve.db import Store
 from serve.engine.base import (
     Accepted,

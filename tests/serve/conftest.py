@@ -16,10 +16,11 @@ import openai
 import pytest
 import sqlalchemy as sa
 
-from serve.adapters import AdapterRef, Catalogue
+from serve.adapters import AdapterRef
 from serve.billing.ledger import Ledger
 from serve.billing.pricing import PricePlan, Prices, PriceVersion, Rates
 from serve.billing.usage import usage_table
+from serve.catalogue import Catalogue
 from serve.db import Store
 from serve.settings import EngineSettings, Settings
 from serve.tenants import Principal, Tenants, server_secret
@@ -211,8 +212,8 @@ def enter(catalogue: Catalogue, directory: Path, home: Path) -> AdapterRef:
 @pytest.fixture(scope="package")
 def live(home: Path) -> Iterator[Live]:
     """One gateway and one engine for all tests of this folder, on a free port."""
-    from serve.adapters import newest_published
-    from serve.deployment import Service
+    from serve.catalogue import newest_published
+    from serve.service import Service
 
     settings = Settings(
         home=home,

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from serve.adapters import AdapterRef, Catalogue, Desired, Entry, State, newest_published
+from serve.adapters import AdapterRef, Desired, Entry, State
+from serve.catalogue import Catalogue, newest_published
 from serve.db import Store
 from serve.errors import CatalogueError, ModelNotFound, UnknownRecord
 from serve.lora_files import decoder_linears, target_suffixes

@@ -10,7 +10,6 @@ import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from serve.adapters import Catalogue
 from serve.api import admin, errors, models
 from serve.api.context import Context
 from serve.api.edge import Edge
@@ -19,6 +18,7 @@ from serve.billing.budget_book import Budgets
 from serve.billing.charges import Charge, charge
 from serve.billing.invoice import Invoices
 from serve.billing.pricing import Prices
+from serve.catalogue import Catalogue
 from serve.errors import StoreUnavailable
 from serve.metrics import Metrics
 from tests.serve.conftest import NOON, PLAN, TINY, Shop

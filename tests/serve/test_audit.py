@@ -11,10 +11,11 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
-from serve.adapters import AdapterRef, Catalogue
+from serve.adapters import AdapterRef
 from serve.audit import Audit, audit_table, command_actor, record
 from serve.billing.ledger import Ledger
 from serve.billing.pricing import PricePlan, Prices
+from serve.catalogue import Catalogue
 from serve.cli import app
 from serve.db import Store
 from serve.errors import InvalidRequest

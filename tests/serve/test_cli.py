@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from serve.adapters import Catalogue
+from serve.catalogue import Catalogue
 from serve.cli import SUBCOMMANDS, app
 from serve.commands.parts import console
 from serve.db import Store

@@ -10,17 +10,19 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-# Every module that declares tables, so that the metadata is whole.
-import serve.adapters
 import serve.admission.leases
 import serve.batches
 import serve.billing.invoice
 import serve.billing.ledger
+
+# Every module that declares tables, so that the metadata is whole.
+import serve.catalogue
 import serve.idempotency
 import serve.limits
 import serve.responses
 import serve.tenants  # noqa: F401
-from serve.adapters import Catalogue, State
+from serve.adapters import State
+from serve.catalogue import Catalogue
 from serve.db import Store, _alembic_config, metadata
 from serve.errors import StoreUnavailable
 from tests.serve.conftest import on_sqlite

@@ -9,13 +9,15 @@ import pytest
 import sqlalchemy as sa
 
 from serve import generation as generation_module
-from serve.adapters import AdapterRef, Catalogue, Model
+from serve.adapters import AdapterRef, Model
 from serve.admission import Admission
 from serve.api.errors import status_of
 from serve.billing.accounts import CLOSING, transfers_table
 from serve.billing.books import Books
 from serve.billing.ledger import Closing, Opening, Outcome
 from serve.billing.usage import usage_table
+from serve.call import Call
+from serve.catalogue import Catalogue
 from serve.db import Store
 from serve.engine.base import (
     Accepted,
@@ -42,7 +44,7 @@ from serve.errors import (
     StoreUnavailable,
 )
 from serve.gateway import Gateway, prompt_tokens_max
-from serve.generation import Call, Generation
+from serve.generation import Generation
 from serve.metrics import Metrics
 from serve.tenants import Principal
 from tests.serve.conftest import NOON, TINY, Shop

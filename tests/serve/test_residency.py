@@ -8,9 +8,10 @@ import pytest
 import sqlalchemy as sa
 
 from finetune.card import read_card, write_card
-from serve.adapters import AdapterRef, Catalogue
+from serve.adapters import AdapterRef
 from serve.billing.charges import charges_table
 from serve.billing.invoice import Invoices
+from serve.catalogue import Catalogue
 from serve.residency import HOURS_MAX, charge_residency
 from tests.serve.conftest import NOON, TINY, Shop
 from tests.serve.lora_samples import publish_base, publish_sample

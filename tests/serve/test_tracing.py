@@ -13,9 +13,9 @@ import pytest
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.attributes import error_attributes, http_attributes, url_attributes
 
+from serve.call import Call
 from serve.engine.base import Accepted, Delta, Finished, Message, Sampling
 from serve.errors import EngineLost, EngineUnavailable
-from serve.generation import Call
 from tests.serve.collector import Collector, Received
 from tests.serve.conftest import TINY, free_port
 from tests.serve.scripted import BROKEN, HELLO, LEFT, Played, Script

@@ -28,7 +28,7 @@ def collector() -> Iterator[Collector]:
 @pytest.mark.slow
 def test_gateway_and_vllm_tell_one_trace(tmp_path: Path, collector: Collector) -> None:
     """Real Ray Serve and vLLM. And what all their processes log, Ray's own files included."""
-    from serve.deployment import Service
+    from serve.service import Service
 
     import_tiny(tmp_path)
     settings = Settings(

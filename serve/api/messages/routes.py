@@ -17,8 +17,9 @@ from serve.api.objects import generation_responses, json_body
 from serve.api.once import answer_once
 from serve.api.wire import parse
 from serve.billing.pricing import Tokens
+from serve.call import Call
 from serve.errors import BespokeError
-from serve.generation import Call, Generation
+from serve.generation import Generation
 
 router = APIRouter()
 

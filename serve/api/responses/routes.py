@@ -24,8 +24,9 @@ from serve.api.responses.objects import (
 from serve.api.responses.shape import ResponseShape
 from serve.api.responses.wire import ResponsesRequest
 from serve.api.wire import parse
+from serve.call import Call
 from serve.errors import InvalidRequest, ResponseNotFound
-from serve.generation import Call, Generation
+from serve.generation import Generation
 from serve.responses import ResponseKeeper, Responses
 from serve.tenants import Principal
 
