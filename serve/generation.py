@@ -70,6 +70,7 @@ class Generation:
         self.model = admitted.model
         self.answer = Answer(call.choices) if call.whole else None
         self.created_at = terms.now()
+        self.failure: BespokeError | None = None  # that ended it
         operation = "text_completion" if isinstance(call.prompt, Texts) else "chat"
         self._course = terms.tracing.course(
             operation, call.model, admitted.model.base, call.sampling, call.request_id
@@ -148,6 +149,7 @@ class Generation:
             self._accepted.exception()  # retrieved: a client that left is not an unhandled error
         if self._finished is not None and self._last:
             self._delivery.put(self._last)
+        self.failure = failure
         self._delivery.end(failure)
 
     async def _listen(self) -> BespokeError | None:

@@ -5,7 +5,6 @@ SSE: html.spec.whatwg.org/multipage/server-sent-events.html.
 """
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from serve.api.context import Context
 from serve.api.edge import pieces_send
 from serve.call import Call
-from serve.errors import ClientGone
+from serve.errors import BespokeError, ClientGone
 from serve.generation import Generation
 from serve.tenants import Principal
 
@@ -41,7 +40,10 @@ def dumps(body: Json) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events as they come. However it ends, the generation is closed."""
+    """Sends events as they come. However it ends, the generation is closed.
+
+    What it breaks off with is left where `edge.py` looks for it: in the scope's state, as `broken`.
+    """
 
     def __init__(self, generation: Generation, events: AsyncIterator[bytes]) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
@@ -51,14 +53,17 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        send = pieces_send(scope, send)
+        send, state = pieces_send(scope, send), scope.setdefault("state", {})
+        state["broken"] = BespokeError()  # so it stays if sending ends in an exception: a bug
         try:
-            with contextlib.suppress(ClientGone):
-                async with _Presence(receive):
-                    async for piece in self._events:
-                        if piece:
-                            await send({"type": "http.response.body", "body": piece, "more_body": True})
-                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+            async with _Presence(receive):
+                async for piece in self._events:
+                    if piece:
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                state["broken"] = self._generation.failure
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGone:
+            state["broken"] = None
         finally:
             self._generation.close()
 

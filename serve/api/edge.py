@@ -87,11 +87,15 @@ class Edge:
         finally:
             route, took_s = _route(scope), monotonic() - started_s
             self._metrics.request(route, status, took_s)
-            if status >= 400:
-                error = scope["state"].get("refused") or BespokeError()
-                self._metrics.refused(error, *kind_of(error))
             took_ms = round(took_s * 1e3)
             what = {"method": scope["method"], "route": route, "status": status, "duration_ms": took_ms}
+            if status >= 400:
+                error = state.get("refused") or BespokeError()
+                self._metrics.refused(error, *kind_of(error))
+            elif (broken := state.get("broken")) is not None:
+                kind, code = kind_of(broken)
+                self._metrics.broken(route, kind, code)
+                what["broken"] = code
             log.info("answered", extra=what)
 
 

@@ -77,8 +77,14 @@ class Metrics:
         )
         self._errors = Counter(
             "bespoke_errors",
-            "Requests that were answered with an error, by OpenAI's type and code.",
+            "Requests that were answered with an error, or broke off with one, by OpenAI's type and code.",
             ["type", "code"],
+            registry=self.registry,
+        )
+        self._broken = Counter(
+            "bespoke_streams_broken",
+            "Streams that ended in an error after their status, a 200, was sent.",
+            ["route"],
             registry=self.registry,
         )
         self._limited = Counter(
@@ -230,10 +236,7 @@ class Metrics:
 
     def refused(self, error: BespokeError, kind: str, code: str) -> None:
         """A request was answered with `error`, which OpenAI calls `kind` and `code`."""
-        if code not in self._codes and len(self._codes) >= _CODES_MAX:
-            code = "other"
-        self._codes.add(code)
-        self._errors.labels(kind, code).inc()
+        self._note_error(kind, code)
         match error:
             case RateLimited():
                 self._limited.labels(error.what.split()[0]).inc()
@@ -241,6 +244,17 @@ class Metrics:
                 self._limited.labels("budget").inc()
             case InsufficientCredit():
                 self._limited.labels("credit").inc()
+
+    def broken(self, route: str, kind: str, code: str) -> None:
+        """An answer that had begun ended in an error, which OpenAI calls `kind` and `code`."""
+        self._broken.labels(route).inc()
+        self._note_error(kind, code)
+
+    def _note_error(self, kind: str, code: str) -> None:
+        if code not in self._codes and len(self._codes) >= _CODES_MAX:
+            code = "other"
+        self._codes.add(code)
+        self._errors.labels(kind, code).inc()
 
     def closed(self, base: str, adapter: str | None, status: str) -> None:
         self._closed.labels(status).inc()

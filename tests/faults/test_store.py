@@ -12,40 +12,21 @@ import pytest
 import sqlalchemy as sa
 
 from serve.billing.ledger import Closing, Hold, Ledger
-from serve.billing.pricing import Tokens
 from serve.billing.proof import verify
-from serve.billing.usage import Status, UsageEvent
+from serve.billing.usage import UsageEvent
 from serve.db import Store
 from serve.errors import StoreUnavailable
 from serve.recovery import ENGINE_PATIENCE
 from tests.faults.disks import small_disk
 from tests.serve.conftest import NOON, Shop, onboard
 from tests.serve.test_recovery import Scene
+from tests.serve.usage_events import COST_NANOS, usage_event
 
 LEASE = timedelta(minutes=10)
-COST_NANOS = 700
 
 
 def event(shop: Shop, request_id: str) -> UsageEvent:
-    return UsageEvent(
-        request_id=request_id,
-        tenant="acme",
-        key_id=shop.principal.key_id,
-        model="tiny",
-        base="tiny",
-        adapter_version=None,
-        plan_id=shop.price.id,
-        replica="r",
-        boot="b",
-        samples=1,
-        tokens=Tokens(10, 4, 5),
-        cost_nanos=COST_NANOS,
-        status=Status.COMPLETE,
-        finish_reason="stop",
-        ttft_ms=1,
-        latency_ms=2,
-        created_at=NOON,
-    )
+    return usage_event(request_id, key_id=shop.principal.key_id, plan_id=shop.price.id)
 
 
 # Settles all that is open, in an order of its own; says how many it has closed itself.

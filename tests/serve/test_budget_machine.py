@@ -19,12 +19,13 @@ from serve.billing.accounts import holds_table, transfers_table
 from serve.billing.budget_book import Budgets
 from serve.billing.budgets import Budget, spend_table
 from serve.billing.ledger import Closing, Hold, Ledger, Opening
-from serve.billing.pricing import Prices, Tokens
-from serve.billing.usage import Status, UsageEvent
+from serve.billing.pricing import Prices
+from serve.billing.usage import UsageEvent
 from serve.db import Store
 from serve.errors import AlreadyExists, BudgetExceeded, InsufficientCredit
 from serve.tenants import Tenants
 from tests.serve.conftest import NOON, PLAN, NewDatabase
+from tests.serve.usage_events import usage_event
 
 LEASE = timedelta(minutes=10)
 START = datetime(2026, 11, 30, 23, 50, tzinfo=UTC)  # near the end of a day and a month
@@ -193,25 +194,13 @@ class BudgetMachine(RuleBasedStateMachine):
 
     def event(self, hold: Hold, cost_nanos: int) -> UsageEvent:
         assert hold.key_id is not None
-        return UsageEvent(
-            request_id=hold.request_id,
-            tenant="acme",
+        return usage_event(
+            hold.request_id,
             key_id=hold.key_id,
-            project=hold.project,
-            model="tiny",
-            base="tiny",
-            adapter_version=None,
             plan_id=self.plan_id,
-            replica="r",
-            boot="b",
-            samples=1,
-            tokens=Tokens(10, 4, 5),
+            at=self.at,
+            project=hold.project,
             cost_nanos=cost_nanos,
-            status=Status.COMPLETE,
-            finish_reason="stop",
-            ttft_ms=1,
-            latency_ms=2,
-            created_at=self.at,
         )
 
 

@@ -19,9 +19,8 @@ from serve.billing.budget_book import Budgets, Standing
 from serve.billing.budgets import spend_table
 from serve.billing.ledger import Closing, Hold, Opening
 from serve.billing.notices import notices_table
-from serve.billing.pricing import Tokens
 from serve.billing.thresholds import figures, notify_due
-from serve.billing.usage import Status, UsageEvent
+from serve.billing.usage import UsageEvent
 from serve.billing.webhooks import secret_of
 from serve.cli import app
 from serve.commands.parts import console
@@ -36,6 +35,7 @@ from serve.errors import (
 from serve.metrics import render_budgets
 from serve.tenants import server_secret
 from tests.serve.conftest import NOON, Shop, on_sqlite
+from tests.serve.usage_events import usage_event
 
 LEASE = timedelta(minutes=10)
 HOOK = "https://hooks.example.com/budgets"
@@ -73,25 +73,13 @@ class Till:
         return made
 
     def event(self, hold: Hold, cost_nanos: int, at: datetime = NOON) -> UsageEvent:
-        return UsageEvent(
-            request_id=hold.request_id,
-            tenant="acme",
+        return usage_event(
+            hold.request_id,
             key_id=hold.key_id or self.key,
-            project=hold.project,
-            model="tiny",
-            base="tiny",
-            adapter_version=None,
             plan_id=self.shop.price.id,
-            replica="r",
-            boot="b",
-            samples=1,
-            tokens=Tokens(10, 4, 5),
+            at=at,
+            project=hold.project,
             cost_nanos=cost_nanos,
-            status=Status.COMPLETE,
-            finish_reason="stop",
-            ttft_ms=1,
-            latency_ms=2,
-            created_at=at,
         )
 
     def settle(self, hold: Hold, cost_nanos: int, at: datetime = NOON) -> bool:

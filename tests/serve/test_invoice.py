@@ -15,9 +15,9 @@ from serve.billing.ledger import Hold
 from serve.billing.money import nanos_of_usd, usd
 from serve.billing.parties import SELLER, Parties
 from serve.billing.pricing import BatchRates, Prices, Rates, Tokens
-from serve.billing.usage import Status, UsageEvent
 from serve.errors import OperatorError, UnknownRecord
 from tests.serve.conftest import NOON, PLAN, RATES, Shop
+from tests.serve.usage_events import usage_event
 
 MONTH = "2026-11"
 
@@ -31,24 +31,15 @@ def buy(
     at = NOON + timedelta(days=days)
     hold = Hold(f"r{number}", "acme", cost)
     shop.ledger.hold(hold, at=at, lease=timedelta(hours=1))
-    event = UsageEvent(
-        request_id=hold.request_id,
-        tenant="acme",
+    event = usage_event(
+        hold.request_id,
         key_id=shop.principal.key_id,
-        model="acme/support" if adapter else "tiny",
-        base="tiny",
-        adapter_version="acme/support@0123456789abcdef" if adapter else None,
         plan_id=shop.price.id,
-        replica="r",
-        boot="b",
-        samples=1,
+        at=at,
+        model="acme/support" if adapter else "tiny",
+        adapter_version="acme/support@0123456789abcdef" if adapter else None,
         tokens=tokens,
         cost_nanos=cost,
-        status=Status.COMPLETE,
-        finish_reason="stop",
-        ttft_ms=1,
-        latency_ms=2,
-        created_at=at,
         tier=tier,
     )
     assert shop.ledger.settle(hold, event, at=at)

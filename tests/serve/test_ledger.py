@@ -16,11 +16,12 @@ from serve.billing.periods import periods_table
 from serve.billing.pricing import Prices, Tokens
 from serve.billing.reports import Usage
 from serve.billing.rollups import hours_table
-from serve.billing.usage import Status, UsageEvent, usage_table
+from serve.billing.usage import UsageEvent, usage_table
 from serve.db import Store
 from serve.errors import InsufficientCredit
 from serve.tenants import Principal, Tenants
 from tests.serve.conftest import NOON, PLAN, NewDatabase, Shop
+from tests.serve.usage_events import usage_event
 
 LEASE = timedelta(minutes=10)
 
@@ -32,25 +33,7 @@ def hold(shop: Shop, request_id: str, amount_nanos: int) -> Hold:
 
 
 def event(shop: Shop, request_id: str, cost_nanos: int = 700) -> UsageEvent:
-    return UsageEvent(
-        request_id=request_id,
-        tenant="acme",
-        key_id=shop.principal.key_id,
-        model="tiny",
-        base="tiny",
-        adapter_version=None,
-        plan_id=shop.price.id,
-        replica="r",
-        boot="b",
-        samples=1,
-        tokens=Tokens(10, 4, 5),
-        cost_nanos=cost_nanos,
-        status=Status.COMPLETE,
-        finish_reason="stop",
-        ttft_ms=1,
-        latency_ms=2,
-        created_at=NOON,
-    )
+    return usage_event(request_id, key_id=shop.principal.key_id, plan_id=shop.price.id, cost_nanos=cost_nanos)
 
 
 def test_settling_charges_the_cost_and_gives_back_the_rest_of_the_hold(shop: Shop) -> None:

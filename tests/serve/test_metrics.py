@@ -11,6 +11,8 @@ from serve.app import build_app
 from serve.billing.pricing import Tokens
 from serve.metrics import Metrics
 from serve.settings import Settings
+from tests.serve.conftest import TINY
+from tests.serve.scripted import BROKEN, HELLO, LEFT, Json, Played
 from tests.serve.test_gateway import ScriptedEngine
 
 TOKEN = "let-me-see-é"
@@ -95,3 +97,40 @@ def test_an_empty_token_is_refused_rather_than_letting_everyone_in(monkeypatch: 
     monkeypatch.setenv("BESPOKE_METRICS_TOKEN", "")
     with pytest.raises(ValidationError):
         Settings()
+
+
+ASKED = [
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ("/v1/responses", {"input": "Hi"}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}),
+]
+
+
+def broken(played: Played, route: str) -> tuple[float, float]:
+    """How many streams of `route` have broken off, and how many engines have failed, as the metrics say."""
+    value = played.app.state.context.metrics.registry.get_sample_value
+    failed = {"type": "server_error", "code": "engine_failed"}
+    return (
+        value("bespoke_streams_broken_total", {"route": route}) or 0,
+        value("bespoke_errors_total", failed) or 0,
+    )
+
+
+@pytest.mark.parametrize(("route", "body"), ASKED)
+def test_a_stream_that_breaks_off_is_an_error_although_its_status_is_200(
+    tmp_path: Path, route: str, body: Json
+) -> None:
+    played = Played(tmp_path, HELLO, BROKEN, BROKEN)
+    played.stream(route, body | {"model": TINY})
+    assert broken(played, route) == (0, 0)
+    played.stream(route, body | {"model": TINY})
+    assert broken(played, route) == (1, 1)
+    assert played.ask("POST", route, body | {"model": TINY}).status_code == 500
+    assert broken(played, route) == (1, 2)
+
+
+def test_a_client_that_leaves_breaks_no_stream(tmp_path: Path) -> None:
+    played = Played(tmp_path, LEFT)
+    ((route, body), *_) = ASKED
+    played.leave(route, body | {"model": TINY, "stream": True}, after=b"Hel")
+    assert broken(played, route) == (0, 0)

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -18,9 +17,9 @@ from serve.api.organization import costs, standing, usage
 from serve.billing.budget_book import Budgets
 from serve.billing.charges import Charge, charge
 from serve.billing.ledger import Hold
-from serve.billing.pricing import Tokens
-from serve.billing.usage import Status, UsageEvent
+from serve.billing.usage import UsageEvent
 from tests.serve.conftest import NOON, Shop
+from tests.serve.usage_events import usage_event
 
 Json = dict[str, Any]
 BILLING = frozenset({"billing-read"})
@@ -52,26 +51,13 @@ class Office:
     def use(self, at: datetime, tenant: str = "acme", **changes: Any) -> UsageEvent:
         """A request of 10 prompt tokens, 4 of them cached, and 5 completion tokens: 1000 nano-USD."""
         self._requests += 1
-        event = UsageEvent(
-            request_id=f"r{self._requests}",
-            tenant=tenant,
+        event = usage_event(
+            f"r{self._requests}",
             key_id=self.key_ids[tenant],
-            model="tiny",
-            base="tiny",
-            adapter_version=None,
             plan_id=self.shop.price.id,
-            replica="r",
-            boot="b",
-            samples=1,
-            tokens=Tokens(10, 4, 5),
-            cost_nanos=1000,
-            status=Status.COMPLETE,
-            finish_reason="stop",
-            ttft_ms=1,
-            latency_ms=2,
-            created_at=at,
+            at=at,
+            **{"tenant": tenant, "cost_nanos": 1000} | changes,
         )
-        event = replace(event, **changes)
         hold = Hold(event.request_id, tenant, event.cost_nanos)
         self.shop.ledger.hold(hold, at=at, lease=LEASE)
         assert self.shop.ledger.settle(hold, event, at=at)

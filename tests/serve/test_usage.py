@@ -13,37 +13,18 @@ from serve.audit import Audit
 from serve.billing.accounts import transfer
 from serve.billing.budget_book import Budgets
 from serve.billing.ledger import Closing, Hold
-from serve.billing.pricing import Tokens
 from serve.billing.proof import verify
 from serve.billing.reports import DAY, HOUR, MINUTE, Question, Usage, floor, parts
 from serve.billing.rollups import hours_table, rebuild, rollup_drift
-from serve.billing.usage import FailedAttempt, Status, UsageEvent, usage_table
+from serve.billing.usage import FailedAttempt, usage_table
 from serve.cli import app
 from serve.db import Store
 from serve.errors import InvalidRequest
 from tests.serve.conftest import NOON, Shop, on_sqlite
+from tests.serve.usage_events import usage_event
 
 MIDNIGHT = NOON.replace(hour=0)
 LEASE = timedelta(minutes=5)
-EVENT = UsageEvent(
-    request_id="r0",
-    tenant="acme",
-    key_id="",
-    model="tiny",
-    base="tiny",
-    adapter_version=None,
-    plan_id=0,
-    replica="r",
-    boot="b",
-    samples=2,
-    tokens=Tokens(10, 4, 5),
-    cost_nanos=1000,
-    status=Status.COMPLETE,
-    finish_reason="stop",
-    ttft_ms=1,
-    latency_ms=2,
-    created_at=NOON,
-)
 
 
 def use(shop: Shop, *times: datetime, **changes: object) -> None:
@@ -53,14 +34,14 @@ def use(shop: Shop, *times: datetime, **changes: object) -> None:
             number = connection.execute(sa.select(sa.func.count()).select_from(usage_table)).scalar_one()
         hold = Hold(f"r{number}", "acme", 2000, key_id=shop.principal.key_id)
         shop.ledger.hold(hold, at=at, lease=LEASE)
-        event = replace(
-            EVENT,
-            request_id=hold.request_id,
+        event = usage_event(
+            hold.request_id,
             key_id=shop.principal.key_id,
             plan_id=shop.price.id,
-            created_at=at,
+            at=at,
+            **{"samples": 2, "cost_nanos": 1000} | changes,
         )
-        assert shop.ledger.settle(hold, replace(event, **changes), at=at)  # type: ignore[arg-type]
+        assert shop.ledger.settle(hold, event, at=at)
 
 
 def count(shop: Shop, start: datetime, end: datetime, width: timedelta | None = None) -> int:
