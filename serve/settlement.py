@@ -41,8 +41,10 @@ def keeping(generation: "Generation", status: Status) -> Callable[[sa.Connection
     What was cut short is billed, and is no answer to give again. A bug in keeping must not unsettle it.
     """
     keeper = generation.call.keeper
-    if keeper is None or status is not Status.COMPLETE:
-        return keeper and keeper.release
+    if keeper is None:
+        return None
+    if status is not Status.COMPLETE:
+        return keeper.release
 
     def keep_or_release(connection: sa.Connection) -> None:
         try:

@@ -33,6 +33,7 @@ charges_table = sa.Table(
     sa.CheckConstraint(f"kind IN {KINDS}", name="kind_known"),
     sa.CheckConstraint("amount_nanos >= 0", name="amount_not_negative"),
     sa.Index("ix_charges_tenant_id_period", "tenant_id", "period"),
+    sa.Index("ix_charges_tenant_id_created_at", "tenant_id", "created_at"),
 )
 
 

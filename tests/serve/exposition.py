@@ -35,6 +35,7 @@ def busy() -> Metrics:
         pace.note([Delta(0, "x", 1)])
     metrics.request("/v1/chat/completions", 429, 0.1)
     metrics.refused(RateLimited("requests", 1, 1, 1, 1), "requests", "rate_limit_exceeded")
+    metrics.broken("/v1/chat/completions", "server_error", "engine_failed")
     metrics.closed("tiny", "acme/support@1", "complete")
     metrics.tokens("tiny", "acme/support@1", Tokens(3, 1, 2))
     metrics.billed("tiny", 1_000)

@@ -31,34 +31,44 @@ def says(*deltas: Delta) -> Script:
     return [[ACCEPTED], *([one] for one in deltas[:-1]), [deltas[-1], FINISHED]]
 
 
-class PlayingEngine:
-    """Plays one script per request, the last one again and again; "hang" waits for the abort."""
+class ScriptedEngine:
+    """Plays one script per attempt, the last one again and again.
+
+    An exception in a script is raised, "hang" waits for the abort.
+    """
 
     context_tokens_max = 1000
 
     def __init__(self, *scripts: Script) -> None:
         self._scripts = list(scripts)
         self.requests: list[GenerationRequest] = []
-        self.hanging = False
-        self.aborted: asyncio.Event
+        self.hanging = asyncio.Event()
+        self.aborts: list[str] = []
+        self.aborted = asyncio.Event()
+
+    @property
+    def asked(self) -> list[str]:
+        return [request.request_id for request in self.requests]
 
     async def generate(self, request: GenerationRequest, take: Take) -> None:
         async for batch in self._play(request):
             take(batch)
 
     async def _play(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+        if self.requests:
+            self.aborted = asyncio.Event()  # the one before may be of another loop
         self.requests.append(request)
-        self.aborted = asyncio.Event()
         for item in self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]:
             if isinstance(item, BaseException):
                 raise item
             if isinstance(item, str):
-                self.hanging = True
+                self.hanging.set()
                 await self.aborted.wait()
             else:
                 yield item
 
     async def abort(self, request_id: str) -> None:
+        self.aborts.append(request_id)
         self.aborted.set()
 
     async def finals(self, request_id: str) -> list[Final]:
@@ -72,7 +82,7 @@ class Played:
     """A gateway with the tenants acme and rival, whose engine plays `scripts`."""
 
     def __init__(self, home: Path, *scripts: Script, **settings: Any) -> None:
-        self.engine = PlayingEngine(*scripts)
+        self.engine = ScriptedEngine(*scripts)
         self.app = build_app(Settings(home=home, bases=[TINY], **settings), {TINY: self.engine})
         self.store = self.app.state.context.store
         self.gateway = self.app.state.context.gateway
@@ -120,7 +130,7 @@ class Played:
         async def receive() -> Json:
             if sent:
                 return sent.pop()
-            while not self.engine.hanging or after not in came:
+            while not self.engine.hanging.is_set() or after not in came:
                 await asyncio.sleep(0.005)
             return {"type": "http.disconnect"}
 

@@ -9,7 +9,7 @@ from serve.app import build_app
 from serve.metrics import Exposition, Metrics, merge, render_engines, render_fleet
 from serve.settings import Settings
 from tests.serve.exposition import busy
-from tests.serve.test_gateway import ScriptedEngine
+from tests.serve.scripted import HELLO, ScriptedEngine
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -44,7 +44,7 @@ def gateway(name: str, requests: int) -> Metrics:
 
 
 def scrape(home: Path, fleet: Fleet | None) -> Samples:
-    app = build_app(Settings(home=home), {"tiny": ScriptedEngine()}, peers=fleet)
+    app = build_app(Settings(home=home), {"tiny": ScriptedEngine(HELLO)}, peers=fleet)
     with TestClient(app) as client:
         return samples(client.get("/metrics").content)
 

@@ -53,10 +53,9 @@ class Office:
         self._requests += 1
         event = usage_event(
             f"r{self._requests}",
-            key_id=self.key_ids[tenant],
             plan_id=self.shop.price.id,
             at=at,
-            **{"tenant": tenant, "cost_nanos": 1000} | changes,
+            **{"tenant": tenant, "key_id": self.key_ids[tenant], "cost_nanos": 1000} | changes,
         )
         hold = Hold(event.request_id, tenant, event.cost_nanos)
         self.shop.ledger.hold(hold, at=at, lease=LEASE)
