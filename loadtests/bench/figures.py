@@ -1,5 +1,6 @@
 """From answers to figures, and from pairs to a median and its spread."""
 
+import itertools
 import random
 import statistics
 from collections.abc import Sequence
@@ -105,10 +106,9 @@ def added(
 
 
 def slope(values: Sequence[float]) -> float:
-    """Least squares, per step."""
-    if len(values) < 2:
-        return 0.0
-    return statistics.linear_regression(range(len(values)), values).slope
+    """Per step, the median over all pairs (P. K. Sen, 1968): a few values that stand out do not tilt it."""
+    pairs = itertools.combinations(enumerate(values), 2)
+    return statistics.median([(b - a) / (j - i) for (i, a), (j, b) in pairs] or [0.0])
 
 
 def agreement(ours: dict[str, int], theirs: dict[str, int], expected: int) -> dict[str, Any]:

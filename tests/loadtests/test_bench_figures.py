@@ -90,6 +90,10 @@ def test_a_slope_is_per_step():
     assert slope([5]) == 0
 
 
+def test_one_value_that_stands_out_does_not_tilt_a_slope():
+    assert slope([5, 5, 900, 5, 5, 5, 800]) == 0
+
+
 def test_generators_agree_only_if_they_count_alike_and_what_was_asked_for():
     counted = {"prompt_tokens": 640, "completion_tokens": 320}
     assert agreement(counted, dict(counted), 320)["agree"]

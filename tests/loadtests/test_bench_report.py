@@ -139,15 +139,26 @@ def test_the_soaks_slopes_leave_out_its_first_minutes():
         memory = 1000 if number < soak.SETTLING else 2000 + number
         return {
             "requests_per_s": 2.0, "wall_s": 60.0, "failed": 0, "memory_mb": {"gateway": memory},
-            **dict.fromkeys(soak.LATENCIES, 5.0),
+            **dict.fromkeys(soak.LATENCIES, 5.0), "fsync_worst_ms": 2.0,
         }  # fmt: skip
 
     trend = soak.trend([minute(number) for number in range(10)])
-    assert trend["memory_mb"] == {"first": 2003, "last": 2009, "per_hour": 60.0}
+    assert trend["memory_mb"] == {"first": 2005, "last": 2007, "per_hour": 60.0}
     assert trend["memory_mb_per_hour_by_role"] == {"gateway": 60.0}
     assert trend["ttft_p99_ms"]["per_hour"] == 0
     assert trend["requests"] == 1200
     assert "+60.0" in soak.table({"minutes": 10, "arrivals_per_s": 2.0, "trend": trend})
+
+
+def test_a_soak_tells_whether_the_disk_stood_still_in_the_minutes_that_stand_out():
+    quiet = {
+        "requests_per_s": 2.0, "wall_s": 60.0, "failed": 0, "memory_mb": {"gateway": 100},
+        **dict.fromkeys(soak.LATENCIES, 5.0), "fsync_worst_ms": 2.0,
+    }  # fmt: skip
+    late = {"ttft_p99_ms": 700.0}
+    trend = soak.trend([quiet] * 7 + [quiet | late, quiet | late | {"fsync_worst_ms": 900.0}, quiet])
+    assert (trend["stalled"], trend["with_disk"]) == (2, 1)
+    assert trend["ttft_p99_ms"] == {"first": 5.0, "last": 5.0, "per_hour": 0.0}
 
 
 def test_tables_of_the_curve_and_of_the_crowd():
