@@ -1,68 +1,94 @@
-"""A gateway without HTTP, over an engine that plays a script, and what its ledger says afterwards."""
+"""Several gateways on one database, with a clock that tests move."""
 
-from dataclasses import replace
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import sqlalchemy as sa
 
-from serve.admission import Admission
-from serve.billing.accounts import CLOSING, transfers_table
-from serve.billing.books import Books
-from serve.billing.usage import usage_table
-from serve.call import Call
-from serve.catalogue import Catalogue
+from serve.admission import Admission, Ticket
 from serve.db import Store
-from serve.engine.base import Message, Sampling
-from serve.gateway import Gateway
-from serve.generation import Generation
-from serve.metrics import Metrics
-from tests.serve.conftest import NOON, Shop
-from tests.serve.scripted import Script, ScriptedEngine
+from serve.errors import RateLimited, StoreUnavailable
+from serve.limits import Limits, Subject
+
+LEASE_S = 2.0
+PLACES_LEASE_S = 15.0
 
 
-def gateway_of(shop: Shop, engine: ScriptedEngine, **settings: float) -> Gateway:
-    return Gateway(
-        store=shop.store,
-        catalogue=Catalogue(shop.store, ["tiny"]),
-        engines={"tiny": engine},
-        admission=Admission(shop.store, "test"),
-        books=Books(shop.ledger),
-        journal=None,
-        metrics=Metrics(adapters_max=1),
-        request_timeout_s=settings.get("request_timeout_s", 60),
-        first_token_timeout_s=settings.get("first_token_timeout_s", 60),
-        now=lambda: NOON,
-    )
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
-def call(model: str = "tiny") -> Call:
-    hello = (Message("user", "Hello"),)
-    return Call("req_1", model, hello, Sampling(completion_tokens_max=5), "max_tokens")
+class CountedStore(Store):
+    """Counts its write transactions; `away` makes it fail as a lost database does."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.writes = 0
+        self.away = False
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        self.writes += 1
+        if self.away:
+            raise StoreUnavailable()
+        with super().write() as connection:
+            yield connection
 
 
-async def collect(generation: Generation) -> str:
-    return "".join([delta.text async for batch in generation for delta in batch])
+class Gateways:
+    """Several gateways with a store object each on one database, and one clock."""
+
+    def __init__(self, url: str, count: int = 3, *, refusal_s: float = 0.05, grace_s: float = 0.01) -> None:
+        self.refusal_s = refusal_s
+        self.grace_s = grace_s
+        self.clock = Clock()
+        self.stores = [CountedStore(url) for _ in range(count)]
+        self.all = [self.start(number) for number in range(count)]
+
+    def start(self, number: int) -> Admission:
+        return Admission(
+            self.stores[number],
+            f"g{number}",
+            clock=self.clock,
+            lease_s=LEASE_S,
+            places_lease_s=PLACES_LEASE_S,
+            refusal_s=self.refusal_s,
+            grace_s=self.grace_s,
+        )
+
+    @property
+    def writes(self) -> int:
+        return sum(store.writes for store in self.stores)
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.close()
 
 
-def events(store: Store) -> list[dict[str, object]]:
-    with store.read() as connection:
-        return [dict(row) for row in connection.execute(sa.select(usage_table)).mappings()]
+def tenant(**limits: int) -> list[Subject]:
+    return [Subject("tenant", "acme", Limits(**limits))]  # type: ignore[arg-type]
 
 
-def closings(store: Store) -> list[str]:
-    c = transfers_table.c
-    closing = sa.select(c.kind).where(c.phase == CLOSING, c.kind != "grant")
-    with store.read() as connection:
-        return list(connection.execute(closing).scalars())
-
-
-def metric(gateway: Gateway, name: str, **labels: str) -> float | None:
-    return gateway.terms.metrics.registry.get_sample_value(name, labels)
-
-
-async def play(shop: Shop, script: Script, request_id: str = "req_1") -> str:
-    gateway = gateway_of(shop, ScriptedEngine(script))
+async def attempt(gateway: Admission, subjects: Sequence[Subject], tokens: int = 1) -> Ticket | RateLimited:
     try:
-        asked = replace(call(), request_id=request_id)
-        return await collect(await gateway.generate(shop.principal, asked))
-    finally:
-        await gateway.drain()
+        return await gateway.admit(subjects, tokens=tokens)
+    except RateLimited as refused:
+        return refused
+
+
+async def burst(gateways: Gateways, subjects: Sequence[Subject], count: int, tokens: int = 1) -> list[Ticket]:
+    """`count` requests at once, spread evenly; those that passed."""
+    answers = await asyncio.gather(
+        *(attempt(gateways.all[number % len(gateways.all)], subjects, tokens) for number in range(count))
+    )
+    return [answer for answer in answers if isinstance(answer, Ticket)]
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(test())

@@ -15,8 +15,8 @@ from serve.errors import ModelNotFound, NotBillable, StoreUnavailable
 from serve.gateway import prompt_tokens_max
 from serve.tenants import Principal
 from tests.serve.conftest import NOON, TINY, Shop
-from tests.serve.gateways import call, collect, events, gateway_of, metric, play
 from tests.serve.scripted import ACCEPTED, HELLO, ScriptedEngine
+from tests.serve.scripted_gateway import call, collect, events, gateway_of, metric, play
 
 
 def test_a_finished_request_is_settled_before_the_client_has_its_end(shop: Shop) -> None:

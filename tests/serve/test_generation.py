@@ -19,8 +19,8 @@ from serve.errors import (
     StoreUnavailable,
 )
 from tests.serve.conftest import Shop
-from tests.serve.gateways import call, closings, collect, events, gateway_of, metric, play
 from tests.serve.scripted import ACCEPTED, HELLO, Script, ScriptedEngine
+from tests.serve.scripted_gateway import call, closings, collect, events, gateway_of, metric, play
 
 
 @pytest.mark.parametrize(
