@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Some images set it: then each process that imports torch or vLLM compiles them anew, 10 s of CPU each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo serve test test-faults check bench bench-scaling bench-soak bench-connections \
+.PHONY: setup demo serve test test-faults check bench bench-scaling bench-soak bench-connections bench-cost \
 	bench-adapters bench-ledger loadtest lock clean
 
 setup: .venv/.ready
@@ -43,6 +43,9 @@ bench-soak: bench-bases
 
 bench-connections: bench-bases
 	@$(BIN)/python -m loadtests.bench connections
+
+bench-cost: bench-bases
+	@$(BIN)/python -m loadtests.bench cost
 
 .PHONY: bench-bases
 bench-bases: setup

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from loadtests.bench import connections, scaling, soak, tables
+from loadtests.bench import connections, cost, scaling, soak, tables
 from loadtests.bench.bars import BASE_16, MIXED_16, MIXED_64, bars, met
 from loadtests.bench.report import PAGE, report, write_page
 from loadtests.bench.scaling import first_limit
@@ -148,6 +148,16 @@ def test_the_soaks_slopes_leave_out_its_first_minutes():
     assert trend["ttft_p99_ms"]["per_hour"] == 0
     assert trend["requests"] == 1200
     assert "+60.0" in soak.table({"minutes": 10, "arrivals_per_s": 2.0, "trend": trend})
+
+
+def test_two_loads_are_taken_apart_into_a_token_and_a_request():
+    def turn(work: Work, token_us: float, request_ms: float) -> dict[str, float]:
+        tokens = work.requests * work.tokens
+        return {"gateway": tokens * token_us / 1e6 + work.requests * request_ms / 1e3}
+
+    told = cost.apart([turn(cost.SHORT, 40, 2)] * 3, [turn(cost.LONG, 40, 2)] * 3)
+    assert told == {"gateway": {"token_us": 40.0, "request_ms": 2.0}}
+    assert "| ours | gateway | 40 | 2.00 |" in cost.table({"servers": {"ours": told}})
 
 
 def test_a_soak_tells_whether_the_disk_stood_still_in_the_minutes_that_stand_out():
