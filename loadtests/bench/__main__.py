@@ -3,7 +3,7 @@
 python -m loadtests.bench front                          all stages, and the report (about 70 minutes)
 python -m loadtests.bench front --stage tiny-proxies     one stage; the report is left as it is
 python -m loadtests.bench report                         the report again, from the stages that there are
-python -m loadtests.bench scaling | soak | connections | cost
+python -m loadtests.bench scaling | soak | connections | cost | scrape
 python -m loadtests.bench page                           the tables of docs/performance.md, from the results
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from loadtests.bench import connections, cost, front, scaling, soak, tables
+from loadtests.bench import connections, cost, front, scaling, scrape, soak, tables
 from loadtests.bench.group import GROUPS
 from loadtests.bench.report import PAGE, RESULTS, conditions, load, report, save, write_page
 from loadtests.peers.engine import ROOT
@@ -72,6 +72,8 @@ def _options() -> argparse.Namespace:
     steady.add_argument("--minutes", type=int, default=30)
     apart = commands.add_parser("cost")
     apart.add_argument("--rounds", type=int, default=5)
+    asked = commands.add_parser("scrape")
+    asked.add_argument("--scrapes", type=int, default=100)
     crowd = commands.add_parser("connections")
     crowd.add_argument("--requests", type=int, default=500)
     crowd.add_argument("--idle", type=int, default=connections.IDLE)
@@ -117,6 +119,9 @@ def _alone(options: argparse.Namespace, about: dict[str, Any]) -> None:
     elif options.command == "cost":
         told = cost.measure(options.home, "tiny", rounds=options.rounds)
         text = cost.table(told)
+    elif options.command == "scrape":
+        told = scrape.measure(options.home, "tiny", scrapes=options.scrapes)
+        text = scrape.table(told)
     else:
         told = connections.measure(
             options.home, "tiny", requests=options.requests, idle=options.idle, slow=options.slow
@@ -129,7 +134,7 @@ def _alone(options: argparse.Namespace, about: dict[str, Any]) -> None:
 
 def _pages() -> None:
     write_page(load("bench"))
-    for one in (scaling, soak, connections, cost):
+    for one in (scaling, soak, connections, cost, scrape):
         name = one.__name__.rpartition(".")[2]
         if (RESULTS / f"{name}.json").exists():
             tables.put(PAGE, name, one.table(load(name)))
