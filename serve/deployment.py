@@ -220,7 +220,7 @@ class GatewayDeployment:
         fleet = Fleet(settings.gateway_replicas)
         app = build_app(settings, engines, RemoteSteward(steward), fleet)
         self._metrics: Metrics = app.state.context.metrics
-        self._server = HttpServer(app, settings.host, settings.port)
+        self._server = HttpServer(app, settings.host, settings.port, drain_timeout_s=settings.drain_timeout_s)
         await self._server.start()
         _keep_what_is_loaded()
 

@@ -139,8 +139,11 @@ class Generation:
         self._done = True
         self._course.step("settlement")
         metrics.pace(self.model.base, self._version, self._pace)
-        with metrics.settling():
-            await self._settle_or_void(failure)
+        try:
+            with metrics.settling():
+                await self._settle_or_void(failure)
+        except Exception:  # nobody may wait for a bug; the hold's lease runs out
+            log.exception("request %s is not closed", self.call.request_id)
         self._course.end()
         self._admitted.ticket.release(self._prompt + self._completion)
         metrics.in_progress.dec()
@@ -174,6 +177,8 @@ class Generation:
                 return failure
         if self._finished is None:
             return self._broken()
+        if self._finished.failed or (self._finished.aborted and self._stopped is None):
+            return EngineFailed()
         return self._too_late() if self._finished.aborted else None
 
     async def _dispatch(self) -> None:

@@ -37,6 +37,7 @@ FIELDS = (
     "model",
     "base",
     "adapter",
+    "broken",
     "outcome",
     "finish_reason",
     "prompt_tokens",

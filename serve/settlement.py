@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_S = (0.1, 0.5, 1.0, 2.0)
 _RETRY_LATER_S = 5.0
+_ATTEMPTS_MAX = 5  # at what is not the store's being away: a bug, or a store that is damaged
 _REASON_CHARS_MAX = 32
 
 
@@ -60,7 +61,12 @@ def keeping(generation: "Generation", status: Status) -> Callable[[sa.Connection
 
 
 async def close(books: Books, journal: Journal | None, closing: Closing) -> None:
-    """Close the hold, however long the store is away."""
+    """Close the hold, however long the store is away.
+
+    What cannot be closed for another reason is left to the steward, which finds the journal's record when the
+    hold's lease has run out: a client must not wait for a bug.
+    """
+    failures = 0
     for delay_s in chain(_RETRY_S, repeat(_RETRY_LATER_S)):
         try:
             if not await books.close(closing):
@@ -69,4 +75,10 @@ async def close(books: Books, journal: Journal | None, closing: Closing) -> None
                 journal.forget(closing.request_id)
             return
         except StoreUnavailable:
+            await asyncio.sleep(delay_s)
+        except Exception:
+            failures += 1
+            log.exception("request %s cannot be closed", closing.request_id)
+            if failures == _ATTEMPTS_MAX:
+                return
             await asyncio.sleep(delay_s)

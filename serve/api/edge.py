@@ -54,7 +54,7 @@ class Edge:
         request_id = state["request_id"] = f"req_{uuid.uuid4().hex}"
         state["pieces_send"] = send
         logs.handle(request_id)
-        status = 500
+        status, begun = 500, False
         received_bytes, most = 0, self._body_bytes_max(scope)
 
         async def bounded_receive() -> Message:
@@ -66,9 +66,9 @@ class Edge:
             return message
 
         async def stamped_send(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 told = {
                     "x-request-id": request_id,
                     "openai-processing-ms": str(round((monotonic() - started_s) * 1000)),
@@ -84,14 +84,20 @@ class Edge:
                 await render(BodyTooLarge(most), scope["path"])(scope, receive, stamped_send)
             else:
                 await self._app(scope, bounded_receive, stamped_send)
+        except Exception as error:
+            # The path only: bodies hold prompts and headers hold keys.
+            log.error("unexpected error at %s %s", scope["method"], scope["path"], exc_info=error)
+            if begun:
+                raise
+            await render(BespokeError(), scope["path"])(scope, receive, stamped_send)
         finally:
             route, took_s = _route(scope), monotonic() - started_s
             self._metrics.request(route, status, took_s)
             took_ms = round(took_s * 1e3)
             what = {"method": scope["method"], "route": route, "status": status, "duration_ms": took_ms}
             if status >= 400:
-                error = state.get("refused") or BespokeError()
-                self._metrics.refused(error, *kind_of(error))
+                refused = state.get("refused") or BespokeError()
+                self._metrics.refused(refused, *kind_of(refused))
             elif (broken := state.get("broken")) is not None:
                 kind, code = kind_of(broken)
                 self._metrics.broken(route, kind, code)

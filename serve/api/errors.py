@@ -4,18 +4,16 @@ Shape: platform.openai.com/docs/guides/error-codes — {"error": {"message", "ty
 """
 
 import json
-import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from serve import errors
-
-log = logging.getLogger(__name__)
 
 # Most specific class first is not needed: the look-up walks each error's own class hierarchy.
 STATUS: dict[type[errors.BespokeError], tuple[int, str, str | None]] = {
@@ -159,9 +157,15 @@ def invalid_request(error: RequestValidationError) -> errors.InvalidRequest:
 
 
 def install(app: FastAPI) -> None:
+    """What is not here is unexpected, and answered by `edge.py`."""
+
     @app.exception_handler(errors.BespokeError)
     async def bespoke_error(request: Request, error: errors.BespokeError) -> Response:
         return render(error, request.url.path)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return render(errors.ClientGone(), request.url.path)  # in the middle of its body
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -182,9 +186,3 @@ def install(app: FastAPI) -> None:
         response = render(known, request.url.path)
         response.headers.update(error.headers or {})
         return response
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> Response:
-        # The path only: bodies hold prompts and headers hold keys.
-        log.error("unexpected error at %s %s", request.method, request.url.path, exc_info=error)
-        return render(errors.BespokeError(), request.url.path)

@@ -69,6 +69,7 @@ class Journal:
         self._file = _locked(beside)
         beside.rename(self._path)
         self._size = 0
+        self._beside: _Beside | None = None
         self._followed: dict[str, Callable[[], Served | None]] = {}
         self._records: dict[str, Record] = {}
         self._dirty: set[str] = set()
@@ -102,13 +103,19 @@ class Journal:
             self._dirty.discard(request_id)
 
     def flush(self) -> None:
-        """Write what has changed, and have it on the disk. What cannot be written is tried the next time."""
+        """Write what has changed, and have it on the disk. What cannot be written is tried the next time.
+
+        The disk is waited for without the lock: the gateway's loop takes that for each request.
+        """
         with self._lock:
             self._ask()
-            dirty = {request_id: self._records[request_id] for request_id in self._dirty}
             anew = self._size > SIZE_BYTES_MAX and self._begin_anew()
-            if anew or (dirty and self._append(dirty)):
+            dirty = {request_id: self._records[request_id] for request_id in self._dirty}
+            if dirty and self._append(dirty):
                 self._dirty.clear()
+        if anew:
+            self._end_anew()
+        with self._lock:
             file, size = self._file, self._size
         if size:
             with self._telling():
@@ -139,38 +146,50 @@ class Journal:
                 log.exception("the journal could not be flushed")
 
     def _append(self, records: dict[str, Record]) -> bool:
-        """Whether they are in the file."""
+        """Whether they are in the file, and in the one that is to be in its place."""
         data = b"".join(_line(request_id, record) for request_id, record in records.items())
         with self._telling():
-            # A line that a full disk cut off must not spoil the next one.
-            written = os.write(self._file, data)
-            self._size += written
-            if written < len(data):
-                os.ftruncate(self._file, self._size - written)
-                self._size -= written
-                raise OSError("the record was not written whole")
+            if self._beside is not None:
+                _write(self._beside.file, data, self._beside.size)
+                self._beside.size += len(data)
+            _write(self._file, data, self._size)
+            self._size += len(data)
             return True
         return False
 
     def _begin_anew(self) -> bool:
-        """Whether a file with what is open only is in the place of one that has grown."""
-        beside = self._path.with_suffix(BESIDE)
+        """Whether there is a file with what is open only, to be in the place of one that has grown."""
+        path = self._path.with_suffix(BESIDE)
         with self._telling():
-            file = _locked(beside)
+            file = _locked(path)
             try:
                 data = b"".join(_line(request_id, record) for request_id, record in self._records.items())
-                if os.write(file, data) < len(data):
-                    raise OSError("the journal was not written whole")
-                os.fdatasync(file)
-                beside.rename(self._path)
+                _write(file, data, 0)
             except OSError:
                 os.close(file)  # and with it the lock, for the next time
-                beside.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
                 raise
-            os.close(self._file)
-            self._file, self._size = file, len(data)
+            self._beside = _Beside(path, file, len(data))
             return True
         return False
+
+    def _end_anew(self) -> None:
+        """Have that file on the disk and in its place. What is written meanwhile is in both."""
+        beside = self._beside
+        assert beside is not None
+        with self._telling():
+            try:
+                os.fdatasync(beside.file)
+                with self._lock:
+                    beside.path.rename(self._path)
+                    os.close(self._file)
+                    self._file, self._size, self._beside = beside.file, beside.size, None
+            except OSError:
+                with self._lock:
+                    self._beside = None
+                os.close(beside.file)
+                beside.path.unlink(missing_ok=True)
+                raise
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
@@ -179,6 +198,23 @@ class Journal:
         except OSError:
             self._failed()
             log.exception("the journal could not be written")
+
+
+@dataclass(slots=True)
+class _Beside:
+    """The file that will be in the journal's place."""
+
+    path: Path
+    file: int
+    size: int
+
+
+def _write(file: int, data: bytes, size: int) -> None:
+    """Append `data` to `file` of `size` bytes, or nothing. Raises OSError."""
+    written = os.write(file, data)
+    if written < len(data):
+        os.ftruncate(file, size)  # a line that a full disk cut off must not spoil the next one
+        raise OSError("the record was not written whole")
 
 
 @contextlib.contextmanager

@@ -167,12 +167,16 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d", gc=False):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f", gc=False):
-    """The engine's final word on the request. Counts are totals over all choices."""
+    """The engine's final word on the request. Counts are totals over all choices.
+
+    It ended early if `aborted`, which somebody may have wanted, or `failed`, which nobody did.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
     aborted: bool
+    failed: bool = False
 
 
 Event = Accepted | Delta | Finished

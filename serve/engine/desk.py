@@ -146,5 +146,21 @@ class _Line(Framed):
 
     def _flush(self) -> None:
         entries, self._entries = self._entries, []
-        if not self.lost:
+        if self.lost:
+            return
+        try:
             self._write(Frame(entries))
+        except Exception:
+            log.exception("a frame could not be written")
+            for request_id, batch in entries:
+                self._write_alone(request_id, batch)
+
+    def _write_alone(self, request_id: str, batch: list[Any]) -> None:
+        """So that what is wrong with one request's events is that request's alone."""
+        try:
+            self._write(Frame([(request_id, batch)]))
+        except Exception:
+            log.exception("request %s is ended: its events could not be written", request_id)
+            self._write(Frame([(request_id, [Failed(pickle.dumps(EngineFailed()))])]))
+            if request_id in self.running:
+                self.running[request_id].cancel()

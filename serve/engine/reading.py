@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from serve.engine.base import Delta, Event, Finished, TokenLogprob, ToolCall
 
+_NO_REASON = ("abort", "error")  # vLLM's for an end that is no answer's
 _LOGPROB_MIN = -9999.0  # JSON knows no infinity; vLLM's and OpenAI's floor
 
 
@@ -40,7 +41,7 @@ class Reader:
         self._logprobs = logprobs
         self._echo = echo
         self._completion_tokens = 0
-        self._aborted = False
+        self._aborted = self._failed = False
         numbers = range(samples * len(prompts))
         self._choices = [_Choice(index, parser(), request, prompts[0], whole=whole) for index in numbers]
 
@@ -62,10 +63,11 @@ class Reader:
                 batch.append(self._echoed(choice, part))
             count = len(one.token_ids)
             self._completion_tokens += count
-            aborted = one.finish_reason == "abort"
-            self._aborted = self._aborted or aborted
+            reason = one.finish_reason
+            self._aborted = self._aborted or reason == "abort"
+            self._failed = self._failed or reason == "error"
             told = self._told(one.token_ids, one.logprobs)
-            delta = choice.take(one.text, one.token_ids, None if aborted else one.finish_reason, told)
+            delta = choice.take(one.text, one.token_ids, None if reason in _NO_REASON else reason, told)
             if isinstance(one.stop_reason, str):
                 delta = replace(delta, stop_sequence=one.stop_reason)
             if delta.text or count or delta.finish_reason or delta.tool_calls or delta.reasoning:
@@ -74,7 +76,7 @@ class Reader:
             self._left -= 1
             if not self._left:
                 self.finished = True
-                batch.append(Finished(*self.counts, self._aborted))
+                batch.append(Finished(*self.counts, self._aborted, self._failed))
         return batch
 
     def _echoed(self, choice: "_Choice", part: int) -> Delta:
@@ -136,18 +138,18 @@ class _Choice:
             ToolCall(
                 call.index,
                 call.id,
-                call.function.name if call.function else None,
-                (call.function.arguments if call.function else None) or "",
+                _whole(call.function.name) if call.function else None,
+                _whole(call.function.arguments) if call.function else "",
             )
             for call in parsed.tool_calls
         )
         self._called = self._called or bool(calls)
         return Delta(
             self.index,
-            parsed.content or "",
+            _whole(parsed.content),
             len(ids),
             self._reason(reason),
-            reasoning=parsed.reasoning or "",
+            reasoning=_whole(parsed.reasoning),
             tool_calls=calls,
             logprobs=told,
         )
@@ -167,16 +169,16 @@ class _Choice:
             self._text, self._request, enable_auto_tools=True, model_output_token_ids=self._ids
         )
         calls = self._allowed(
-            ToolCall(number, call.id or _call_id(), call.name, call.arguments)
+            ToolCall(number, call.id or _call_id(), _whole(call.name), _whole(call.arguments))
             for number, call in enumerate(found or ())
         )
         self._called = bool(calls)
         return Delta(
             self.index,
-            content or "",
+            _whole(content),
             len(ids),
             self._reason(reason),
-            reasoning=reasoning or "",
+            reasoning=_whole(reasoning),
             tool_calls=calls,
             logprobs=self._told,
         )
@@ -189,6 +191,13 @@ class _Choice:
         """OpenAI's: an answer that calls tools unforced ends with tool_calls, a forced one with stop."""
         forced = not isinstance(self._request.tool_choice, str | None)
         return "tool_calls" if reason == "stop" and self._called and not forced else reason
+
+
+def _whole(text: str | None) -> str:
+    """A parser that has read JSON may hold half a character ("\\ud83d"), which no frame can carry."""
+    if not text or text.isascii():
+        return text or ""
+    return text.encode(errors="replace").decode()
 
 
 def _call_id() -> str:

@@ -7,7 +7,7 @@ must not load torch.
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class VllmEngine:
         self._packer = packer
         self._slots = slots
         self._probed = (0, 0)
-        self._parts: dict[str, int] = {}
+        self._queues: dict[str, list[Any]] = {}  # of each request, one for each of its prompts
         self._finals = Finals(self.abort)
         self._unloads = 0
         self._worker: dict[str, Any] = {}
@@ -141,9 +141,9 @@ class VllmEngine:
         probe = GenerationRequest(number, adapter, _PROBE, sampling, cache_salt=number)
         rendered = await self._renderer.render(probe)
         ((prompt,), (params,)) = rendered.inputs, rendered.params
-        self._probed = (self._probed[0] + rendered.prompt_tokens, self._probed[1] + 1)
         try:
             async with self._lora(adapter) as lora:
+                self._probed = (self._probed[0] + rendered.prompt_tokens, self._probed[1] + 1)
                 async for output in self._llm.generate(prompt, params, number, lora_request=lora):
                     (first,) = output.outputs[0].logprobs
                     return {int(token): float(entry.logprob) for token, entry in first.items()}
@@ -243,8 +243,7 @@ class VllmEngine:
         self, request: GenerationRequest, rendered: Rendered, lora: Any, reader: Reader
     ) -> AsyncIterator[list[Any]]:
         """vLLM's queues of outputs, one for each prompt; what `reader` has not seen the end of is aborted."""
-        queues: list[Any] = []
-        self._parts[request.request_id] = len(rendered.inputs)
+        queues = self._queues[request.request_id] = []
         try:
             for part, (prompt, params) in enumerate(zip(rendered.inputs, rendered.params, strict=True)):
                 name = _part(request.request_id, part)
@@ -256,9 +255,9 @@ class VllmEngine:
                 )
             yield queues
         finally:
-            del self._parts[request.request_id]
+            del self._queues[request.request_id]
             if not reader.finished:
-                await self._llm.abort([queue.request_id for queue in queues], internal=True)
+                await self._abort(queues)
                 # What vLLM has counted is in its queues, or a tap has read it, and must be known (`finals`).
                 for part, queue in enumerate(queues):
                     if (output := queue.get_nowait()) is not None:
@@ -274,8 +273,11 @@ class VllmEngine:
         return await self._finals.of(request_id)
 
     async def abort(self, request_id: str) -> None:
-        parts = self._parts.get(request_id, 0)
-        await self._llm.abort([_part(request_id, part) for part in range(parts)])
+        await self._abort(self._queues.get(request_id, ()))
+
+    async def _abort(self, queues: Iterable[Any]) -> None:
+        """By vLLM's own names: by ours it would keep for ever what several samples have in common."""
+        await self._llm.abort([queue.request_id for queue in queues], internal=True)
 
     async def counters(self) -> Counters:
         """vLLM's own counters, read from its Prometheus registry."""

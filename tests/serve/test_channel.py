@@ -50,6 +50,8 @@ class Engine:
             take([Delta(0, self.name, 1)])
             if what == "broken":
                 raise EngineFailed()
+            if what == "half a character":
+                take([Delta(0, "\ud83d", 1)])
             if what == "stay":
                 await aborted.wait()
             take([Finished(1, 0, 1, aborted=aborted.is_set())])
@@ -170,6 +172,18 @@ def test_a_failure_arrives_as_its_own_type(prompt: str, error: type[BespokeError
             with pytest.raises(error):
                 await world.ask(prompt)
             assert await world.ask() == "a"
+
+    run(scenario())
+
+
+def test_events_that_cannot_be_written_end_their_request_and_no_other() -> None:
+    async def scenario() -> None:
+        async with World() as world:
+            asked = (world.ask("half a character"), world.ask(), world.ask())
+            failed, *others = await asyncio.gather(*asked, return_exceptions=True)
+            assert isinstance(failed, EngineFailed)
+            assert others == ["a", "a"]
+            await until(lambda: not world.running)
 
     run(scenario())
 

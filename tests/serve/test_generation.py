@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from serve import generation as generation_module
+from serve import settlement
 from serve.api.errors import status_of
 from serve.billing.ledger import Closing, Opening, Outcome
 from serve.engine.base import Accepted, Event, Finished
@@ -53,6 +54,20 @@ def test_a_failure_in_mid_stream_settles_what_was_delivered(shop: Shop, death: B
     (event,) = events(shop.store)
     assert (event["status"], event["completion_tokens"]) == ("failed", 1)
     assert not shop.ledger.open_holds()
+
+
+@pytest.mark.parametrize(
+    "end",
+    [Finished(10, 4, 2, aborted=False, failed=True), Finished(10, 4, 2, aborted=True)],
+    ids=["an error of its core", "an abort that nobody asked for"],
+)
+def test_an_end_that_the_engine_did_not_mean_is_a_failure_and_its_tokens_are_billed(
+    shop: Shop, end: Finished
+) -> None:
+    with pytest.raises(EngineFailed):
+        asyncio.run(play(shop, [*HELLO[:2], [end]]))
+    (event,) = events(shop.store)
+    assert (event["status"], event["completion_tokens"]) == ("failed", 2)
 
 
 def test_a_client_that_leaves_aborts_the_engine_and_pays_the_engines_last_count(shop: Shop) -> None:
@@ -277,6 +292,30 @@ def test_a_first_token_in_time_lets_the_rest_take_its_time(shop: Shop) -> None:
 
     asyncio.run(scenario())
     assert [event["status"] for event in events(shop.store)] == ["complete"]
+
+
+def test_nobody_waits_for_a_settlement_that_a_bug_prevents(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settlement, "_RETRY_S", (0.0,))
+    monkeypatch.setattr(settlement, "_RETRY_LATER_S", 0.0)
+    apply = shop.ledger.apply
+
+    def broken(entries: Sequence[Opening | Closing]) -> list[Outcome]:
+        if isinstance(entries[0], Closing):
+            raise RuntimeError("a bug")
+        return apply(entries)
+
+    async def scenario() -> None:
+        gateway = gateway_of(shop, ScriptedEngine(HELLO))
+        monkeypatch.setattr(shop.ledger, "apply", broken)
+        generation = await gateway.generate(shop.principal, call())
+        assert await asyncio.wait_for(collect(generation), 10) == "Hello"
+        await gateway.drain()
+        assert metric(gateway, "bespoke_requests_in_progress") == 0
+
+    asyncio.run(scenario())
+    assert len(shop.ledger.open_holds()) == 1  # the steward's, when its lease has run out
 
 
 def test_a_settlement_waits_for_the_store_to_come_back(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Adapters in /metrics: as many as the bound, and named to the operator only."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -125,6 +127,37 @@ def test_a_stream_that_breaks_off_is_an_error_although_its_status_is_200(
         assert broken(played, route) == (count, count)
     assert played.ask("POST", route, body | {"model": TINY}).status_code == 500
     assert broken(played, route) == (1, 2)
+
+
+def test_a_client_that_leaves_during_its_upload_is_no_failure_of_the_service(tmp_path: Path) -> None:
+    played = Played(tmp_path, HELLO)
+    came: Iterator[Json]
+
+    async def receive() -> Json:
+        return next(came)
+
+    async def send(_message: Any) -> None:
+        pass
+
+    for route, _ in ASKED:
+        came = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+        played.run(played.app(played.scope(route), receive, send))
+        value = played.app.state.context.metrics.registry.get_sample_value
+        assert value("bespoke_requests_total", {"route": route, "code": "499"}) == 1
+
+
+def test_what_nobody_expected_is_answered_with_the_requests_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def bug(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    played = Played(tmp_path, HELLO)
+    monkeypatch.setattr(played.gateway, "generate", bug)
+    ((route, body), *_) = ASKED
+    answer = played.ask("POST", route, body | {"model": TINY})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert answer.headers["x-request-id"].startswith("req_")
 
 
 def test_a_client_that_leaves_breaks_no_stream(tmp_path: Path) -> None:
