@@ -110,7 +110,8 @@ class Books:
             outcomes = [error]
         except BaseException as error:  # whatever it is, nobody waits for ever
             for waiting in batch:
-                waiting.outcome.set_exception(error)
+                if waiting.outcome.set_running_or_notify_cancel():
+                    waiting.outcome.set_exception(error)
             return
         for waiting, outcome in zip(batch, outcomes, strict=True):
             # Whoever waited may be gone; what was done is done.
