@@ -138,7 +138,7 @@ class _Choice:
             ToolCall(
                 call.index,
                 call.id,
-                _whole(call.function.name) if call.function else None,
+                (_whole(call.function.name) or None) if call.function else None,
                 _whole(call.function.arguments) if call.function else "",
             )
             for call in parsed.tool_calls
