@@ -22,6 +22,7 @@ from loadtests.peers.server import Server
 LOAD = 0.5  # of what a closed loop of 16 reaches
 SETTLING = 3  # minutes at the start that do not count: caches fill
 END = 5  # minutes of which the median stands for the start and for the end
+LATE = 10  # minutes at the end by which everything that has a bound should have reached it
 STALL_MS = 100
 LATENCIES = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
 console = Console(stderr=True)
@@ -56,12 +57,14 @@ def trend(told: list[dict[str, Any]]) -> dict[str, Any]:
     steady = told[SETTLING:] if len(told) > SETTLING + 1 else told
     roles = {role for minute in steady for role in minute["memory_mb"]}
     by_role = {r: round(60 * slope([m["memory_mb"].get(r, 0) for m in steady]), 1) for r in sorted(roles)}
+    whole = [sum(minute["memory_mb"].values()) for minute in steady]
     stalled = [minute for minute in steady if minute["ttft_p99_ms"] > STALL_MS]
     return {
         "requests": sum(round(m["requests_per_s"] * m["wall_s"]) for m in told),
         "failed": sum(minute["failed"] for minute in told),
-        "memory_mb": _ends([sum(minute["memory_mb"].values()) for minute in steady]),
+        "memory_mb": _ends(whole),
         "memory_mb_per_hour_by_role": by_role,
+        "memory_mb_per_hour_late": round(60 * slope(whole[-LATE:]), 1),
         **{name: _ends([minute[name] for minute in steady]) for name in LATENCIES},
         "stalled": len(stalled),
         "with_disk": sum(minute["fsync_worst_ms"] > STALL_MS for minute in stalled),
@@ -90,7 +93,8 @@ def table(told: dict[str, Any]) -> str:
         f"Minutes with a TTFT p99 over {STALL_MS} ms: {trend['stalled']}; in {trend['with_disk']} of them "
     )
     said += f"an fsync of a page of the bench's own, beside the service's, took over {STALL_MS} ms too. "
-    said += "Memory by process, MB an hour: " + ", ".join(f"{role} {mb:+.1f}" for role, mb in grown) + ".\n\n"
+    said += "Memory by process, MB an hour: " + ", ".join(f"{role} {mb:+.1f}" for role, mb in grown) + "; "
+    said += f"all, over the last {LATE} minutes: {trend['memory_mb_per_hour_late']:+.1f}.\n\n"
     ends = f"median of {END} minutes"
     return said + markdown(["", f"first: {ends}", f"last: {ends}", "slope an hour"], rows)
 

@@ -145,6 +145,7 @@ def test_the_soaks_slopes_leave_out_its_first_minutes():
     trend = soak.trend([minute(number) for number in range(10)])
     assert trend["memory_mb"] == {"first": 2005, "last": 2007, "per_hour": 60.0}
     assert trend["memory_mb_per_hour_by_role"] == {"gateway": 60.0}
+    assert trend["memory_mb_per_hour_late"] == 60.0
     assert trend["ttft_p99_ms"]["per_hour"] == 0
     assert trend["requests"] == 1200
     assert "+60.0" in soak.table({"minutes": 10, "arrivals_per_s": 2.0, "trend": trend})
