@@ -159,7 +159,8 @@ def cold(engine: Engine, pairs: int) -> dict[str, Any]:
     """Adapters that no request has named before, beside ones in their slots."""
     fresh = iter(range(SLOTS, SLOTS + COLD))
     each = COLD // (2 * pairs)
-    idle_warm, idle_cold, warm_gaps, cold_gaps, loaded_warm, loaded_cold = ([] for _ in range(6))
+    taken: list[list[float]] = [[] for _ in range(6)]
+    idle_warm, idle_cold, warm_gaps, cold_gaps, loaded_warm, loaded_cold = taken
     for turn in track(range(pairs), "cold adapters", console=console):
         new = [next(fresh) for _ in range(each)]
         idle_cold += engine.do("first_tokens", adapters=new, seed=10 * turn)["ttft_s"]
@@ -183,7 +184,9 @@ def cold(engine: Engine, pairs: int) -> dict[str, Any]:
 def working_set(engine: Engine, registered: int, pairs: int) -> dict[str, Any]:
     """Zipf over all registered adapters, twice as many streams as slots, beside the same over 16."""
     zipf = {"streams": 2 * SLOTS, "requests": 4 * SLOTS, "tokens": 24, "zipf": 1.0}
-    many, few, worst_ttft, worst_wait, distinct = [], [], 0.0, 0.0, 0
+    many: list[float] = []
+    few: list[float] = []
+    worst_ttft, worst_wait, distinct = 0.0, 0.0, 0
     for turn in track(range(pairs), "working set", console=console):
         for population, rates in ((SLOTS, few), (registered, many)):
             result = engine.do("popular", population=population, seed=100 * turn, **zipf)

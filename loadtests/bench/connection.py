@@ -148,6 +148,7 @@ class Connection(asyncio.Protocol):
 async def connect(url: str) -> Connection:
     parts = urlsplit(url)
     assert parts.hostname is not None
+    assert parts.port is not None
     _, connection = await asyncio.get_running_loop().create_connection(
         Connection, parts.hostname, parts.port, family=socket.AF_INET
     )

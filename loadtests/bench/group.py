@@ -58,7 +58,10 @@ def started(
     with ExitStack() as stack:
         mine = stack.enter_context(ours(home, base, adapters))
         theirs = stack.enter_context(bare(home, base, adapters))
-        servers = [(mine, (mine.root_pid,), 0), (theirs, (theirs.root_pid,), 0)]
+        servers: list[tuple[Server, tuple[int, ...], int]] = [
+            (mine, (mine.root_pid,), 0),
+            (theirs, (theirs.root_pid,), 0),
+        ]
         for number, name in enumerate(peers, start=1):
             if name in PROXIES:
                 server = stack.enter_context(PROXIES[name](theirs))

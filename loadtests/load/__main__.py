@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from loadtests.bench.front import free_port
 from loadtests.load.menu import MENU
 from loadtests.load.target import TARGET_VARIABLE
+from loadtests.peers.process import free_port
 from serve.errors import OperatorError
 from serve.port import check_free
 

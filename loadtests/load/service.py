@@ -11,8 +11,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loadtests.bench.front import free_port
 from loadtests.load.target import Offer, Target
+from loadtests.peers.process import free_port
 from loadtests.synthetic import publish_random
 from serve.billing.ledger import Ledger
 from serve.billing.pricing import Prices, read_plan

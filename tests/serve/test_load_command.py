@@ -1,0 +1,27 @@
+"""`make loadtest` as its users call it: a service of its own, a run, a reconciliation, and nothing left."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.serve.conftest import import_tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_a_run_starts_a_service_reconciles_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    import_tiny(tmp_path)
+    command = [sys.executable, "-m", "loadtests.load", "mixed", "--users", "4", "--duration", "5s"]
+    command += ["--home", str(tmp_path), "--out", str(tmp_path / "told.json")]
+    others = set(psutil.Process().children(recursive=True))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["complete"] > 0
+    assert told["reconciliation"]["agrees"]
+    assert set(psutil.Process().children(recursive=True)) <= others
