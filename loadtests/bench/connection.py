@@ -15,6 +15,9 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from loadtests.bench.work import Work, bodies
+from loadtests.peers.server import Server
+
 ERROR_BYTES_MAX = 2000
 TIMEOUT_S = 300.0
 
@@ -54,6 +57,11 @@ def encoded(url: str, key: str, body: Mapping[str, object]) -> bytes:
         f"Content-Length: {len(content)}\r\n\r\n"
     )
     return head.encode() + content
+
+
+def requests_of(server: Server, work: Work, batch: int, ends: tuple[int, ...] = ()) -> list[bytes]:
+    """One turn of `work` for `server`: all its requests' bytes. Another `batch` is other prompts."""
+    return [encoded(server.url, server.key, body) for body in bodies(work, server.models, batch, ends)]
 
 
 class Connection(asyncio.Protocol):

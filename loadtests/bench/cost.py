@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from loadtests.bench.connection import encoded
+from loadtests.bench.connection import requests_of
 from loadtests.bench.front import ADAPTERS, QUIET_S, TINY_SLO
 from loadtests.bench.group import Running, published, started
 from loadtests.bench.load import closed, run
 from loadtests.bench.processes import Seconds, is_housekeeping, used
 from loadtests.bench.tables import markdown
-from loadtests.bench.work import Work, bodies
+from loadtests.bench.work import Work
 
 STREAMS = 16
 SHORT = Work("short", STREAMS, 320, 2, mixed=True, slo=TINY_SLO)
@@ -45,9 +45,7 @@ def measure(home: Path, base: str, *, rounds: int) -> dict[str, Any]:
 
 
 def _turn(one: Running, work: Work, batch: int) -> Seconds:
-    requests = [
-        encoded(one.server.url, one.server.key, asked) for asked in bodies(work, one.models, batch, ())
-    ]
+    requests = requests_of(one.server, work, batch)
     time.sleep(QUIET_S)
     before = one.family.moment()
     answers = run(lambda: closed(one.server.url, requests, STREAMS)).answers

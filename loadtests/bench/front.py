@@ -15,14 +15,14 @@ from typing import Any
 
 from rich.console import Console
 
-from loadtests.bench.connection import encoded
+from loadtests.bench.connection import encoded, requests_of
 from loadtests.bench.figures import added, agreement, figures, ms, over, paired, quantile, spread
 from loadtests.bench.group import BARE, Running, published, started
 from loadtests.bench.load import Run, alternating, closed, opened, run
 from loadtests.bench.ours import NAME
 from loadtests.bench.processes import front_s, idle_percent, used
 from loadtests.bench.vllm_generator import measured, order
-from loadtests.bench.work import Slo, Work, bodies, body, end_tokens, prompt
+from loadtests.bench.work import Slo, Work, body, end_tokens, prompt
 
 SEED = 1
 ADAPTERS = 7  # with the base, eight models in turn
@@ -185,11 +185,7 @@ class Stage:
         }
 
     def _requests(self, one: Running, work: Work, batch: int) -> list[bytes]:
-        salted = self._salted(one, batch)
-        return [
-            encoded(one.server.url, one.server.key, asked)
-            for asked in bodies(work, one.models, salted, self._ends)
-        ]
+        return requests_of(one.server, work, self._salted(one, batch), self._ends)
 
     def _encode(self, one: Running, model: str, text: str, tokens: int) -> bytes:
         return encoded(

@@ -34,10 +34,6 @@ class Running:
     def name(self) -> str:
         return self.server.name
 
-    @property
-    def models(self) -> tuple[str, ...]:
-        return (self.server.model, *self.server.adapters)
-
 
 @contextmanager
 def published(home: Path, base: str, count: int) -> Iterator[dict[str, Path]]:

@@ -11,14 +11,14 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from loadtests.bench.connection import encoded
+from loadtests.bench.connection import requests_of
 from loadtests.bench.figures import figures, over, spread
 from loadtests.bench.front import TINY_SLO
 from loadtests.bench.load import closed, run
 from loadtests.bench.ours import ours
 from loadtests.bench.processes import Family, is_engine, used
 from loadtests.bench.tables import markdown
-from loadtests.bench.work import Work, bodies
+from loadtests.bench.work import Work
 from loadtests.peers.server import Server
 
 GATEWAYS, ENGINES = (1, 2, 4), (1, 2)
@@ -50,7 +50,7 @@ def _rounds(server: Server, rounds: int) -> list[dict[str, Any]]:
     work = Work("scaling", STREAMS, REQUESTS, 64, mixed=False, slo=TINY_SLO)
     family, taken = Family((server.root_pid,)), []
     for number in range(rounds + 1):
-        requests = [encoded(server.url, server.key, b) for b in bodies(work, (server.model,), number, ())]
+        requests = requests_of(server, work, number)
         before, busy, own_s = family.moment(), psutil.cpu_times(), time.process_time()
         one = run(lambda: closed(server.url, requests, STREAMS))  # noqa: B023
         cpu_s = used(before, family.moment()) | {GENERATOR: time.process_time() - own_s}

@@ -7,14 +7,14 @@ from typing import Any
 
 import httpx
 
-from loadtests.bench.connection import encoded
+from loadtests.bench.connection import requests_of
 from loadtests.bench.front import ADAPTERS, IDLE_SETTLE_S, TINY_SLO
 from loadtests.bench.group import published
 from loadtests.bench.load import closed, run
 from loadtests.bench.ours import ours
 from loadtests.bench.processes import Family, used
 from loadtests.bench.tables import markdown
-from loadtests.bench.work import Work, bodies
+from loadtests.bench.work import Work
 
 GATEWAYS, ENGINES = 2, 1
 IDLE_S = 20.0
@@ -28,8 +28,7 @@ def measure(home: Path, base: str, *, scrapes: int) -> dict[str, Any]:
         ours(home, base, adapters, gateway_replicas=GATEWAYS, engine_replicas=ENGINES) as server,
         httpx.Client(base_url=server.url, timeout=30) as client,
     ):
-        models = (server.model, *server.adapters)
-        requests = [encoded(server.url, server.key, asked) for asked in bodies(work, models, 1, ())]
+        requests = requests_of(server, work, 1)
         run(lambda: closed(server.url, requests, work.streams))
         family = Family((server.root_pid,))
         time.sleep(IDLE_SETTLE_S)

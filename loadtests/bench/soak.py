@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from loadtests.bench.connection import encoded
+from loadtests.bench.connection import requests_of
 from loadtests.bench.disk import Disk
 from loadtests.bench.figures import figures, slope
 from loadtests.bench.front import ADAPTERS, TINY_SLO
@@ -16,7 +16,7 @@ from loadtests.bench.load import closed, opened, run
 from loadtests.bench.ours import ours
 from loadtests.bench.processes import Family
 from loadtests.bench.tables import markdown
-from loadtests.bench.work import Work, bodies
+from loadtests.bench.work import Work
 from loadtests.peers.server import Server
 
 LOAD = 0.5  # of what a closed loop of 16 reaches
@@ -30,13 +30,12 @@ console = Console(stderr=True)
 
 def measure(home: Path, base: str, *, minutes: int, seed: int) -> dict[str, Any]:
     with published(home, base, ADAPTERS) as adapters, ours(home, base, adapters) as server, Disk() as disk:
-        models = (server.model, *server.adapters)
-        family, per_s, told = Family((server.root_pid,)), LOAD * _capacity(server, models), []
+        family, per_s, told = Family((server.root_pid,)), LOAD * _capacity(server), []
         disk.worst_ms()
         for minute in range(1, minutes + 1):
             count = math.ceil(60 * per_s)
             work = Work("soak", 0, count, 64, mixed=True, slo=TINY_SLO)
-            requests = _requests(server, models, work, minute)
+            requests = requests_of(server, work, minute)
             taken = figures(run(lambda: opened(server.url, requests, per_s, seed + minute)), work.slo)  # noqa: B023
             told.append(taken | {"memory_mb": family.memory_mb(), "fsync_worst_ms": disk.worst_ms()})
             console.print(
@@ -99,13 +98,9 @@ def table(told: dict[str, Any]) -> str:
     return said + markdown(["", f"first: {ends}", f"last: {ends}", "slope an hour"], rows)
 
 
-def _capacity(server: Server, models: tuple[str, ...]) -> float:
+def _capacity(server: Server) -> float:
     work = Work("capacity", 16, 64, 64, mixed=True, slo=TINY_SLO)
     for batch in (9001, 9002):  # the first warms up
-        requests = _requests(server, models, work, batch)
+        requests = requests_of(server, work, batch)
         taken = figures(run(lambda: closed(server.url, requests, work.streams)), work.slo)  # noqa: B023
     return float(taken["requests_per_s"])
-
-
-def _requests(server: Server, models: tuple[str, ...], work: Work, batch: int) -> list[bytes]:
-    return [encoded(server.url, server.key, asked) for asked in bodies(work, models, batch, ())]

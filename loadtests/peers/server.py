@@ -16,3 +16,7 @@ class Server:
     )
     leaves_out: str  # one sentence: what ours does for each request and this one does not
     adapters: tuple[str, ...] = ()  # model names of the adapters, in the order in which they were given
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.model, *self.adapters)
