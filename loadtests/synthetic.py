@@ -21,7 +21,7 @@ from finetune.card import (
 )
 from finetune.digest import file_sha256, json_sha256
 from finetune.publish import publish
-from serve.lora_files import decoder_linears
+from serve.registry.validation import decoder_linears
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ATTENTION = ALL[:4]

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.postgres import MigratedDatabases, Postgres
+from tests.support.postgres import MigratedDatabases, Postgres
 
-# `serve.deployment` sets this before it imports ray; here a test that runs vLLM may import ray first.
+# `serve.deployment.ray_app` sets this before it imports ray; here a test that runs vLLM may import ray first.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 # Some images forbid Python to keep what it compiled. Each of the hundreds of processes that these tests

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from loadtests.bench.machine import machine
 from loadtests.synthetic import ALL, ATTENTION, publish_random
-from serve.engine import scratch
+from serve.engine.adapters import cache
 from serve.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ def started(name: str, order: dict[str, Any], log: IO[str], *, plugin: bool = Tr
             member.kill()
         psutil.wait_procs(family, timeout=10)
         process.wait()
-        scratch.sweep()
+        cache.sweep()
 
 
 def publish(base_dir: Path, adapters_dir: Path, count: int) -> list[tuple[str, str, str]]:

@@ -3,7 +3,7 @@
     {"do": "burst", "adapters": [0, null, …], "tokens": 48, "seed": 1}
     {"do": "first_tokens", …}   {"do": "neighbours", …}   {"do": "popular", …}   {"do": "starve", …}
 
-The engine is the one that serves (`serve.engine.vllm.VllmEngine`), without Ray and the gateway, which
+The engine is the one that serves (`serve.engine.vllm.engine.VllmEngine`), without Ray and the gateway, which
 `loadtests.bench.front` measures.
 """
 
@@ -19,10 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from serve.adapters import AdapterRef
-from serve.engine.base import Delta, Event, GenerationRequest, Message, Sampling
-from serve.engine.vllm import VllmEngine
-from serve.engine.vllm_setup import compute_on_one_thread
+from serve.engine.protocol import Delta, Event, GenerationRequest, Message, Sampling
+from serve.engine.vllm.engine import VllmEngine
+from serve.engine.vllm.setup import compute_on_one_thread
+from serve.registry.versions import AdapterRef
 from serve.settings import EngineSettings
 
 TOPICS = (

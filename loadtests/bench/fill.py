@@ -17,11 +17,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serve.billing.accounts import accounts_table, transfer
-from serve.billing.pricing import Prices, PriceVersion, Tokens, read_plan, subscriptions_table
-from serve.billing.rollups import SUMS, hours_table
-from serve.billing.usage import usage_table
-from serve.db import Store
+from serve.billing.ledger.accounts import accounts_table, transfer
+from serve.billing.metering.events import usage_table
+from serve.billing.metering.rollups import SUMS, hours_table
+from serve.billing.pricing.plans import Prices, PriceVersion, Tokens, read_plan, subscriptions_table
+from serve.storage.database import Store
 from serve.tenants.tables import keys_table, projects_table, tenants_table
 
 PLAN = Path(__file__).parents[2] / "configs" / "prices" / "standard.yaml"

@@ -28,16 +28,16 @@ from rich.table import Table
 
 from loadtests.bench.fill import MONTHS, TENANTS, Customer, fill, onboard
 from loadtests.bench.machine import machine
-from serve.app import build_app
-from serve.billing.books import Books
-from serve.billing.invoice import Invoices
-from serve.billing.ledger import Closing, Hold, Ledger, Opening
-from serve.billing.pricing import Tokens
-from serve.billing.usage import Status, UsageEvent
-from serve.db import Store
+from serve.billing.invoicing.invoices import Invoices
+from serve.billing.ledger.ledger import Closing, Hold, Ledger, Opening
+from serve.billing.ledger.writer import Books
+from serve.billing.metering.events import Status, UsageEvent
+from serve.billing.pricing.plans import Tokens
+from serve.deployment.app import build_app
 from serve.settings import Settings
+from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
-from tests.postgres import Postgres
+from tests.support.postgres import Postgres
 
 RESULTS = Path(__file__).parents[1] / "results" / "ledger.json"
 END = datetime(2026, 11, 1, tzinfo=UTC)  # of the filled store's last month

@@ -12,11 +12,11 @@ from pathlib import Path
 from loadtests.peers.engine import ROOT
 from loadtests.peers.process import free_port, running
 from loadtests.peers.server import Server
-from serve.billing.ledger import Ledger
-from serve.billing.pricing import Prices, read_plan
-from serve.catalogue import Catalogue, newest_published
-from serve.db import Store
+from serve.billing.ledger.ledger import Ledger
+from serve.billing.pricing.plans import Prices, read_plan
+from serve.registry.registry import Catalogue, newest_published
 from serve.settings import Settings, load_settings
+from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
 
 NAME = "bespoke"

@@ -22,8 +22,8 @@ from rich.console import Console
 from loadtests.load.menu import MENU
 from loadtests.load.target import TARGET_VARIABLE
 from loadtests.peers.process import free_port
+from serve.deployment.local import check_free
 from serve.errors import OperatorError
-from serve.port import check_free
 
 ROOT = Path(__file__).parents[2]
 WEB_PORT = 8089

@@ -25,13 +25,13 @@ from loadtests.load.reconcile import (
     engines_counted,
 )
 from loadtests.load.target import Target
-from serve.billing.ledger import Ledger
-from serve.billing.reconcile import EngineCount, reconcile
-from serve.billing.reports import Usage
-from serve.billing.usage import usage_table
+from serve.billing.ledger.ledger import Ledger
+from serve.billing.metering.events import usage_table
+from serve.billing.metering.queries import Usage
+from serve.billing.metering.reconciliation import EngineCount, reconcile
 from serve.commands.usage import engine_counts
-from serve.db import Store
 from serve.errors import OperatorError
+from serve.storage.database import Store
 
 SETTLED_TIMEOUT_S = 30.0
 QUIET_TIMEOUT_S = 20.0  # the steward compares every five seconds

@@ -16,7 +16,7 @@ from geventhttpclient.response import HTTPParseError, HTTPSocketResponse
 from loadtests.load.exchange import Exchange, Outcome
 from loadtests.load.sse import DONE, events
 from loadtests.load.target import Offer
-from serve.billing.pricing import Tokens
+from serve.billing.pricing.plans import Tokens
 
 TIMEOUT_S = 300
 # A server may close a connection that was idle for a while, just as the next request is sent on it.

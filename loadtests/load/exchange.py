@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from serve.billing.pricing import Tokens
+from serve.billing.pricing.plans import Tokens
 
 
 class Outcome(StrEnum):

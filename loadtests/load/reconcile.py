@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
 from loadtests.load.exchange import Exchange, Outcome
-from serve.billing.reconcile import EngineCount, Reconciliation
+from serve.billing.metering.reconciliation import EngineCount, Reconciliation
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from pathlib import Path
 from loadtests.load.target import Offer, Target
 from loadtests.peers.process import free_port
 from loadtests.synthetic import publish_random
-from serve.billing.ledger import Ledger
-from serve.billing.pricing import Prices, read_plan
-from serve.catalogue import Catalogue
-from serve.db import Store
+from serve.billing.ledger.ledger import Ledger
+from serve.billing.pricing.plans import Prices, read_plan
+from serve.registry.registry import Catalogue
 from serve.settings import Settings, load_settings
+from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--adapters", type=int, required=True)
     options = parser.parse_args()
-    from serve.service import Service
+    from serve.deployment.local import Service
 
     (options.home / "bases").symlink_to(options.bases.resolve())
     profile = CONFIGS / "serve" / "cpu.yaml"

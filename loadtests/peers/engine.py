@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from serve.engine.vllm_setup import CPU_EXECUTOR
+from serve.engine.vllm.setup import CPU_EXECUTOR
 from serve.settings import EngineSettings, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ def settings() -> EngineSettings:
 
 
 def engine_arguments(engine: EngineSettings, lora_targets: list[str]) -> dict[str, Any]:
-    """vLLM's arguments as `serve.engine.vllm_setup` gives them, but for what fills our adapter slots."""
+    """vLLM's arguments as `serve.engine.vllm.setup` gives them, but for what fills our adapter slots."""
     return {
         "dtype": engine.dtype,
         "max_model_len": engine.max_model_len,

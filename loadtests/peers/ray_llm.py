@@ -12,7 +12,7 @@ from loadtests.peers.engine import ROOT, base_dir, engine_arguments, engine_vari
 from loadtests.peers.environment import environment
 from loadtests.peers.process import free_port, running
 from loadtests.peers.server import Server
-from serve.lora_files import target_suffixes
+from serve.registry.validation import target_suffixes
 
 LEAVES_OUT = (
     "No authentication, tenants, limits or metering; adapters only from object stores, "

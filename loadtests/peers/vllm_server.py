@@ -9,7 +9,7 @@ from typing import Any
 from loadtests.peers.engine import ROOT, base_dir, engine_arguments, engine_variables, settings
 from loadtests.peers.process import free_port, running
 from loadtests.peers.server import Server
-from serve.lora_files import target_suffixes
+from serve.registry.validation import target_suffixes
 
 LEAVES_OUT = (
     "No authentication, tenants, limits or metering, every route of vLLM's is open, "

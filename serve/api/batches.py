@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from serve.api.context import Ctx, Inference
-from serve.api.document import errors
+from serve.api.dependencies import Ctx, Inference
 from serve.api.files import StoredBatches
-from serve.batches import Batch, Status
+from serve.api.schemas import errors
+from serve.batches.batches import Batch, Status
 
 router = APIRouter()
 

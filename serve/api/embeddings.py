@@ -9,12 +9,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from serve.adapters import Model
-from serve.api.context import Ctx, Inference
-from serve.api.document import errors
-from serve.api.objects import json_body
-from serve.api.wire import parse
+from serve.api.dependencies import Ctx, Inference
+from serve.api.schemas import errors, json_body
 from serve.errors import InvalidRequest, ModelNotFound
+from serve.formats.sampling import parse
+from serve.registry.versions import Model
 
 router = APIRouter()
 

@@ -10,13 +10,13 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.responses import FileResponse
 from pydantic import BaseModel
 
-from serve.api.context import Ctx
-from serve.api.context import Files as Who
-from serve.api.document import errors
+from serve.api.dependencies import Ctx
+from serve.api.dependencies import Files as Who
+from serve.api.schemas import errors
 from serve.api.uploads import Upload
-from serve.batches import Batches
+from serve.batches.batches import Batches
+from serve.client_data.files import PURPOSES, Draft, File, Files
 from serve.errors import InvalidRequest, Overloaded
-from serve.files import PURPOSES, Draft, File, Files
 
 router = APIRouter()
 

@@ -4,13 +4,12 @@ import asyncio
 
 from fastapi import APIRouter
 
-from serve.adapters import Model
-from serve.api.connection import Json
-from serve.api.context import Ctx, Inference
-from serve.api.document import errors
-from serve.api.objects import Model as OneModel
-from serve.api.objects import ModelList
+from serve.api.dependencies import Ctx, Inference
+from serve.api.schemas import Model as OneModel
+from serve.api.schemas import ModelList, errors
 from serve.errors import ModelNotFound
+from serve.formats.shape import Json
+from serve.registry.versions import Model
 
 router = APIRouter()
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from serve.api.document import errors
-from serve.api.objects import BODIES
+from serve.api.schemas import BODIES, errors
 
 _ANY, _WITH_KEY, _WITH_BODY = (431, 500), (401, 403, 503), (400, 408, 413, 415)
 _ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}

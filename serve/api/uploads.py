@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from serve.client_data.files import Draft
 from serve.errors import InvalidRequest
-from serve.files import Draft
 
 FIELD_BYTES_MAX = 1024
 HEADER_BYTES_MAX = 4096

@@ -8,12 +8,20 @@ from rich import filesize
 from rich.markup import escape
 
 from finetune.card import read_card
-from serve.adapters import AdapterRef, Entry, State
-from serve.audit import command_actor
-from serve.catalogue import Catalogue, newest_published
-from serve.commands.parts import HomeOption, ProfileOption, console, now, open_store, settings_of, table
+from serve.commands.common import (
+    HomeOption,
+    ProfileOption,
+    console,
+    now,
+    open_store,
+    settings_of,
+    table,
+)
 from serve.errors import OperatorError, UnknownRecord
+from serve.registry.registry import Catalogue, newest_published
+from serve.registry.versions import AdapterRef, Entry, State
 from serve.settings import Settings
+from serve.tenants.audit import command_actor
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from serve.audit import Audit
-from serve.commands.parts import HomeOption, console, open_store, settings_of
+from serve.commands.common import HomeOption, console, open_store, settings_of
+from serve.tenants.audit import Audit
 
 app = typer.Typer()
 

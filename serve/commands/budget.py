@@ -4,14 +4,14 @@ from typing import Annotated, Any
 
 import typer
 
-from serve.audit import command_actor
-from serve.billing.budget_book import NOTIFY_PCTS, Budgets, Standing
+from serve.billing.budgets.service import NOTIFY_PCTS, Budgets, Standing
 from serve.billing.money import nanos_of_usd, usd
-from serve.billing.webhooks import secret_of
+from serve.billing.webhooks.delivery import secret_of
+from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
 from serve.commands.key import minute
-from serve.commands.parts import HomeOption, console, now, open_store, settings_of, table
 from serve.commands.tenant import tenants_of
 from serve.tenants import server_secret
+from serve.tenants.audit import command_actor
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from serve.audit import command_actor
-from serve.billing.credits import Credits
-from serve.billing.expiry import expire_due
+from serve.billing.credits.grants import Credits
+from serve.billing.invoicing.calculation import credit_left
+from serve.billing.jobs import expire_due
 from serve.billing.money import nanos_of_usd, usd
-from serve.billing.statement import credit_left
-from serve.commands.parts import HomeOption, console, now, open_store, settings_of, table
+from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
+from serve.tenants.audit import command_actor
 
 app = typer.Typer(no_args_is_help=True)
 

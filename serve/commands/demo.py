@@ -18,13 +18,21 @@ import httpx
 import typer
 from typer.main import get_command
 
-from serve.billing.ledger import Ledger
-from serve.commands.parts import HomeOption, console, interrupted, now, open_store, settings_of, table
+from serve.billing.ledger.ledger import Ledger
+from serve.commands.common import (
+    HomeOption,
+    console,
+    interrupted,
+    now,
+    open_store,
+    settings_of,
+    table,
+)
 from serve.commands.traffic import Customer, Exchange, Question, converse, hang_up
-from serve.db import Store
+from serve.deployment.local import check_free
 from serve.errors import OperatorError
-from serve.port import check_free
 from serve.settings import Settings
+from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
 
 app = typer.Typer()
@@ -60,7 +68,7 @@ def demo(
         _process("quantize", "run", str(CONFIGS / "quantize" / "nf4.yaml"), "--base", BASE)
     with steps("Create tenants, prices, keys; promote the adapters"):
         keys = _onboard(settings)
-    from serve.service import Service
+    from serve.deployment.local import Service
 
     with ExitStack() as running:
         with steps("Start Ray Serve: a gateway and vLLM, no adapter loaded yet"):

@@ -9,19 +9,19 @@ import typer
 import yaml
 from pydantic import ValidationError
 
-from serve.audit import command_actor
-from serve.billing.credit_notes import CreditNotes
-from serve.billing.invoice import Invoices
-from serve.billing.invoice_files import write_csv, write_json
-from serve.billing.invoice_pdf import note_pdf_bytes, write_pdf
-from serve.billing.invoice_records import Invoice, State
-from serve.billing.invoice_usage import By, InvoiceUsage, Within
+from serve.billing.invoicing.billing_details import SELLER, Parties, read_party
+from serve.billing.invoicing.breakdown import By, InvoiceUsage, Within
+from serve.billing.invoicing.credit_notes import CreditNotes
+from serve.billing.invoicing.export import write_csv, write_json
+from serve.billing.invoicing.invoices import Invoices
+from serve.billing.invoicing.pdf import note_pdf_bytes, write_pdf
+from serve.billing.invoicing.periods import period_name
+from serve.billing.invoicing.store import Invoice, State
 from serve.billing.money import cents, nanos_of_usd, usd
-from serve.billing.months import period_name
-from serve.billing.parties import SELLER, Parties, read_party
-from serve.commands.parts import HomeOption, console, now, open_store, settings_of, table
+from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
 from serve.errors import OperatorError
 from serve.settings import Settings
+from serve.tenants.audit import command_actor
 
 app = typer.Typer(no_args_is_help=True)
 

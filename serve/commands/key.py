@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from serve.audit import command_actor
+from serve.commands.common import HomeOption, console, now, settings_of, table
 from serve.commands.limits import (
     ConcurrentOption,
     ContextOption,
@@ -18,8 +18,8 @@ from serve.commands.limits import (
     limits_table,
     limits_to_change,
 )
-from serve.commands.parts import HomeOption, console, now, settings_of, table
 from serve.commands.tenant import tenants_of
+from serve.tenants.audit import command_actor
 
 app = typer.Typer(no_args_is_help=True)
 

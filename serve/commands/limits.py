@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from serve.commands.parts import table
-from serve.limits import Limits
+from serve.commands.common import table
+from serve.rate_limits.limits import Limits
 
 RequestsOption = Annotated[int | None, typer.Option(min=1, help="Requests started in a minute.")]
 TokensOption = Annotated[int | None, typer.Option(min=1, help="Tokens, read and written, in a minute.")]

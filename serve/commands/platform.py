@@ -3,10 +3,10 @@
 import typer
 from rich.markup import escape
 
-from serve.audit import command_actor
+from serve.commands.common import HomeOption, console, now, settings_of, table
 from serve.commands.key import ExpiresOption, duration, minute, state
-from serve.commands.parts import HomeOption, console, now, settings_of, table
 from serve.commands.tenant import tenants_of
+from serve.tenants.audit import command_actor
 
 app = typer.Typer(no_args_is_help=True)
 key_app = typer.Typer(no_args_is_help=True)

@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 import yaml
 
-from serve.audit import command_actor
 from serve.billing.money import usd
-from serve.billing.pricing import PricePlan, Prices, Rates, TieredRates, read_plan
-from serve.billing.tiers import Graduated, Package, Volume
-from serve.commands.parts import HomeOption, console, now, open_store, settings_of, table
+from serve.billing.pricing.plans import PricePlan, Prices, Rates, TieredRates, read_plan
+from serve.billing.pricing.tiers import Graduated, Package, Volume
+from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
 from serve.errors import OperatorError
+from serve.tenants.audit import command_actor
 
 app = typer.Typer(no_args_is_help=True)
 

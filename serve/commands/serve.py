@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from serve.commands.parts import HomeOption, ProfileOption, console, interrupted, settings_of
+from serve.commands.common import HomeOption, ProfileOption, console, interrupted, settings_of
 from serve.settings import Settings
 
 app = typer.Typer()
@@ -24,7 +24,7 @@ def serve(
 
 
 def run(settings: Settings) -> None:
-    from serve.service import Service
+    from serve.deployment.local import Service
 
     with ExitStack() as running:
         with console.status(f"starting vLLM with {', '.join(settings.bases)} (about a minute) …"):

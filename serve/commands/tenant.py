@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from serve.audit import command_actor
-from serve.billing.ledger import Ledger
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.money import nanos_of_usd, usd
+from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
 from serve.commands.limits import (
     ConcurrentOption,
     ContextOption,
@@ -17,10 +17,10 @@ from serve.commands.limits import (
     limits_table,
     limits_to_change,
 )
-from serve.commands.parts import HomeOption, console, now, open_store, settings_of, table
 from serve.errors import AlreadyExists, UnknownRecord
 from serve.settings import Settings
 from serve.tenants import Tenants, server_secret
+from serve.tenants.audit import command_actor
 
 app = typer.Typer(no_args_is_help=True)
 

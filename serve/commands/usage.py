@@ -9,18 +9,18 @@ import typer
 from prometheus_client.parser import text_string_to_metric_families
 from rich.table import Table
 
-from serve.audit import command_actor
-from serve.billing.forecast import forecast
-from serve.billing.ledger import Ledger
+from serve.billing.invoicing.periods import period_bounds
+from serve.billing.ledger.ledger import Ledger
+from serve.billing.ledger.verification import verify
+from serve.billing.metering.events import label_of
+from serve.billing.metering.forecast import forecast
+from serve.billing.metering.queries import DAY, EVER, Question, Usage
+from serve.billing.metering.reconciliation import EngineCount, Reconciliation, reconcile
+from serve.billing.metering.rollups import rebuild
 from serve.billing.money import cents, usd
-from serve.billing.months import period_bounds
-from serve.billing.proof import verify
-from serve.billing.reconcile import EngineCount, Reconciliation, reconcile
-from serve.billing.reports import DAY, EVER, Question, Usage
-from serve.billing.rollups import rebuild
-from serve.billing.usage import label_of
-from serve.commands.parts import HomeOption, console, now, open_store, settings_of, table
+from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
 from serve.errors import OperatorError, ReconciliationFailed
+from serve.tenants.audit import command_actor
 
 app = typer.Typer(no_args_is_help=True)
 

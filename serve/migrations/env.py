@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from serve.db import metadata
+from serve.storage.database import metadata
 
 context.configure(
     connection=context.config.attributes["connection"], target_metadata=metadata, render_as_batch=True

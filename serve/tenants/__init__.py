@@ -1,11 +1,11 @@
 """Tenants, their projects and keys; the operator's platform keys; who is asking."""
 
-from serve.tenants.directory import Tenant, Tenants
+from serve.tenants.key_hash import server_secret
 from serve.tenants.keys import KEY_PREFIX, SCOPES, ApiKey, Keys, Principal
-from serve.tenants.platform import PLATFORM_PREFIX, Operator, PlatformKey, PlatformKeys
+from serve.tenants.platform_keys import PLATFORM_PREFIX, Operator, PlatformKey, PlatformKeys
 from serve.tenants.projects import Project, Projects
-from serve.tenants.secret import server_secret
 from serve.tenants.tables import keys_table, tenants_table
+from serve.tenants.tenants import Tenant, Tenants
 
 __all__ = [
     "KEY_PREFIX",

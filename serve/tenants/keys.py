@@ -8,14 +8,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serve.audit import SYSTEM, record
-from serve.db import Store
 from serve.errors import Conflict, InvalidRequest, TenantSuspended, Unauthenticated, UnknownRecord
-from serve.limits import LimitBook, Limits, Subject
-from serve.listing import Page, page
-from serve.tenants.platform import is_live, note_used
+from serve.rate_limits.limits import LimitBook, Limits, Subject
+from serve.storage.database import Store
+from serve.storage.pagination import Page, page
+from serve.tenants.audit import SYSTEM, record
+from serve.tenants.key_hash import Mint
+from serve.tenants.platform_keys import is_live, note_used
 from serve.tenants.projects import project_row
-from serve.tenants.secret import Mint
 from serve.tenants.tables import keys_table, projects_table, tenants_table
 
 KEY_PREFIX = "bsk-"

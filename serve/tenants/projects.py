@@ -8,10 +8,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from finetune.card import validate_name
-from serve.audit import SYSTEM, record
-from serve.db import Store
 from serve.errors import AlreadyExists, UnknownRecord
-from serve.listing import Page, page
+from serve.storage.database import Store
+from serve.storage.pagination import Page, page
+from serve.tenants.audit import SYSTEM, record
 from serve.tenants.tables import projects_table, tenants_table
 
 

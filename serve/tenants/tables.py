@@ -2,7 +2,7 @@
 
 import sqlalchemy as sa
 
-from serve.db import UtcDateTime, metadata
+from serve.storage.database import UtcDateTime, metadata
 
 tenants_table = sa.Table(
     "tenants",

@@ -11,7 +11,7 @@ import threading
 
 def register() -> None:
     """Install the repairs that the installed vLLM still needs. Safe to call more than once."""
-    from serve import logs
+    from serve.observability import logs
     from serve.vllm_plugin import cpu_lora, w8a8
 
     logs.install_as_child()

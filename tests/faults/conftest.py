@@ -16,20 +16,19 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from serve.billing.accounts import CLOSING, OPENING, transfers_table
-from serve.billing.budgets import budgets_table, spend_table
-from serve.billing.ledger import Ledger
-from serve.billing.proof import verify
-from serve.billing.reconcile import Reconciliation, reconcile
-from serve.billing.reports import Usage
-from serve.billing.usage import usage_table
+from serve.billing.budgets.budgets import budgets_table, spend_table
+from serve.billing.ledger.accounts import CLOSING, OPENING, transfers_table
+from serve.billing.ledger.ledger import Ledger
+from serve.billing.ledger.verification import verify
+from serve.billing.metering.events import usage_table
+from serve.billing.metering.queries import Usage
+from serve.billing.metering.reconciliation import Reconciliation, reconcile
 from serve.commands.usage import engine_counts
-from serve.db import Store
 from serve.errors import OperatorError
 from serve.settings import EngineSettings, Settings
+from serve.storage.database import Store
 from tests.faults.failpoints import FaultyEngine, FaultyGateway, FaultySteward, Hit, Traps
-from tests.postgres import Postgres
-from tests.serve.conftest import (  # fixtures, too
+from tests.serve.conftest import (
     TENANTS,
     TINY,
     Live,
@@ -42,6 +41,7 @@ from tests.serve.conftest import (  # fixtures, too
     store,
     wait_until,
 )
+from tests.support.postgres import Postgres
 
 __all__ = ["migrated_sqlite", "new_database", "shop", "store"]  # for the tests of the store alone
 
@@ -266,8 +266,8 @@ class Site(Live):
 
 @pytest.fixture(scope="package")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    from serve import deployment
-    from serve.service import Service
+    from serve.deployment import ray_app as deployment
+    from serve.deployment.local import Service
 
     home = tmp_path_factory.mktemp("faults")
     import_tiny(home)

@@ -17,12 +17,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from serve import generation, recovery
-from serve.api.batch_worker import BatchWorker
-from serve.billing import books, ledger
-from serve.deployment import EngineDeployment, GatewayDeployment, StewardDeployment
-from serve.engine.base import Accepted, Delta, Event, GenerationRequest, Take
-from serve.engine.remote import RemoteEngine
+from serve.batches.worker import BatchWorker
+from serve.billing.ledger import ledger, writer
+from serve.deployment.ray_app import EngineDeployment, GatewayDeployment, StewardDeployment
+from serve.engine.client import RemoteEngine
+from serve.engine.protocol import Accepted, Delta, Event, GenerationRequest, Take
+from serve.inference import generation
+from serve.maintenance import recovery
 from serve.settings import Settings
 
 BEFORE_DISPATCH = "before dispatch"
@@ -224,21 +225,21 @@ async def _held_up(
 
 
 def _watch_ledger(traps: Traps, who: str, marker_of: Callable[[str], str | None]) -> None:
-    record, close = ledger._record, books.Books.close
+    record, close = ledger._record, writer.Books.close
 
     def _record(connection: Any, closed: list[ledger.Closing], held: Any) -> None:
         record(connection, closed, held)
         for one in closed:  # in the transaction, with all rows written and locked
             traps.come_blocking(at(who, DURING_SETTLE), marker_of(one.request_id), one.request_id)
 
-    async def _close(self: books.Books, closing: ledger.Closing) -> bool:
+    async def _close(self: writer.Books, closing: ledger.Closing) -> bool:
         outcome = await close(self, closing)
         request_id = closing.request_id
         await traps.come(at(who, AFTER_SETTLE), marker_of(request_id), request_id)
         return outcome
 
     ledger._record = _record
-    books.Books.close = _close  # type: ignore[method-assign]
+    writer.Books.close = _close  # type: ignore[method-assign]
 
 
 def _marker_of(prompt: Any) -> str | None:

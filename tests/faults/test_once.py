@@ -8,10 +8,10 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from serve.billing.accounts import OPENING, transfers_table
-from serve.billing.budget_book import Budgets
-from serve.billing.budgets import spend_table
-from serve.billing.usage import attempts_table, usage_table
+from serve.billing.budgets.budgets import spend_table
+from serve.billing.budgets.service import Budgets
+from serve.billing.ledger.accounts import OPENING, transfers_table
+from serve.billing.metering.events import attempts_table, usage_table
 from tests.faults.conftest import Site, body, since
 from tests.faults.failpoints import AFTER_SETTLE, BATCH_LEASE, IN_MID_STREAM, KILL, MID_TOKENS, at
 from tests.serve.conftest import NOON, TENANTS, wait_until

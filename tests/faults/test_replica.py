@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from serve.billing.journal import FLUSH_S
+from serve.billing.ledger.checkpoints import FLUSH_S
 from tests.faults.conftest import ENGINE, Ask, Seen, Site, since
 from tests.faults.failpoints import (
     AFTER_SETTLE,

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from serve.billing.ledger import Closing, Hold, Ledger
-from serve.billing.proof import verify
-from serve.billing.usage import UsageEvent
-from serve.db import Store
+from serve.billing.ledger.ledger import Closing, Hold, Ledger
+from serve.billing.ledger.verification import verify
+from serve.billing.metering.events import UsageEvent
 from serve.errors import StoreUnavailable
-from serve.recovery import ENGINE_PATIENCE
-from tests.faults.disks import small_disk
+from serve.maintenance.recovery import ENGINE_PATIENCE
+from serve.storage.database import Store
 from tests.serve.conftest import NOON, Shop, onboard
-from tests.serve.test_recovery import Scene
-from tests.serve.usage_events import COST_NANOS, usage_event
+from tests.serve.maintenance.test_recovery import Scene
+from tests.support.disks import small_disk
+from tests.support.usage_events import COST_NANOS, usage_event
 
 LEASE = timedelta(minutes=10)
 
@@ -32,8 +32,8 @@ def event(shop: Shop, request_id: str) -> UsageEvent:
 # Settles all that is open, in an order of its own; says how many it has closed itself.
 DELIVER = """
 import pickle, random, sys, time
-from serve.billing.ledger import Ledger
-from serve.db import Store
+from serve.billing.ledger.ledger import Ledger
+from serve.storage.database import Store
 url, events, seed = sys.argv[1], pickle.load(open(sys.argv[2], "rb")), int(sys.argv[3])
 random.Random(seed).shuffle(events)
 ledger = Ledger(Store(url))

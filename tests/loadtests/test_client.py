@@ -7,8 +7,8 @@ import pytest
 from loadtests.load.client import Call, Client
 from loadtests.load.exchange import Exchange, Outcome
 from loadtests.load.target import Offer
-from serve.billing.pricing import Tokens
-from tests.loadtests.scripted import Recorded, Server, plain, streamed
+from serve.billing.pricing.plans import Tokens
+from tests.support.scripted_server import Recorded, Server, plain, streamed
 
 OFFER = Offer("acme", "bsk-secret", "acme/support")
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}

@@ -15,7 +15,7 @@ from loadtests.load.histogram import Histogram
 from loadtests.load.phases import burst_wait_s, flood_begins_s
 from loadtests.load.tally import SLICE_S, Tally
 from loadtests.load.zipf import Zipf
-from serve.billing.pricing import Tokens
+from serve.billing.pricing.plans import Tokens
 
 
 def test_the_second_is_chosen_as_often_as_zipf_says() -> None:

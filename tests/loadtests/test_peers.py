@@ -14,7 +14,7 @@ from loadtests.peers.environment import bare_variables
 from loadtests.peers.loopback import on_loopback
 from loadtests.peers.process import PeerFailed, free_port, running
 from loadtests.peers.server import Server
-from serve.engine.vllm_setup import engine_args
+from serve.engine.vllm.setup import engine_args
 
 LOCKS = sorted(Path(process.__file__).parent.glob("requirements-*.txt"))
 ENTRY = re.compile(r"^(\S+)==(\S+) \\\n((?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE)

@@ -15,9 +15,9 @@ from loadtests.load.reconcile import (
     engines_at_least,
     engines_counted,
 )
-from serve.billing.pricing import Tokens
-from serve.billing.reconcile import EngineCount, reconcile
-from serve.billing.usage import EngineTotal
+from serve.billing.metering.events import EngineTotal
+from serve.billing.metering.reconciliation import EngineCount, reconcile
+from serve.billing.pricing.plans import Tokens
 
 WHO = ("acme", "acme/support")
 COMPLETE = Exchange("row", *WHO, 100, 64, "req_1", Outcome.COMPLETE, 200, None, Tokens(20, 16, 9), 9)

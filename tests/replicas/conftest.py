@@ -15,12 +15,21 @@ import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.synthetic import publish_random
-from serve.adapters import AdapterRef, State
-from serve.billing.usage import usage_table
-from serve.catalogue import Catalogue
-from serve.db import Store
+from serve.billing.metering.events import usage_table
+from serve.registry.registry import Catalogue
+from serve.registry.versions import AdapterRef, State
 from serve.settings import EngineSettings, Settings
-from tests.serve.conftest import TENANTS, TINY, Live, enter, free_port, import_tiny, onboard, wait_until
+from serve.storage.database import Store
+from tests.serve.conftest import (
+    TENANTS,
+    TINY,
+    Live,
+    enter,
+    free_port,
+    import_tiny,
+    onboard,
+    wait_until,
+)
 
 TENANT = TENANTS[0]
 NAMES = ("one", "two", "three", "four")
@@ -117,7 +126,7 @@ class Pair(Live):
 
 @pytest.fixture(scope="package")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    from serve.service import Service
+    from serve.deployment.local import Service
 
     home = tmp_path_factory.mktemp("pair")
     import_tiny(home)

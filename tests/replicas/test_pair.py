@@ -9,13 +9,13 @@ import httpx
 import psutil
 import pytest
 
-from serve.adapters import AdapterRef, State
-from serve.catalogue import Catalogue
-from serve.engine.routing import SLACK_REQUESTS, choose
+from serve.engine.router import SLACK_REQUESTS, choose
+from serve.registry.registry import Catalogue
+from serve.registry.versions import AdapterRef, State
 from tests.replicas.conftest import SEQUENCES, TENANT, Pair, Stream
 from tests.serve.conftest import NOON, TINY, enter, wait_until
+from tests.serve.engine.test_router import Candidate
 from tests.serve.test_live import HELLO, assert_reconciled
-from tests.serve.test_routing import Candidate
 
 pytestmark = pytest.mark.slow
 
@@ -203,7 +203,7 @@ def test_a_replica_that_is_told_to_stop_ends_its_streams_first(pair: Pair) -> No
 def redeploy(pair: Pair, replicas: int) -> None:
     from ray import serve as ray_serve
 
-    from serve.deployment import APP_NAME, build
+    from serve.deployment.ray_app import APP_NAME, build
 
     settings = pair.settings.model_copy(update={"engine_replicas": replicas})
     ray_serve.run(build(settings), name=APP_NAME, route_prefix="/")

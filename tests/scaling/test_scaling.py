@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from serve.db import Store
 from serve.settings import EngineSettings, ScalingSettings, Settings
+from serve.storage.database import Store
 from tests.replicas.conftest import TENANT, Stream
 from tests.serve.conftest import TINY, Live, free_port, import_tiny, onboard, wait_until
 from tests.serve.test_live import HELLO, assert_reconciled
@@ -29,7 +29,7 @@ BODY = {
 
 @pytest.fixture(scope="module")
 def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    from serve.service import Service
+    from serve.deployment.local import Service
 
     home = tmp_path_factory.mktemp("elastic")
     import_tiny(home)

@@ -16,15 +16,15 @@ import openai
 import pytest
 import sqlalchemy as sa
 
-from serve.adapters import AdapterRef
-from serve.billing.ledger import Ledger
-from serve.billing.pricing import PricePlan, Prices, PriceVersion, Rates
-from serve.billing.usage import usage_table
-from serve.catalogue import Catalogue
-from serve.db import Store
+from serve.billing.ledger.ledger import Ledger
+from serve.billing.metering.events import usage_table
+from serve.billing.pricing.plans import PricePlan, Prices, PriceVersion, Rates
+from serve.registry.registry import Catalogue
+from serve.registry.versions import AdapterRef
 from serve.settings import EngineSettings, Settings
+from serve.storage.database import Store
 from serve.tenants import Principal, Tenants, server_secret
-from tests.postgres import MigratedDatabases
+from tests.support.postgres import MigratedDatabases
 
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -212,8 +212,8 @@ def enter(catalogue: Catalogue, directory: Path, home: Path) -> AdapterRef:
 @pytest.fixture(scope="package")
 def live(home: Path) -> Iterator[Live]:
     """One gateway and one engine for all tests of this folder, on a free port."""
-    from serve.catalogue import newest_published
-    from serve.service import Service
+    from serve.deployment.local import Service
+    from serve.registry.registry import newest_published
 
     settings = Settings(
         home=home,

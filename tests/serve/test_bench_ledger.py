@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from loadtests.bench import ledger
-from serve.billing.proof import verify
-from serve.db import Store
+from serve.billing.ledger.verification import verify
 from serve.settings import Settings
+from serve.storage.database import Store
 
 
 def test_what_is_filled_agrees_with_itself_and_can_be_asked(

@@ -13,12 +13,12 @@ import openai
 import psutil
 import pytest
 
-from serve.adapters import State
-from serve.billing.ledger import Ledger
-from serve.billing.reconcile import reconcile
-from serve.billing.reports import Usage
-from serve.catalogue import Catalogue, newest_published
+from serve.billing.ledger.ledger import Ledger
+from serve.billing.metering.queries import Usage
+from serve.billing.metering.reconciliation import reconcile
 from serve.commands.usage import engine_counts
+from serve.registry.registry import Catalogue, newest_published
+from serve.registry.versions import State
 from serve.tenants import Tenants, server_secret
 from tests.serve.conftest import NOON, TENANTS, TINY, TINY_TWO, Live, enter, wait_until
 

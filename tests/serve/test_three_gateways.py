@@ -12,8 +12,8 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from serve.billing.usage import usage_table
-from serve.limits import LimitBook, Limits
+from serve.billing.metering.events import usage_table
+from serve.rate_limits.limits import LimitBook, Limits
 from tests.serve.conftest import NOON, TENANTS, TINY, Live, wait_until
 from tests.serve.test_live import HELLO, replicas
 

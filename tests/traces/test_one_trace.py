@@ -6,11 +6,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve.db import Store
 from serve.settings import EngineSettings, Settings
-from tests.serve.collector import Collector
+from serve.storage.database import Store
 from tests.serve.conftest import TENANTS, TINY, free_port, import_tiny, onboard
-from tests.serve.logbook import Logbook
+from tests.support.collector import Collector
+from tests.support.logs import Logbook
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 MARKER = "the-customer-s-own-words"
@@ -28,7 +28,7 @@ def collector() -> Iterator[Collector]:
 @pytest.mark.slow
 def test_gateway_and_vllm_tell_one_trace(tmp_path: Path, collector: Collector) -> None:
     """Real Ray Serve and vLLM. And what all their processes log, Ray's own files included."""
-    from serve.service import Service
+    from serve.deployment.local import Service
 
     import_tiny(tmp_path)
     settings = Settings(

@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.routing import APIRoute
 
-from serve.api.context import admit, bearer, context
-from serve.api.document import KEY_REQUIRED, errors
+from serve.api.dependencies import admit, bearer, context
+from serve.api.schemas import KEY_REQUIRED, errors
 from serve.errors import NotFound, PermissionDenied
 from serve.tenants import PLATFORM_PREFIX, Operator, Principal
 

@@ -5,10 +5,10 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import Field
 
-from serve.adapters import AdapterRef, Entry, State
 from serve.api.admin.access import By
 from serve.api.admin.access import router as admin_router
-from serve.api.admin.shapes import (
+from serve.api.dependencies import Context, Ctx
+from serve.api.pagination import (
     After,
     Identified,
     Limit,
@@ -19,7 +19,7 @@ from serve.api.admin.shapes import (
     seconds,
     slice_page,
 )
-from serve.api.context import Context, Ctx
+from serve.registry.versions import AdapterRef, Entry, State
 
 router: APIRouter = admin_router("adapters")
 

@@ -6,10 +6,10 @@ from fastapi import APIRouter, Query
 from pydantic import Field
 
 from serve.api.admin.access import router as admin_router
-from serve.api.admin.shapes import Identified, Limit, Listing, PlainName, listing, seconds
-from serve.api.context import Ctx
-from serve.audit import Audit, Entry
-from serve.listing import Page
+from serve.api.dependencies import Ctx
+from serve.api.pagination import Identified, Limit, Listing, PlainName, listing, seconds
+from serve.storage.pagination import Page
+from serve.tenants.audit import Audit, Entry
 
 router: APIRouter = admin_router("audit")
 

@@ -11,7 +11,8 @@ from pydantic import Field
 
 from serve.api.admin.access import By, Caller
 from serve.api.admin.access import router as admin_router
-from serve.api.admin.shapes import (
+from serve.api.dependencies import Ctx
+from serve.api.pagination import (
     After,
     Body,
     Identified,
@@ -22,8 +23,7 @@ from serve.api.admin.shapes import (
     now,
     seconds,
 )
-from serve.api.context import Ctx
-from serve.billing.budget_book import (
+from serve.billing.budgets.service import (
     LIMIT_NANOS_MAX,
     NOTIFY_PCTS,
     PCT_MAX,
@@ -31,7 +31,7 @@ from serve.billing.budget_book import (
     Budgets,
     Standing,
 )
-from serve.billing.webhooks import URL_LENGTH_MAX, check_url, is_loopback
+from serve.billing.webhooks.delivery import URL_LENGTH_MAX, check_url, is_loopback
 from serve.errors import InvalidRequest, PermissionDenied
 from serve.tenants import Operator
 

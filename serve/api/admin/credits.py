@@ -7,7 +7,8 @@ from pydantic import Field, StringConstraints
 
 from serve.api.admin.access import By
 from serve.api.admin.access import router as admin_router
-from serve.api.admin.shapes import (
+from serve.api.dependencies import Ctx
+from serve.api.pagination import (
     After,
     Body,
     Identified,
@@ -19,9 +20,8 @@ from serve.api.admin.shapes import (
     now,
     seconds,
 )
-from serve.api.context import Ctx
-from serve.billing.credits import CREDIT_NANOS_MAX, Credits, Grant
-from serve.billing.statement import credit_left
+from serve.billing.credits.grants import CREDIT_NANOS_MAX, Credits, Grant
+from serve.billing.invoicing.calculation import credit_left
 
 router: APIRouter = admin_router("credits")
 

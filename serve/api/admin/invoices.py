@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from serve.api.admin.access import By
 from serve.api.admin.access import router as admin_router
-from serve.api.admin.shapes import (
+from serve.api.dependencies import Ctx
+from serve.api.pagination import (
     After,
     Body,
     Identified,
@@ -21,17 +22,16 @@ from serve.api.admin.shapes import (
     now,
     seconds,
 )
-from serve.api.context import Ctx
-from serve.billing.credit_notes import LINES_MAX, CreditNote, CreditNotes
-from serve.billing.invoice import Invoices
-from serve.billing.invoice_document import InvoiceDocument, Party
-from serve.billing.invoice_files import csv_text, json_text
-from serve.billing.invoice_pdf import pdf_bytes
-from serve.billing.invoice_records import Invoice, State, StateChange
-from serve.billing.invoice_usage import InvoiceUsage, UsageRequest, UsageSum, Within
-from serve.billing.parties import SELLER, Parties
+from serve.billing.invoicing.billing_details import SELLER, Parties
+from serve.billing.invoicing.breakdown import InvoiceUsage, UsageRequest, UsageSum, Within
+from serve.billing.invoicing.credit_notes import LINES_MAX, CreditNote, CreditNotes
+from serve.billing.invoicing.document import InvoiceDocument, Party
+from serve.billing.invoicing.export import csv_text, json_text
+from serve.billing.invoicing.invoices import Invoices
+from serve.billing.invoicing.pdf import pdf_bytes
+from serve.billing.invoicing.store import Invoice, State, StateChange
 from serve.errors import InvalidRequest
-from serve.listing import Page
+from serve.storage.pagination import Page
 
 router: APIRouter = admin_router("invoices")
 

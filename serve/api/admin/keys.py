@@ -8,7 +8,8 @@ from pydantic import Field
 
 from serve.api.admin.access import By
 from serve.api.admin.access import router as admin_router
-from serve.api.admin.shapes import (
+from serve.api.dependencies import Ctx
+from serve.api.pagination import (
     After,
     Body,
     Identified,
@@ -25,7 +26,6 @@ from serve.api.admin.shapes import (
     now,
     seconds,
 )
-from serve.api.context import Ctx
 from serve.tenants import ApiKey
 from serve.tenants.keys import OVERLAP_MAX
 

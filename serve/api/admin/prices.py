@@ -8,7 +8,8 @@ from pydantic import BaseModel, Field
 
 from serve.api.admin.access import By
 from serve.api.admin.access import router as admin_router
-from serve.api.admin.shapes import (
+from serve.api.dependencies import Ctx
+from serve.api.pagination import (
     After,
     Body,
     Identified,
@@ -22,8 +23,7 @@ from serve.api.admin.shapes import (
     seconds,
     slice_page,
 )
-from serve.api.context import Ctx
-from serve.billing.pricing import PricePlan, Prices, PriceVersion
+from serve.billing.pricing.plans import PricePlan, Prices, PriceVersion
 from serve.errors import InvalidRequest
 
 router: APIRouter = admin_router("prices")

@@ -6,7 +6,8 @@ from fastapi import APIRouter
 
 from serve.api.admin.access import By
 from serve.api.admin.access import router as admin_router
-from serve.api.admin.shapes import (
+from serve.api.dependencies import Ctx
+from serve.api.pagination import (
     After,
     Body,
     Identified,
@@ -18,7 +19,6 @@ from serve.api.admin.shapes import (
     now,
     seconds,
 )
-from serve.api.context import Ctx
 from serve.tenants import Project
 
 router: APIRouter = admin_router("projects", own_tenant=True)

@@ -7,7 +7,8 @@ from pydantic import BaseModel, Field
 
 from serve.api.admin.access import By
 from serve.api.admin.access import router as admin_router
-from serve.api.admin.shapes import (
+from serve.api.dependencies import Ctx
+from serve.api.pagination import (
     After,
     Body,
     Identified,
@@ -22,8 +23,7 @@ from serve.api.admin.shapes import (
     now,
     seconds,
 )
-from serve.api.context import Ctx
-from serve.billing.ledger import Ledger
+from serve.billing.ledger.ledger import Ledger
 from serve.tenants import Tenant
 
 router: APIRouter = admin_router("tenants")

@@ -5,10 +5,10 @@ For platform keys, which see all tenants, and for a tenant's keys with the scope
 
 from fastapi import APIRouter
 
-from serve.api.organization import costs, invoices, standing, usage
+from serve.api.organization import costs, forecast, invoices, usage
 
 router = APIRouter()
-for resource in (usage, costs, standing, invoices):
+for resource in (usage, costs, forecast, invoices):
     router.include_router(resource.router)
 
 __all__ = ["router"]

@@ -4,9 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from serve.api.admin.shapes import PlainName
-from serve.api.context import admit, bearer, context
-from serve.api.document import KEY_REQUIRED, errors
+from serve.api.dependencies import admit, bearer, context
+from serve.api.pagination import PlainName
+from serve.api.schemas import KEY_REQUIRED, errors
 from serve.errors import InvalidRequest, PermissionDenied
 from serve.tenants import PLATFORM_PREFIX, Operator, Principal
 

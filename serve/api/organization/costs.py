@@ -9,14 +9,13 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from serve.api.admin.shapes import now
-from serve.api.context import Ctx
+from serve.api.dependencies import Ctx
 from serve.api.organization.access import Reader, tenants_of
 from serve.api.organization.access import router as organization_router
 from serve.api.organization.window import GROUPS_MAX, Page, Window, in_buckets, span
-from serve.billing.costs import Cost, Costs
+from serve.api.pagination import now
+from serve.billing.metering.queries import DAY, Cost, Costs, Question
 from serve.billing.money import NANOS
-from serve.billing.reports import DAY, Question
 
 router: APIRouter = organization_router()
 

@@ -20,16 +20,16 @@ from serve.api.admin.invoices import (
     wire,
     within,
 )
-from serve.api.admin.shapes import After, Limit, Listing, listing
-from serve.api.context import Ctx
+from serve.api.dependencies import Ctx
 from serve.api.organization.access import Reader, TenantName, tenant_of
 from serve.api.organization.access import router as organization_router
-from serve.billing.credit_notes import CreditNotes
-from serve.billing.invoice import Invoices
-from serve.billing.invoice_records import FINAL, Invoice, State
-from serve.billing.invoice_usage import InvoiceUsage
+from serve.api.pagination import After, Limit, Listing, listing
+from serve.billing.invoicing.breakdown import InvoiceUsage
+from serve.billing.invoicing.credit_notes import CreditNotes
+from serve.billing.invoicing.invoices import Invoices
+from serve.billing.invoicing.store import FINAL, Invoice, State
 from serve.errors import UnknownRecord
-from serve.listing import Page
+from serve.storage.pagination import Page
 
 router: APIRouter = organization_router()
 

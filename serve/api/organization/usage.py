@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from serve.api.admin.shapes import now
-from serve.api.context import Ctx
+from serve.api.dependencies import Ctx
 from serve.api.organization.access import Reader, tenants_of
 from serve.api.organization.access import router as organization_router
 from serve.api.organization.window import (
@@ -23,7 +22,8 @@ from serve.api.organization.window import (
     in_buckets,
     span,
 )
-from serve.billing.reports import Question, Usage, Used
+from serve.api.pagination import now
+from serve.billing.metering.queries import Question, Usage, Used
 from serve.errors import InvalidRequest
 
 router: APIRouter = organization_router()

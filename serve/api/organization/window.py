@@ -13,7 +13,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-from serve.billing.reports import DAY, HOUR, MINUTE, floor
+from serve.billing.metering.queries import DAY, HOUR, MINUTE, floor
 from serve.errors import InvalidRequest
 
 Width = Literal["1m", "1h", "1d"]

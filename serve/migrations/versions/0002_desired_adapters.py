@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-from serve.db import UtcDateTime
+from serve.storage.database import UtcDateTime
 
 revision = "0002"
 down_revision = "0001"

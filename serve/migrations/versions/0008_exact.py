@@ -6,7 +6,7 @@ Transfers and usage events become append-only in the store itself.
 import sqlalchemy as sa
 from alembic import op
 
-from serve.db import UtcDateTime
+from serve.storage.database import UtcDateTime
 
 revision = "0008"
 down_revision = "0007"

@@ -6,7 +6,7 @@ What is final is kept by the store itself: triggers refuse to change or delete i
 import sqlalchemy as sa
 from alembic import op
 
-from serve.db import UtcDateTime
+from serve.storage.database import UtcDateTime
 
 revision = "0009"
 down_revision = "0008"

@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from serve.app import build_app
+from serve.deployment.app import build_app
 from serve.settings import Settings
 from serve.tenants import SCOPES
 from tests.serve.conftest import NOON, TENANTS, Live

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.limits import LimitBook, Limits
+from serve.rate_limits.limits import LimitBook, Limits
 from tests.serve.conftest import NOON, TENANTS, TINY, Live
 
 pytestmark = pytest.mark.slow

@@ -13,9 +13,9 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from serve.api.objects import ChatCompletion, ChatCompletionChunk, TextCompletion
-from serve.billing.ledger import Ledger
-from serve.limits import LimitBook, Limits
+from serve.api.schemas import ChatCompletion, ChatCompletionChunk, TextCompletion
+from serve.billing.ledger.ledger import Ledger
+from serve.rate_limits.limits import LimitBook, Limits
 from tests.serve.conftest import NOON, TENANTS, TINY, TINY_TWO, Live, wait_until
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,108 @@
+"""/healthz, /readyz, /metrics: for load balancers and Prometheus.
+
+The first two name no tenant. /metrics names adapters, unless anyone on the network may read it.
+"""
+
+import asyncio
+import hmac
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import PlainTextResponse, Response
+
+from serve.api.dependencies import Context, Ctx
+from serve.api.schemas import Readiness, Status, errors
+from serve.engine.protocol import Counters, Engine
+from serve.errors import EngineUnavailable, Unauthenticated, Unavailable
+from serve.formats.shape import Json
+from serve.maintenance import metrics as steward_metrics
+from serve.maintenance.steward import Measurements, Watched
+from serve.observability.metrics import merge, render_budgets, render_engines, render_fleet
+
+router = APIRouter()
+
+
+@router.get("/healthz", response_model=Status)
+async def healthz() -> Json:
+    """This process answers. Says nothing about what is behind it."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", response_model=Readiness, responses=errors(500, 503))
+async def readyz(ctx: Ctx) -> Json:
+    """The store answers and every base has a live engine; else 503 with Retry-After."""
+    await asyncio.to_thread(_ping, ctx)
+    await asyncio.gather(*(engine.counters() for engine in ctx.engines.values()))
+    return {"status": "ready", "bases": sorted(ctx.engines)}
+
+
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses=errors(401, 500),
+)
+async def metrics(request: Request, ctx: Ctx) -> Response:
+    """What all gateways, the engines and the steward count, whichever gateway answers.
+
+    Raises Unauthenticated if there is a metrics token and the request does not bear it.
+    """
+    if ctx.metrics.token is not None:
+        _require(ctx.metrics.token, request.headers.get("authorization", ""))
+    gateways, engines, measured = await asyncio.gather(_gateways(ctx), _engines(ctx), _measured(ctx.steward))
+    replicas = {base: len(counters) for base, counters in engines.items()}
+    text = gateways.text + render_fleet(gateways.there, gateways.answering, replicas)
+    text += render_engines([one for counters in engines.values() for one in counters])
+    if ctx.steward is not None:
+        text += steward_metrics.render(measured)
+        text += b"" if measured is None else render_budgets(measured.budgets)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gateways:
+    text: bytes
+    there: int
+    answering: int
+
+
+async def _gateways(ctx: Context) -> _Gateways:
+    """What all gateways count, or this one alone if it has no peers or cannot reach them."""
+    found = [] if ctx.peers is None else await ctx.peers.expositions()
+    texts = {one.gateway: one.text for one in found if one is not None}
+    if ctx.metrics.gateway not in texts:
+        texts[ctx.metrics.gateway] = (await asyncio.to_thread(ctx.metrics.exposition)).text
+    wanted = 1 if ctx.peers is None else ctx.peers.wanted
+    return _Gateways(merge(texts.values()), max(wanted, len(found), len(texts)), len(texts))
+
+
+async def _engines(ctx: Context) -> dict[str, list[Counters]]:
+    """Each base's replicas' counters. One that is down has none; the gateways' own still count."""
+
+    async def counters(engine: Engine) -> list[Counters]:
+        try:
+            return await engine.counters()
+        except EngineUnavailable:
+            return []
+
+    found = await asyncio.gather(*(counters(engine) for engine in ctx.engines.values()))
+    return dict(zip(ctx.engines, found, strict=True))
+
+
+async def _measured(steward: Watched | None) -> Measurements | None:
+    try:
+        return None if steward is None else await steward.measurements()
+    except Unavailable:
+        return None
+
+
+def _require(token: str, authorization: str) -> None:
+    kind, _, given = authorization.partition(" ")
+    # ASGI decodes headers as Latin-1; the comparison takes as long for any guess.
+    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), token.encode()):
+        raise Unauthenticated("Incorrect metrics token provided.")
+
+
+def _ping(ctx: Context) -> None:
+    with ctx.store.read() as connection:
+        connection.exec_driver_sql("SELECT 1")

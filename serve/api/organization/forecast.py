@@ -1,0 +1,127 @@
+"""GET /v1/organization/forecast and /balance: where the month is heading, and what may still be spent."""
+
+from typing import Any, Literal, cast
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from serve.api.dependencies import Ctx
+from serve.api.organization.access import Reader, TenantName, tenant_of
+from serve.api.organization.access import router as organization_router
+from serve.api.pagination import now, seconds
+from serve.billing.budgets.service import Budgets, Standing
+from serve.billing.ledger.ledger import Ledger
+from serve.billing.metering.forecast import Projection, forecast
+from serve.errors import InvalidRequest
+
+router: APIRouter = organization_router()
+
+
+class ProjectionWire(BaseModel):
+    """Nano-USD at list price. `low_nanos` and `high_nanos` take the basis' cheapest and dearest day."""
+
+    line_item: str | None = Field(description="A model, or a charge; null for the total.")
+    to_date_nanos: int
+    projected_nanos: int
+    low_nanos: int
+    high_nanos: int
+
+
+class ForecastWire(BaseModel):
+    object: Literal["organization.forecast"] = "organization.forecast"
+    tenant: str | None = Field(description="Null: all of them.")
+    start_time: int = Field(description="The month's start, in UTC.")
+    end_time: int = Field(description="The month's end.")
+    at: int
+    currency: Literal["usd"] = "usd"
+    method: str = "month to date + mean of the last 7 full days (UTC) x days left"
+    basis_days: int = Field(description="How many of those days there were since the first charge.")
+    total: ProjectionWire
+    line_items: list[ProjectionWire]
+
+
+class BudgetWire(BaseModel):
+    """Nano-USD, in the current period. What a hard one has left no request can exceed; a soft one tells."""
+
+    id: str
+    level: Literal["tenant", "project", "key"] = Field(description="What it binds; `subject` says which one.")
+    subject: str
+    period: Literal["day", "month", "total"]
+    hard: bool
+    limit_nanos: int
+    spent_nanos: int
+    held_nanos: int
+    left_nanos: int
+
+
+class BalanceWire(BaseModel):
+    """Nano-USD; what is available is credit - spent - held."""
+
+    object: Literal["organization.balance"] = "organization.balance"
+    tenant: str
+    currency: Literal["usd"] = "usd"
+    credit_nanos: int
+    spent_nanos: int
+    held_nanos: int
+    available_nanos: int
+    budgets: list[BudgetWire]
+
+
+@router.get("/forecast")
+def month(reader: Reader, ctx: Ctx, tenant: TenantName = None) -> ForecastWire:
+    """What this month will have cost at its end."""
+    who = tenant_of(reader, tenant)
+    made = forecast(ctx.store, tenant=who, at=now())
+    return ForecastWire(
+        tenant=who,
+        start_time=seconds(made.month),
+        end_time=seconds(made.month_end),
+        at=seconds(made.at),
+        basis_days=made.basis_days,
+        total=_projection(made.total),
+        line_items=[_projection(one) for one in made.line_items],
+    )
+
+
+@router.get("/balance")
+def balance(reader: Reader, ctx: Ctx, tenant: TenantName = None) -> BalanceWire:
+    """The credit of a tenant, and its budgets in force."""
+    who = tenant_of(reader, tenant)
+    if who is None:
+        raise InvalidRequest("tenant: a platform key names one.", "tenant", "missing_required_parameter")
+    at = now()
+    account = Ledger(ctx.store).account(who)
+    budgets = Budgets(ctx.store).page(who, at=at).items
+    return BalanceWire(
+        tenant=who,
+        credit_nanos=account.credit_nanos,
+        spent_nanos=account.spent_nanos,
+        held_nanos=account.held_nanos,
+        available_nanos=account.available_nanos,
+        budgets=[_budget(standing) for standing in budgets if standing.budget.retired_at is None],
+    )
+
+
+def _projection(one: Projection) -> ProjectionWire:
+    return ProjectionWire(
+        line_item=one.line_item,
+        to_date_nanos=one.to_date_nanos,
+        projected_nanos=one.projected_nanos,
+        low_nanos=one.low_nanos,
+        high_nanos=one.high_nanos,
+    )
+
+
+def _budget(standing: Standing) -> BudgetWire:
+    budget = standing.budget
+    return BudgetWire(
+        id=budget.id,
+        level=cast(Any, budget.scope),
+        subject=budget.subject,
+        period=cast(Any, budget.period),
+        hard=budget.hard,
+        limit_nanos=budget.limit_nanos,
+        spent_nanos=standing.spent_nanos,
+        held_nanos=standing.held_nanos,
+        left_nanos=standing.left_nanos,
+    )

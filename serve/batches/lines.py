@@ -1,0 +1,153 @@
+"""The lines of a batch: who works on one, and what came of it.
+
+A line's row is made with the hold of its request and filled with the settlement, each in one transaction
+(`LineKeeper`): its bill and its answer are there together or not at all. A row without a status is an attempt
+in flight. Whoever takes a batch over first voids the attempts it finds (`Lines.fence`): from then on the
+ledger refuses to settle them, so a worker that was only slow can neither bill nor keep anything any more.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from serve.batches.batches import OK, Status, batches_table, results_table
+from serve.billing.ledger.accounts import CLOSING, OPENING, transfers_table
+from serve.billing.ledger.ledger import Hold, Ledger
+from serve.inference.generation import Generation
+from serve.storage.database import Store
+
+Json = dict[str, Any]
+
+
+class NotMine(Exception):
+    """The batch was cancelled, or another worker has it or the line: nothing may be begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt at one line, by the worker `owner`. A further attempt has another `request_id`."""
+
+    batch_id: str
+    owner: str
+    line: int
+    custom_id: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    line: int
+    custom_id: str
+    request_id: str
+    status_code: int
+    body: Json
+
+
+class Lines:
+    """The lines of the batches of one store. Methods block and raise StoreUnavailable."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._ledger = Ledger(store)
+
+    def done(self, batch_id: str) -> set[int]:
+        """The numbers of the lines that have a result."""
+        c = results_table.c
+        query = sa.select(c.line).where(c.batch_id == batch_id, c.status_code.is_not(None))
+        with self._store.read() as connection:
+            return set(connection.execute(query).scalars())
+
+    def results(self, batch_id: str) -> Iterator[Result]:
+        """In the order of the input."""
+        c = results_table.c
+        query = sa.select(results_table).where(c.batch_id == batch_id, c.status_code.is_not(None))
+        with self._store.read() as connection:
+            for row in connection.execute(query.order_by(c.line)).yield_per(100):
+                yield Result(row.line, row.custom_id, row.request_id, row.status_code, json.loads(row.body))
+
+    def fence(self, batch_id: str, *, at: datetime) -> int:
+        """End the attempts that nobody of this worker's is working on. Returns how many.
+
+        To be called by the batch's worker while it has nothing in flight.
+        """
+        r, t = results_table.c, transfers_table.c
+        query = (
+            sa.select(r.request_id, t.tenant_id, t.amount_nanos)
+            .join(transfers_table, sa.and_(t.request_id == r.request_id, t.phase == OPENING))
+            .where(r.batch_id == batch_id, r.status_code.is_(None))
+        )
+        with self._store.read() as connection:
+            holds = [Hold(*row) for row in connection.execute(query)]
+        for hold in holds:
+            # If it was closed before: settled, and the line has its result; or voided by its lease.
+            self._ledger.void(hold, "batch taken over", at=at)
+            with self._store.write() as connection:
+                release_line(connection, hold.request_id)
+        return len(holds)
+
+    def refuse(self, attempt: Attempt, status_code: int, body: Json) -> None:
+        """Note the failure of a line that was not billed. Raises NotMine."""
+        with self._store.write() as connection:
+            _insert(connection, attempt, status_code=status_code, body=json.dumps(body))
+
+
+class LineKeeper:
+    """A `serve.inference.request.Keeper`. `render` makes the body of an answer;
+    `broken_body` is that of none."""
+
+    def __init__(self, attempt: Attempt, render: Callable[[Generation], Json], broken_body: Json) -> None:
+        self._attempt = attempt
+        self._render = render
+        self._broken_body = broken_body
+
+    def claim(self, connection: sa.Connection, at: datetime) -> None:
+        """Raises NotMine."""
+        _insert(connection, self._attempt)
+
+    def keep(self, connection: sa.Connection, generation: Generation) -> None:
+        self._fill(connection, OK, self._render(generation))
+
+    def release(self, connection: sa.Connection) -> None:
+        """What was cut short but billed has had its one attempt: it is an error, and is not billed again."""
+        t = transfers_table.c
+        closing = sa.select(t.kind).where(t.request_id == self._attempt.request_id, t.phase == CLOSING)
+        if connection.execute(closing).scalar() == "settle":
+            self._fill(connection, 500, self._broken_body)
+        else:
+            release_line(connection, self._attempt.request_id)
+
+    def _fill(self, connection: sa.Connection, status_code: int, body: Json) -> None:
+        mine = results_table.c.request_id == self._attempt.request_id
+        values = {"status_code": status_code, "body": json.dumps(body)}
+        connection.execute(results_table.update().where(mine).values(values))
+
+
+def _insert(connection: sa.Connection, attempt: Attempt, **outcome: Any) -> None:
+    """Raises NotMine unless the batch is running, is `attempt.owner`'s, and nobody has the line."""
+    b = batches_table.c
+    # Locked until the transaction ends: who takes the batch over waits, and then finds the row to fence.
+    mine = sa.select(b.id).where(
+        b.id == attempt.batch_id, b.lease_owner == attempt.owner, b.status == Status.IN_PROGRESS.value
+    )
+    if connection.execute(mine.with_for_update(read=True)).first() is None:
+        raise NotMine
+    row = {
+        "batch_id": attempt.batch_id,
+        "line": attempt.line,
+        "custom_id": attempt.custom_id,
+        "request_id": attempt.request_id,
+    }
+    try:
+        with connection.begin_nested():
+            connection.execute(results_table.insert().values(row | outcome))
+    except sa.exc.IntegrityError as error:
+        raise NotMine from error
+
+
+def release_line(connection: sa.Connection, request_id: str) -> None:
+    c = results_table.c
+    connection.execute(results_table.delete().where(c.request_id == request_id, c.status_code.is_(None)))

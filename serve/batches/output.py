@@ -1,0 +1,99 @@
+"""A batch's output: one file of answers and one of errors, in the order of the input."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from datetime import datetime
+
+from serve.batches.batches import OK, Batch, Status
+from serve.batches.input import numbered_lines, read_line
+from serve.batches.lines import Lines, Result
+from serve.batches.queue import BatchWork
+from serve.client_data.files import OUTPUT, Draft, File, Files
+from serve.errors import StoreUnavailable
+from serve.formats.shape import Json
+
+log = logging.getLogger(__name__)
+
+NOT_RUN: dict[Status, Json] = {
+    Status.EXPIRED: {
+        "code": "batch_expired",
+        "message": "This request could not be executed before the completion window expired.",
+    },
+    Status.CANCELLED: {
+        "code": "batch_cancelled",
+        "message": "This request was not executed before the batch was cancelled.",
+    },
+}
+
+
+def write_output(
+    batch: Batch, status: Status, *, lines: Lines, files: Files, work: BatchWork, at: datetime
+) -> None:
+    """End `batch` as completed or cancelled or, if lines have no result, expired. Blocks.
+
+    Leaves nothing behind if it is not this worker's any more.
+    """
+    done = lines.done(batch.id)
+    if status is Status.COMPLETED and len(done) < batch.lines:
+        status = Status.EXPIRED
+    output, errors = files.draft(batch.tenant), files.draft(batch.tenant)
+    kept = False
+    try:
+        for result in lines.results(batch.id):
+            _write(output if result.status_code == OK else errors, _told(batch, result))
+        if status in NOT_RUN:
+            for entry in _not_run(batch, status, done, files):
+                _write(errors, entry)
+        told = _keep(output, batch, "output", at), _keep(errors, batch, "error", at)
+        kept = True  # from here on, only a clear "no" of the store makes them nobody's
+        kept = work.end(batch.id, status, output=told[0], errors=told[1], at=at)
+    finally:
+        for draft in (output, errors):
+            if not kept or draft.bytes == 0:
+                draft.discard()
+
+
+def _write(draft: Draft, entry: Json) -> None:
+    draft.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+
+
+def _keep(draft: Draft, batch: Batch, name: str, at: datetime) -> File | None:
+    if draft.bytes == 0:
+        return None
+    draft.keep()
+    return File(draft.id, batch.tenant, OUTPUT, f"{batch.id}_{name}.jsonl", draft.bytes, draft.sha256, at)
+
+
+def _told(batch: Batch, result: Result) -> Json:
+    response = {"status_code": result.status_code, "request_id": result.request_id, "body": result.body}
+    return {
+        "id": _id(batch, result.line),
+        "custom_id": result.custom_id,
+        "response": response,
+        "error": None,
+    }
+
+
+def _not_run(batch: Batch, status: Status, done: set[int], files: Files) -> Iterator[Json]:
+    if batch.lines == 0:  # it was not validated: its lines may be anything
+        return
+    try:
+        path = files.path_of(batch.tenant, batch.input_file_id)
+    except StoreUnavailable:  # it must end nevertheless
+        log.error("the input of %s is gone", batch.id)
+        return
+    for number, raw in numbered_lines(path):
+        if number not in done:
+            yield {
+                "id": _id(batch, number),
+                "custom_id": read_line(raw).custom_id,
+                "response": None,
+                "error": NOT_RUN[status],
+            }
+
+
+def _id(batch: Batch, line: int) -> str:
+    """The same whenever the files are written."""
+    return "batch_req_" + hashlib.sha256(f"{batch.id}/{line}".encode()).hexdigest()[:32]

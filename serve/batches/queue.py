@@ -1,0 +1,111 @@
+"""A worker's side of the batches: it takes one by a lease, moves it on, and ends it.
+
+Taking one is a conditional UPDATE; every later change is conditional on the lease, so a batch moves on once
+whatever workers die or come late.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from serve.batches.batches import LIVE, Batch, LineError, Status, batches_table, find, results_table
+from serve.client_data.files import File, Files
+from serve.storage.database import Store
+
+
+class BatchWork:
+    """What the worker `owner` does with the batches of one store. Methods block and raise StoreUnavailable.
+
+    Those that change a batch say whether they did: not if the lease is lost or the batch has moved on.
+    """
+
+    def __init__(self, store: Store, files: Files, owner: str, lease: timedelta) -> None:
+        self.owner = owner
+        self.lease = lease
+        self._store = store
+        self._files = files
+
+    def take(self, *, at: datetime) -> Batch | None:
+        """An unfinished batch that nobody works on: one of the tenant with the fewest at work, if any."""
+        c, others = batches_table.c, batches_table.alias().c
+        free = sa.or_(c.lease_owner.is_(None), c.lease_expires_at <= at)
+        at_work = sa.select(sa.func.count()).where(
+            others.tenant_id == c.tenant_id, others.lease_owner.is_not(None), others.lease_expires_at > at
+        )
+        query = sa.select(c.id).where(c.status.in_(LIVE), free)
+        query = query.order_by(at_work.scalar_subquery(), c.created_at, c.id).limit(1)
+        while True:
+            with self._store.read() as connection:
+                batch_id = connection.execute(query).scalar()
+            if batch_id is None:
+                return None
+            taking = batches_table.update().where(c.id == batch_id, c.status.in_(LIVE), free)
+            with self._store.write() as connection:
+                lease = {"lease_owner": self.owner, "lease_expires_at": at + self.lease}
+                if connection.execute(taking.values(lease)).rowcount:
+                    return find(connection, batch_id)
+
+    def renew(self, batch_id: str, *, at: datetime) -> Status | None:
+        """Keep the lease. Returns how the batch stands; None if the lease is lost."""
+        with self._store.write() as connection:
+            if not self._set(connection, batch_id, LIVE, lease_expires_at=at + self.lease):
+                return None
+            query = sa.select(batches_table.c.status).where(batches_table.c.id == batch_id)
+            return Status(connection.execute(query).scalar_one())
+
+    def give_back(self, batch_id: str) -> bool:
+        """The next worker may have it at once."""
+        with self._store.write() as connection:
+            return self._set(connection, batch_id, LIVE, lease_owner=None, lease_expires_at=None)
+
+    def begin(self, batch_id: str, *, lines: int, at: datetime) -> bool:
+        """The input is valid."""
+        values = {"status": Status.IN_PROGRESS.value, "in_progress_at": at, "lines": lines}
+        with self._store.write() as connection:
+            return self._set(connection, batch_id, (Status.VALIDATING.value,), **values)
+
+    def fail(self, batch_id: str, errors: Sequence[LineError], *, at: datetime) -> bool:
+        """The input is not valid, and nothing of it runs."""
+        told = json.dumps([asdict(error) for error in errors])
+        values = {"status": Status.FAILED.value, "failed_at": at, "errors": told, "lease_owner": None}
+        with self._store.write() as connection:
+            return self._set(connection, batch_id, (Status.VALIDATING.value,), **values)
+
+    def finalize(self, batch_id: str, *, at: datetime) -> bool:
+        """All of it is done or its time is over: nothing more begins."""
+        values = {"status": Status.FINALIZING.value, "finalizing_at": at}
+        with self._store.write() as connection:
+            return self._set(connection, batch_id, (Status.IN_PROGRESS.value,), **values)
+
+    def end(
+        self, batch_id: str, status: Status, *, output: File | None, errors: File | None, at: datetime
+    ) -> bool:
+        """The last change: `status` and the files, whose bytes are kept already. All of it or nothing."""
+        before = Status.CANCELLING if status is Status.CANCELLED else Status.FINALIZING
+        with self._store.write() as connection:
+            if not self._set(connection, batch_id, (before.value,), lease_expires_at=at):  # and locks it
+                return False
+            for file in (output, errors):
+                if file is not None:
+                    self._files.enter(connection, file)
+            ended = {
+                "status": status.value,
+                f"{status.value}_at": at,
+                "output_file_id": output.id if output else None,
+                "error_file_id": errors.id if errors else None,
+                "lease_owner": None,
+            }
+            self._set(connection, batch_id, (before.value,), **ended)
+            # The answers are in the tenant's files now; when it deletes those, they shall be gone.
+            answers = results_table.update().where(results_table.c.batch_id == batch_id)
+            connection.execute(answers.values(body=None))
+            return True
+
+    def _set(self, connection: sa.Connection, batch_id: str, before: Sequence[str], **values: Any) -> bool:
+        c = batches_table.c
+        mine = (c.id == batch_id, c.lease_owner == self.owner, c.status.in_(before))
+        return connection.execute(batches_table.update().where(*mine).values(values)).rowcount == 1

@@ -1,0 +1,1 @@
+"""Credits: prepaid grants and their expiry, and charges that are not requests."""

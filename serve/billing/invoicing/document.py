@@ -1,0 +1,158 @@
+"""What an invoice says. Two documents are equal if and only if they bill the same to the same."""
+
+import hashlib
+import json
+from datetime import datetime
+from decimal import ROUND_HALF_EVEN, Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from serve.billing.metering.events import label_of
+from serve.billing.money import NANOS
+
+Kind = Literal["usage", "training", "residency", "minimum"]
+CENT = NANOS // 100
+
+# Line breaks only in addresses; no control characters anywhere.
+OneLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=200)]
+Lines = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x09\x0b-\x1f\x7f]*$", max_length=500)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Party(_Part):
+    """The seller or the buyer, as a tax office wants to read them."""
+
+    name: Annotated[OneLine, Field(min_length=1)]
+    address: Lines = ""
+    tax_id: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=60)] = ""
+    email: OneLine = ""
+    payment: Annotated[Lines, Field(description="How to pay: a bank account, say. The seller's.")] = ""
+
+
+class Item(_Part):
+    """`quantity` of `what`, at `nanos` for each `per` of them; `included` more were free."""
+
+    what: str
+    quantity: int
+    nanos: int
+    per: int
+    included: int = 0
+
+
+class InvoiceLine(_Part):
+    """One thing that is billed. `list_nanos` is what it was charged at when it was used.
+
+    `late` is the earlier month in which it was used, if that month's invoice was final already.
+    """
+
+    kind: Kind = "usage"
+    model: str
+    price: str
+    plan_id: int | None = None
+    adapter: bool = False
+    tier: str = "default"
+    requests: int = 0
+    items: tuple[Item, ...] = ()
+    list_nanos: int
+    amount_nanos: int
+    late: str | None = None
+
+    @property
+    def label(self) -> str:
+        label = label_of(self.model, self.tier)
+        return label if self.late is None else f"{label}, late usage of {self.late}"
+
+
+class CreditApplied(_Part):
+    grant: str
+    kind: Literal["promotional", "prepaid"]
+    amount_nanos: int
+
+
+class TaxApplied(_Part):
+    name: str
+    percent: str
+    taxable_nanos: int
+    amount_nanos: int
+
+
+class InvoiceDocument(_Part):
+    """Amounts are exact, in nanos of the currency; only what is payable is rounded, to cents.
+
+    subtotal = lines; total = subtotal − promotional credits + tax; due = total − prepaid credits.
+    """
+
+    tenant: str
+    period: str
+    currency: str
+    plan: str | None = None
+    seller: Party | None = None
+    buyer: Party | None = None
+    lines: tuple[InvoiceLine, ...]
+    credits: tuple[CreditApplied, ...] = ()
+    tax: TaxApplied | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_before_0009(cls, said: Any) -> Any:
+        if isinstance(said, dict) and any("prompt_nanos_per_mtok" in line for line in said.get("lines", ())):
+            return said | {"lines": [_line_before_0009(line) for line in said["lines"]]}
+        return said
+
+    @property
+    def subtotal_nanos(self) -> int:
+        return sum(line.amount_nanos for line in self.lines)
+
+    @property
+    def list_nanos(self) -> int:
+        return sum(line.list_nanos for line in self.lines)
+
+    def credited_nanos(self, kind: str) -> int:
+        return sum(credit.amount_nanos for credit in self.credits if credit.kind == kind)
+
+    @property
+    def tax_nanos(self) -> int:
+        return self.tax.amount_nanos if self.tax else 0
+
+    @property
+    def total_nanos(self) -> int:
+        return self.subtotal_nanos - self.credited_nanos("promotional") + self.tax_nanos
+
+    @property
+    def due_nanos(self) -> int:
+        return self.total_nanos - self.credited_nanos("prepaid")
+
+    @property
+    def payable_nanos(self) -> int:
+        """What is due, rounded half to even to hundredths of the currency."""
+        return int((Decimal(self.due_nanos) / CENT).quantize(Decimal(1), ROUND_HALF_EVEN)) * CENT
+
+
+def sha256_of(number: str, issued_at: datetime, document: str) -> str:
+    """The fingerprint of a final document: of its number, its time and its text."""
+    said = json.dumps([number, issued_at.isoformat(), document])
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _line_before_0009(line: dict[str, Any]) -> dict[str, Any]:
+    classes = (
+        ("prompt tokens", "uncached_prompt_tokens", "prompt_nanos_per_mtok"),
+        ("prompt tokens, cached", "cached_prompt_tokens", "cached_prompt_nanos_per_mtok"),
+        ("completion tokens", "completion_tokens", "completion_nanos_per_mtok"),
+    )
+    return {
+        "model": line["model"],
+        "price": line["price"],
+        "tier": line.get("tier", "default"),
+        "requests": line["requests"],
+        "items": [
+            {"what": what, "quantity": line[tokens], "nanos": line[rate], "per": 1_000_000}
+            for what, tokens, rate in classes
+        ],
+        "list_nanos": line["amount_nanos"],
+        "amount_nanos": line["amount_nanos"],
+    }

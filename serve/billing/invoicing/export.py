@@ -1,0 +1,103 @@
+"""Invoices as files for machines: CSV, one row per item, and JSON, the document itself."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from serve.billing.invoicing.store import Invoice
+from serve.billing.money import usd
+
+CSV_COLUMNS = (
+    "invoice",
+    "tenant",
+    "period",
+    "currency",
+    "line",
+    "kind",
+    "model",
+    "price",
+    "tier",
+    "late_usage_of",
+    "requests",
+    "class",
+    "quantity",
+    "included",
+    "price_per_unit",
+    "unit",
+    "amount",
+)
+
+
+def csv_text(invoice: Invoice) -> str:
+    """One row per item, then the line's subtotal; credits, tax and totals at the end. Amounts are exact."""
+    document = invoice.document
+    out = io.StringIO()
+    writer = csv.DictWriter(out, CSV_COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    head = {
+        "invoice": invoice.number,
+        "tenant": document.tenant,
+        "period": document.period,
+        "currency": document.currency,
+    }
+    for position, line in enumerate(document.lines, 1):
+        what = {
+            "line": position,
+            "kind": line.kind,
+            "model": line.model,
+            "price": line.price,
+            "tier": line.tier,
+            "late_usage_of": line.late or "",
+        }
+        for item in line.items:
+            counts = {"class": item.what, "quantity": item.quantity, "included": item.included}
+            writer.writerow(head | what | counts | {"price_per_unit": usd(item.nanos), "unit": item.per})
+        requests = line.requests if line.kind == "usage" else ""
+        subtotal = {"class": "subtotal", "requests": requests, "amount": usd(line.amount_nanos)}
+        writer.writerow(head | what | subtotal)
+    for credit in document.credits:
+        amount = usd(-credit.amount_nanos)
+        writer.writerow(head | {"kind": "credit", "class": credit.kind, "amount": amount})
+    if document.tax is not None:
+        tax = f"{document.tax.name} {document.tax.percent}%"
+        writer.writerow(head | {"kind": "tax", "class": tax, "amount": usd(document.tax.amount_nanos)})
+    for name, nanos in (
+        ("total", document.total_nanos),
+        ("due", document.due_nanos),
+        ("payable", document.payable_nanos),
+    ):
+        writer.writerow(head | {"class": name, "amount": usd(nanos)})
+    return out.getvalue()
+
+
+def summary(invoice: Invoice) -> dict[str, Any]:
+    """The document and what identifies it, as plain JSON values; amounts in nanos."""
+    document = invoice.document
+    return {
+        "number": invoice.number,
+        "draft_number": invoice.draft_number,
+        "state": invoice.state.value,
+        "created_at": invoice.created_at.isoformat(),
+        "issued_at": invoice.issued_at.isoformat() if invoice.issued_at else None,
+        "sha256": invoice.sha256,
+        "document": document.model_dump(mode="json"),
+        "subtotal_nanos": document.subtotal_nanos,
+        "tax_nanos": document.tax_nanos,
+        "total_nanos": document.total_nanos,
+        "due_nanos": document.due_nanos,
+        "payable_nanos": document.payable_nanos,
+    }
+
+
+def json_text(invoice: Invoice) -> str:
+    return json.dumps(summary(invoice), indent=2, ensure_ascii=False) + "\n"
+
+
+def write_csv(invoice: Invoice, path: Path) -> None:
+    path.write_text(csv_text(invoice), encoding="utf-8")
+
+
+def write_json(invoice: Invoice, path: Path) -> None:
+    path.write_text(json_text(invoice), encoding="utf-8")

@@ -1,0 +1,282 @@
+"""Invoices and credit notes as PDF: for people, and their tax office.
+
+The fonts that every PDF reader has know Latin letters only. A document with other letters is set in DejaVu,
+if this system has it; else what cannot be set is shown as "?", and the exact names are in the JSON file.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from fpdf import FPDF
+from fpdf.enums import TableBordersLayout
+from fpdf.fonts import FontFace
+
+from serve.billing.invoicing.credit_notes import CreditNote
+from serve.billing.invoicing.document import InvoiceDocument, InvoiceLine, Item, Party
+from serve.billing.invoicing.periods import period_bounds, period_name
+from serve.billing.invoicing.store import Invoice, State
+from serve.billing.money import cents, usd
+
+INK, MUTED, RULE = (25, 28, 36), (105, 112, 125), (214, 218, 226)
+DEJAVU = tuple(
+    Path(folder)
+    for folder in ("/usr/share/fonts/truetype/dejavu", "/usr/share/fonts/dejavu", "/usr/share/fonts/TTF")
+)
+NO_SELLER = Party(name="Bespoke", address="(the seller's details are not set)")
+LEFT, RIGHT, WIDTH = 18, 192, 174
+
+
+class _Sheet(FPDF):  # type: ignore[misc] # fpdf2 is not typed
+    """A4 with a footer on each page."""
+
+    def __init__(self, title: str, made_at: datetime, text: str) -> None:
+        super().__init__(format="A4", unit="mm")
+        self._title, self.family, self._glyphs = title, "helvetica", frozenset(range(256))
+        if not _is_latin(text):
+            folder = next((f for f in DEJAVU if (f / "DejaVuSans-Bold.ttf").is_file()), None)
+            if folder is not None:
+                self.family = "dejavu"
+                self.add_font(self.family, "", folder / "DejaVuSans.ttf")
+                self.add_font(self.family, "B", folder / "DejaVuSans-Bold.ttf")
+                self._glyphs = frozenset({ord("\n"), *self.fonts["dejavu"].cmap})
+        self.set_title(title)
+        self.set_creator("Bespoke")
+        self.set_creation_date(made_at)
+        self.set_margins(LEFT, 18, LEFT)
+        self.set_auto_page_break(True, margin=24)
+        self.alias_nb_pages()
+        self.add_page()
+
+    def normalize_text(self, text: str) -> str:
+        """What cannot be set is a question mark, not an exception."""
+        shown = "".join(letter if ord(letter) in self._glyphs else "?" for letter in text)
+        normalized: str = super().normalize_text(shown)
+        return normalized
+
+    def footer(self) -> None:
+        self.set_y(-16)
+        self.ink(8, muted=True)
+        self.cell(WIDTH / 2, 5, self.normalize_text(self._title))
+        self.cell(WIDTH / 2, 5, f"Page {self.page_no()} of {{nb}}", align="R")
+
+    def ink(self, size: float, *, bold: bool = False, muted: bool = False) -> None:
+        self.set_font(self.family, "B" if bold else "", size)
+        self.set_text_color(*(MUTED if muted else INK))
+
+    def line_of(self, name: str, value: str, *, bold: bool = False) -> None:
+        """A sum at the right-hand side."""
+        self.ink(11 if bold else 9.5, bold=bold)
+        self.cell(140, 6.5, name, align="R")
+        self.cell(0, 6.5, value, align="R", new_x="LMARGIN", new_y="NEXT")
+
+
+def write_pdf(invoice: Invoice, path: Path) -> None:
+    path.write_bytes(pdf_bytes(invoice))
+
+
+def pdf_bytes(invoice: Invoice) -> bytes:
+    document = invoice.document
+    sheet = _Sheet(
+        f"Invoice {invoice.number}", invoice.issued_at or invoice.created_at, document.model_dump_json()
+    )
+    _head(sheet, _kind(invoice), document.seller)
+    start, end = period_bounds(document.period)
+    _facts(
+        sheet,
+        document,
+        [
+            ("Invoice number", invoice.number),
+            ("Date of issue", f"{(invoice.issued_at or invoice.created_at):%Y-%m-%d}"),
+            ("Billing period", period_name(document.period)),
+            ("", f"{start:%Y-%m-%d} to {end - timedelta(days=1):%Y-%m-%d} (UTC)"),
+            ("Price plan", document.plan or "none"),
+            ("Currency", document.currency),
+        ],
+    )
+    _line_items(sheet, document)
+    _totals(sheet, document)
+    _remarks(sheet, invoice)
+    return bytes(sheet.output())
+
+
+def note_pdf_bytes(note: CreditNote, invoice: Invoice) -> bytes:
+    """The credit note `note` of `invoice`."""
+    said, currency = note.document, note.document.currency
+    text = said.model_dump_json() + invoice.document.model_dump_json()
+    sheet = _Sheet(f"Credit note {note.number}", note.issued_at, text)
+    _head(sheet, "CREDIT NOTE", invoice.document.seller)
+    _facts(
+        sheet,
+        invoice.document,
+        [
+            ("Credit note", note.number),
+            ("Date of issue", f"{note.issued_at:%Y-%m-%d}"),
+            ("For invoice", said.invoice),
+            ("Reason", said.reason),
+        ],
+    )
+    rows = [
+        [f"Line {line.line}: {line.text}" if line.line else "Amount", usd(line.amount_nanos)]
+        for line in said.lines
+    ]
+    _table(sheet, ("Credited", f"Amount {currency}"), (130, 44), ("LEFT", "RIGHT"), rows)
+    sheet.ln(4)
+    if said.tax_nanos and invoice.document.tax:
+        tax = invoice.document.tax
+        sheet.line_of(f"of which {tax.name} {tax.percent}%", usd(said.tax_nanos))
+    sheet.line_of(f"Credited, {currency}", usd(said.amount_nanos), bold=True)
+    _fingerprint(sheet, note.sha256)
+    return bytes(sheet.output())
+
+
+def _kind(invoice: Invoice) -> str:
+    if invoice.state == State.VOID:
+        return "INVOICE (VOID)"
+    return "INVOICE" if invoice.final_number else f"INVOICE ({invoice.state.value.upper()})"
+
+
+def _head(sheet: _Sheet, kind: str, seller: Party | None) -> None:
+    seller = seller or NO_SELLER
+    sheet.ink(12)
+    sheet.cell(0, 9, kind, align="R", new_x="LMARGIN")
+    sheet.ink(18, bold=True)
+    sheet.multi_cell(116, 9, seller.name, align="L", new_x="LMARGIN", new_y="NEXT")
+    sheet.ink(8.5, muted=True)
+    sheet.multi_cell(110, 4, _details(seller), align="L", new_x="LMARGIN", new_y="NEXT")
+    sheet.set_draw_color(*RULE)
+    sheet.line(LEFT, sheet.y + 3, RIGHT, sheet.y + 3)
+    sheet.ln(8)
+
+
+def _details(party: Party) -> str:
+    lines = [party.address, f"Tax ID {party.tax_id}" if party.tax_id else "", party.email]
+    return "\n".join(line for line in lines if line) or " "
+
+
+def _facts(sheet: _Sheet, document: InvoiceDocument, facts: Sequence[tuple[str, str]]) -> None:
+    """The buyer at the left, the facts at the right."""
+    top, buyer = sheet.y, document.buyer
+    sheet.ink(8.5, muted=True)
+    sheet.cell(80, 5, "Billed to", new_x="LMARGIN", new_y="NEXT")
+    sheet.ink(10, bold=True)
+    name = buyer.name if buyer else document.tenant
+    sheet.multi_cell(80, 5, name, align="L", new_x="LMARGIN", new_y="NEXT")
+    sheet.ink(9)
+    details = _details(buyer) if buyer else "(no billing details given)"
+    sheet.multi_cell(80, 4.5, details, align="L", new_x="LMARGIN", new_y="NEXT")
+    sheet.ink(8.5, muted=True)
+    sheet.cell(80, 5, f"Customer {document.tenant}")
+    bottom, sheet.y = sheet.y + 5, top
+    for what, value in facts:
+        sheet.set_x(104)
+        sheet.ink(8.5, muted=True)
+        sheet.cell(28, 5, what)
+        sheet.ink(8.5)
+        sheet.multi_cell(0, 5, value, align="L", new_x="LMARGIN", new_y="NEXT")
+    sheet.y = max(bottom, sheet.y)
+    sheet.ln(6)
+
+
+def _line_items(sheet: _Sheet, document: InvoiceDocument) -> None:
+    currency, rows = document.currency, []
+    for number, line in enumerate(document.lines, 1):
+        items = line.items or (Item(what="", quantity=0, nanos=0, per=1),)
+        for position, item in enumerate(items):
+            last = position == len(items) - 1
+            what = _described(number, line) if position == 0 else ""
+            rows.append([what, *_cells(item), usd(line.amount_nanos) if last else ""])
+    if not rows:
+        rows.append(["No usage in this period", "", "", "", usd(0)])
+    columns = ("Description", "Item", "Quantity", f"Price {currency}", f"Amount {currency}")
+    aligned = ("LEFT", "LEFT", "RIGHT", "RIGHT", "RIGHT")
+    _table(sheet, columns, (50, 46, 26, 26, 26), aligned, rows)
+
+
+def _described(number: int, line: InvoiceLine) -> str:
+    counts = {"usage": f", {line.requests:,} requests", "minimum": ""}.get(line.kind, f", {line.kind}")
+    return f"{line.label}\nLine {number}, {line.price}{counts}"
+
+
+def _cells(item: Item) -> list[str]:
+    per = {1_000_000: " / 1M", 1: ""}[item.per]
+    what = f"{item.what}\n({item.included:,} more included)" if item.included else item.what
+    return [what, f"{item.quantity:,}", f"{usd(item.nanos)}{per}"]
+
+
+def _table(
+    sheet: _Sheet,
+    columns: Sequence[str],
+    widths: Sequence[int],
+    aligned: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> None:
+    sheet.ink(8)
+    with sheet.table(
+        col_widths=tuple(widths),
+        text_align=tuple(aligned),
+        borders_layout=TableBordersLayout.HORIZONTAL_LINES,
+        headings_style=FontFace(emphasis="BOLD", color=MUTED),
+        line_height=4.5,
+        padding=1,
+    ) as table:
+        table.row(columns)
+        for row in rows:
+            table.row(row)
+
+
+def _totals(sheet: _Sheet, document: InvoiceDocument) -> None:
+    if sheet.will_page_break(60):
+        sheet.add_page()
+    sheet.ln(4)
+    sheet.line_of("Subtotal", usd(document.subtotal_nanos))
+    if promoted := document.credited_nanos("promotional"):
+        sheet.line_of("Promotional credit", usd(-promoted))
+    if document.tax is not None:
+        tax = document.tax
+        name = f"{tax.name} {tax.percent}% of {usd(tax.taxable_nanos)}"
+        sheet.line_of(name, usd(tax.amount_nanos))
+    sheet.line_of("Total", usd(document.total_nanos))
+    if prepaid := document.credited_nanos("prepaid"):
+        sheet.line_of("Prepaid credit", usd(-prepaid))
+        sheet.line_of("Due, exact", usd(document.due_nanos))
+    sheet.line_of(f"Amount due, {document.currency}", cents(document.payable_nanos), bold=True)
+
+
+def _remarks(sheet: _Sheet, invoice: Invoice) -> None:
+    document = invoice.document
+    if sheet.will_page_break(36):
+        sheet.add_page()
+    sheet.ln(6)
+    sheet.ink(8, muted=True)
+    remarks = [
+        "Token counts are those of the inference engine. Cached prompt tokens are part of the prompt that "
+        "was served from your own prefix cache. A request that was broken off is billed for what had been "
+        "generated. Amounts are exact; only the amount due is rounded, half to even, to two decimals."
+    ]
+    if late := sorted({line.late for line in document.lines if line.late}):
+        months = ", ".join(period_name(month) for month in late)
+        remarks.append(f"Late usage of {months}: it was settled after the invoice of its month was final.")
+    if document.seller and document.seller.payment:
+        remarks.append(f"Payment: {document.seller.payment}")
+    if invoice.is_partial:
+        remarks.append("This month is not over: the invoice can still change.")
+    for remark in remarks:
+        sheet.multi_cell(0, 4, remark, align="L", new_x="LMARGIN", new_y="NEXT")
+        sheet.ln(1.5)
+    if invoice.sha256:
+        _fingerprint(sheet, invoice.sha256)
+
+
+def _fingerprint(sheet: _Sheet, sha256: str) -> None:
+    sheet.ln(2)
+    sheet.ink(7, muted=True)
+    sheet.multi_cell(0, 4, f"SHA-256 of the document: {sha256}", align="L")
+
+
+def _is_latin(text: str) -> bool:
+    try:
+        text.encode("latin-1")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,205 @@
+"""How invoices are kept: revisions, the history of their states, and what became final. Only ever added to.
+
+The store refuses to change or delete any of it (migration 0009); a state is a new row.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+import sqlalchemy as sa
+
+from serve.billing.invoicing.document import InvoiceDocument
+from serve.billing.invoicing.periods import period_bounds
+from serve.errors import UnknownRecord
+from serve.storage.database import UtcDateTime, insert, metadata
+
+
+class State(StrEnum):
+    DRAFT = "draft"
+    REVIEW = "review"
+    FINALIZED = "finalized"
+    PAID = "paid"
+    VOID = "void"
+
+
+FINAL = (State.FINALIZED, State.PAID)
+
+invoices_table = sa.Table(
+    "invoices",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("period", sa.String(7), nullable=False),
+    sa.Column("revision", sa.Integer, nullable=False),
+    sa.Column("total_nanos", sa.BigInteger, nullable=False),
+    sa.Column("document", sa.Text, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("tenant_id", "period", "revision"),
+)
+
+states_table = sa.Table(
+    "invoice_states",
+    metadata,
+    sa.Column("invoice_id", sa.ForeignKey("invoices.id"), primary_key=True),
+    sa.Column("position", sa.Integer, primary_key=True),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("actor", sa.String(128), nullable=False),
+    sa.Column("reason", sa.String(200), nullable=False),
+    sa.Column("at", UtcDateTime, nullable=False),
+    sa.CheckConstraint(f"state IN {tuple(str(state) for state in State)}", name="state_known"),
+)
+
+numbers_table = sa.Table(
+    "invoice_numbers",
+    metadata,
+    sa.Column("series", sa.String(16), primary_key=True),
+    sa.Column("last", sa.Integer, nullable=False),
+)
+
+finals_table = sa.Table(
+    "final_invoices",
+    metadata,
+    sa.Column("number", sa.String(24), primary_key=True),
+    sa.Column("invoice_id", sa.ForeignKey("invoices.id"), nullable=False, unique=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("period", sa.String(7), nullable=False),
+    sa.Column("document", sa.Text, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("issued_at", UtcDateTime, nullable=False),
+    sa.Index("ix_final_invoices_tenant_id_period", "tenant_id", "period"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StateChange:
+    state: State
+    actor: str
+    reason: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Invoice:
+    """A revision of a month's invoice. `final_number`, `issued_at` and `sha256` once it is final."""
+
+    id: int
+    document: InvoiceDocument
+    revision: int
+    created_at: datetime
+    state: State = State.DRAFT
+    final_number: str | None = None
+    issued_at: datetime | None = None
+    sha256: str | None = None
+
+    @property
+    def draft_number(self) -> str:
+        return f"{self.document.tenant}-{self.document.period}-r{self.revision}"
+
+    @property
+    def number(self) -> str:
+        return self.final_number or self.draft_number
+
+    @property
+    def is_draft(self) -> bool:
+        """Not final: what it says may still change."""
+        return self.final_number is None
+
+    @property
+    def is_partial(self) -> bool:
+        """Made before its month was over, so more usage can follow."""
+        return self.is_draft and self.created_at < period_bounds(self.document.period)[1]
+
+
+def select_invoices() -> sa.Select[Any]:
+    """Revisions with their state and what is final of them."""
+    i, s, f = invoices_table.c, states_table.c, finals_table.c
+    all_states = states_table.alias()
+    of_it = all_states.c.invoice_id == i.id
+    newest = sa.select(sa.func.max(all_states.c.position)).where(of_it).scalar_subquery()
+    query = sa.select(invoices_table, s.state, s.position, f.number, f.issued_at, f.sha256)
+    joined = invoices_table.join(states_table, sa.and_(s.invoice_id == i.id, s.position == newest))
+    return query.select_from(joined.outerjoin(finals_table, f.invoice_id == i.id))
+
+
+def invoice_of(row: sa.Row[Any]) -> Invoice:
+    return Invoice(
+        row.id,
+        InvoiceDocument.model_validate_json(row.document),
+        row.revision,
+        row.created_at,
+        State(row.state),
+        row.number,
+        row.issued_at,
+        row.sha256,
+    )
+
+
+def find(connection: sa.Connection, number: str) -> sa.Row[Any]:
+    """By its final number or its draft's. Raises UnknownRecord."""
+    c = invoices_table.c
+    query, draft = select_invoices(), re.fullmatch(r"(.{1,63})-([0-9]{4}-[0-9]{2})-r([0-9]{1,9})", number)
+    if draft:
+        query = query.where(
+            c.tenant_id == draft[1], c.period == draft[2], c.revision == min(int(draft[3]), 2**31 - 1)
+        )
+    else:
+        query = query.where(finals_table.c.number == number)
+    row = connection.execute(query).first() if number.isprintable() else None
+    if row is None:
+        raise UnknownRecord(f"There is no invoice '{number[:100]}'.")
+    return row
+
+
+def newest(connection: sa.Connection, tenant: str, period: str) -> sa.Row[Any] | None:
+    c = invoices_table.c
+    query = select_invoices().where(c.tenant_id == tenant, c.period == period)
+    return connection.execute(query.order_by(c.revision.desc()).limit(1)).first()
+
+
+def live_finals(
+    connection: sa.Connection, tenant: str, *, as_of: datetime | None = None
+) -> dict[str, InvoiceDocument]:
+    """By period, the documents that were final, and not void, just before `as_of`, or are now."""
+    f, s = finals_table.c, states_table.c
+    voided = sa.select(s.invoice_id).where(s.state == State.VOID)
+    query = sa.select(f.period, f.document).where(f.tenant_id == tenant)
+    if as_of is not None:
+        query, voided = query.where(f.issued_at < as_of), voided.where(s.at < as_of)
+    rows = connection.execute(query.where(f.invoice_id.not_in(voided)))
+    return {row.period: InvoiceDocument.model_validate_json(row.document) for row in rows}
+
+
+def add_state(
+    connection: sa.Connection,
+    invoice_id: int,
+    position: int,
+    change: StateChange,
+) -> None:
+    row = {
+        "invoice_id": invoice_id,
+        "position": position,
+        "state": change.state.value,
+        "actor": change.actor[:128],
+        "reason": change.reason[:200],
+        "at": change.at,
+    }
+    connection.execute(states_table.insert().values(row))
+
+
+def history(connection: sa.Connection, invoice_id: int) -> Sequence[StateChange]:
+    c = states_table.c
+    rows = connection.execute(sa.select(states_table).where(c.invoice_id == invoice_id).order_by(c.position))
+    return [StateChange(State(row.state), row.actor, row.reason, row.at) for row in rows]
+
+
+def next_number(connection: sa.Connection, series: str) -> str:
+    """The number after the last of `series` ("INV-2026"): no gaps, as it is rolled back with the rest."""
+    c = numbers_table.c
+    adding = insert(connection, numbers_table).values(series=series, last=1)
+    adding = adding.on_conflict_do_update(index_elements=[c.series], set_={"last": c.last + 1})
+    last = connection.execute(adding.returning(c.last)).scalar_one()
+    return f"{series}-{last:06d}"

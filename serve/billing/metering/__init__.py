@@ -1,0 +1,1 @@
+"""Metering: usage events, their sums, and questions about them."""

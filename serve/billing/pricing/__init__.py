@@ -1,0 +1,1 @@
+"""Pricing: plans and their versions, tiers, and the rating of a month."""

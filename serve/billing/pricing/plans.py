@@ -1,0 +1,380 @@
+"""Price plans: what a token costs.
+
+A plan is a YAML file (`configs/prices/`, docs/invoices.md); loading it makes an immutable version of it
+in the store, and each usage event names the version it was priced with. Prices are integers: nanos of the
+plan's currency per million tokens. An event is priced at the list price, its class's dearest, and rounded
+once, to the nearest nano (half up); what depends on the month's sums is rated on its invoice (`rating`).
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import sqlalchemy as sa
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    Tag,
+)
+from pydantic_core import CoreSchema
+
+from serve.billing.pricing.tiers import Nanos, TokenPrice, list_price
+from serve.errors import Conflict, UnknownRecord
+from serve.storage import revision
+from serve.storage.database import Store, UtcDateTime, metadata
+from serve.tenants.audit import SYSTEM, record
+
+MODELS_MAX = 200
+PLAN_BYTES_MAX = 1 << 20
+
+plans_table = sa.Table(
+    "price_plans",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(63), nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("document", sa.Text, nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.UniqueConstraint("name", "version"),
+    sa.UniqueConstraint("name", "sha256"),
+)
+
+subscriptions_table = sa.Table(
+    "subscriptions",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("plan_id", sa.ForeignKey("price_plans.id"), nullable=False),
+    sa.Column("effective_at", UtcDateTime, nullable=False),
+    sa.Index("ix_subscriptions_tenant_id_effective_at", "tenant_id", "effective_at"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token counts of one request. `cached` is the part of `prompt` that the prefix cache served."""
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+
+    @property
+    def uncached(self) -> int:
+        return self.prompt - self.cached
+
+
+class Rates(BaseModel):
+    """Prices of one kind of model, each in nano-USD per million tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    prompt_nanos_per_mtok: int = Field(ge=0, le=10**15)
+    cached_prompt_nanos_per_mtok: int = Field(ge=0, le=10**15)
+    completion_nanos_per_mtok: int = Field(ge=0, le=10**15)
+    cold_load_nanos: int = Field(0, ge=0, le=10**12)  # when the request finds its adapter not in memory
+
+    def cost_nanos(self, tokens: Tokens, *, cold_loads: int = 0) -> int:
+        """The price of `tokens`. The three classes are disjoint: cached ⊂ prompt is taken out first."""
+        micro = (
+            tokens.uncached * self.prompt_nanos_per_mtok
+            + tokens.cached * self.cached_prompt_nanos_per_mtok
+            + tokens.completion * self.completion_nanos_per_mtok
+        )
+        return (micro + 500_000) // 1_000_000 + cold_loads * self.cold_load_nanos
+
+    def cost_nanos_max(self, prompt_tokens_max: int, completion_tokens_max: int) -> int:
+        """The most that a request within these bounds can cost, whatever the cache does."""
+        dearest = max(self.prompt_nanos_per_mtok, self.cached_prompt_nanos_per_mtok)
+        micro = prompt_tokens_max * dearest + completion_tokens_max * self.completion_nanos_per_mtok
+        return -(-micro // 1_000_000) + self.cold_load_nanos
+
+
+class TieredRates(BaseModel):
+    """Like `Rates`, but a class of tokens may have prices by how many there are in the month."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt_nanos_per_mtok: TokenPrice
+    cached_prompt_nanos_per_mtok: TokenPrice
+    completion_nanos_per_mtok: TokenPrice
+    cold_load_nanos: Annotated[int, Field(strict=True, ge=0, le=10**12)] = 0
+
+    @property
+    def at_list(self) -> Rates:
+        return Rates(
+            prompt_nanos_per_mtok=list_price(self.prompt_nanos_per_mtok),
+            cached_prompt_nanos_per_mtok=list_price(self.cached_prompt_nanos_per_mtok),
+            completion_nanos_per_mtok=list_price(self.completion_nanos_per_mtok),
+            cold_load_nanos=self.cold_load_nanos,
+        )
+
+
+def _rates_form(value: Any) -> str:
+    if isinstance(value, dict):
+        tiered = any(isinstance(price, dict | BaseModel) for price in value.values())
+        return "tiered" if tiered else "flat"
+    return "tiered" if isinstance(value, TieredRates) else "flat"
+
+
+class _AnyOf:
+    """In JSON Schema a union's forms may overlap: flat rates are of both."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        made = handler(schema)
+        made["anyOf"] = made.pop("oneOf")
+        return made
+
+
+AnyRates = Annotated[
+    Annotated[Rates, Tag("flat")] | Annotated[TieredRates, Tag("tiered")],
+    Discriminator(_rates_form),
+    _AnyOf(),
+]
+
+
+class BatchRates(BaseModel):
+    """Prices of what runs as a batch, when there is room for it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: AnyRates
+    adapter: AnyRates
+
+
+class ModelRates(BaseModel):
+    """Prices of the models of one name. Without `batch`, a batch costs what a direct request does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    direct: AnyRates
+    batch: AnyRates | None = None
+
+
+class Included(BaseModel):
+    """Tokens of a month that the plan's minimum, or the contract, has paid for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt_tokens: Nanos = 0
+    cached_prompt_tokens: Nanos = 0
+    completion_tokens: Nanos = 0
+
+
+def _percent(text: str) -> str:
+    if Decimal(text) > 100:
+        raise ValueError("a tax is at most 100 percent")
+    return text
+
+
+def _day(value: Any) -> date:
+    """A day as text, or as YAML reads it; a number is none."""
+    if isinstance(value, str):
+        return date.fromisoformat(value)
+    if isinstance(value, date) and not isinstance(value, datetime):
+        return value
+    raise ValueError("write a day as 2026-12-01")
+
+
+class Tax(BaseModel):
+    """`percent` is a decimal with at most four places, as text: "19", "8.875"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]+$", max_length=40)]
+    percent: Annotated[
+        str, StringConstraints(pattern=r"^[0-9]{1,3}(\.[0-9]{1,4})?$"), AfterValidator(_percent)
+    ]
+
+    def nanos(self, taxable_nanos: int) -> int:
+        """The tax, rounded half up to the nano. `taxable_nanos` is not negative."""
+        millionths = int(Decimal(self.percent) * 10_000)
+        return (taxable_nanos * millionths + 500_000) // 1_000_000
+
+
+ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._@/-]*\*?$", min_length=1, max_length=160)]
+
+
+class PricePlan(BaseModel):
+    """All that may be left out changes nothing: a plan from before there was such a thing is what it was.
+
+    `batch`: a batch costs what a direct request does. `models`: prices by name, or by how the name begins
+    (`acme/*`); the longest match wins, over all else. `effective_from`: nobody pays it before that day (UTC).
+    Minimum, included tokens and tax are those of the version in force at the month's end.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern="^[a-z0-9][a-z0-9-]{0,62}$")
+    currency: str = Field("USD", pattern="^[A-Z]{3}$")
+    base: AnyRates
+    adapter: AnyRates
+    batch: BatchRates | None = None
+    models: dict[ModelName, ModelRates] = Field(default_factory=dict, max_length=MODELS_MAX)
+    effective_from: Annotated[date, BeforeValidator(_day)] | None = None
+    training_nanos_per_mtok: Nanos = 0
+    adapter_hour_nanos: Nanos = 0
+    minimum_nanos: Nanos = 0
+    included: Included = Included()
+    tax: Tax | None = None
+
+    def priced(self, *, model: str = "", adapter: bool, batch: bool = False) -> Rates | TieredRates:
+        """What the month's sums are rated at."""
+        if (own := self._of(model)) is not None:
+            return own.batch if batch and own.batch is not None else own.direct
+        prices = self.batch if batch and self.batch is not None else self
+        return prices.adapter if adapter else prices.base
+
+    def rates(self, *, model: str = "", adapter: bool, batch: bool = False) -> Rates:
+        """What a request is priced at: never less than what the month's sums make of it, packages aside."""
+        found = self.priced(model=model, adapter=adapter, batch=batch)
+        return found.at_list if isinstance(found, TieredRates) else found
+
+    def _of(self, model: str) -> ModelRates | None:
+        if model in self.models:
+            return self.models[model]
+        fitting = [name for name in self.models if name.endswith("*") and model.startswith(name[:-1])]
+        return self.models[max(fitting, key=len)] if fitting and model else None
+
+    def document(self) -> str:
+        """The canonical text, without what is left out: the same for a plan that is as old as the first."""
+        said = self.model_dump(mode="json", exclude_defaults=True) | {"currency": self.currency}
+        return json.dumps(said, sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True)
+class PriceVersion:
+    """One immutable version of a plan, as stored."""
+
+    id: int
+    version: int
+    plan: PricePlan
+
+    def rates(self, *, model: str = "", adapter: bool, batch: bool = False) -> Rates:
+        return self.plan.rates(model=model, adapter=adapter, batch=batch)
+
+    @property
+    def label(self) -> str:
+        return f"{self.plan.name} v{self.version}"
+
+
+def read_plan(path: Path) -> PricePlan:
+    """Raises pydantic.ValidationError listing everything that is wrong with the file, or ValueError."""
+    if path.stat().st_size > PLAN_BYTES_MAX:
+        raise ValueError(f"larger than {PLAN_BYTES_MAX} bytes")
+    return PricePlan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+class Prices:
+    """The plans of one store and who subscribes to them. Methods block."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def publish(self, plan: PricePlan, *, at: datetime, actor: str = SYSTEM) -> PriceVersion:
+        """Store `plan` as a new version; the same text again is the same version."""
+        document = plan.document()
+        sha256 = hashlib.sha256(document.encode()).hexdigest()
+        by_name = plans_table.c.name == plan.name
+        with self._store.write() as connection:
+            same = connection.execute(
+                sa.select(plans_table).where(by_name, plans_table.c.sha256 == sha256)
+            ).first()
+            if same is not None:
+                return _version(same)
+            newest = connection.execute(sa.select(sa.func.max(plans_table.c.version)).where(by_name)).scalar()
+            version = (newest or 0) + 1
+            row = {"name": plan.name, "version": version, "sha256": sha256, "document": document}
+            inserted = connection.execute(plans_table.insert().values(**row, created_at=at))
+            assert inserted.inserted_primary_key is not None
+            made = PriceVersion(inserted.inserted_primary_key[0], version, plan)
+            record(connection, "price.publish", made.label, json.loads(document), actor=actor, at=at)
+            return made
+
+    def subscribe(self, tenant: str, plan: str, *, at: datetime, actor: str = SYSTEM) -> PriceVersion:
+        """Put `tenant` on a plan from `at` on: on its newest version that may be paid by then.
+
+        Raises UnknownRecord for an unknown tenant or plan, Conflict if no version may, or if the tenant is
+        billed in another currency already.
+        """
+        newest = sa.select(plans_table).where(plans_table.c.name == plan).order_by(sa.desc("version"))
+        try:
+            with self._store.write() as connection:
+                versions = [_version(row) for row in connection.execute(newest)]
+                if not versions:
+                    raise UnknownRecord(f"There is no price plan '{plan}'.")
+                due = next((version for version in versions if _begins(version) <= at), None)
+                if due is None:
+                    first = min(map(_begins, versions))
+                    raise Conflict(f"Nobody pays '{plan}' before {first:%Y-%m-%d}.")
+                self._require_currency(connection, tenant, due)
+                values = {"tenant_id": tenant, "plan_id": due.id, "effective_at": at}
+                connection.execute(subscriptions_table.insert().values(values))
+                revision.count_change(connection)
+                said = {"effective_at": at}
+                record(connection, "price.assign", due.label, said, actor=actor, tenant=tenant)
+                return due
+        except sa.exc.IntegrityError as error:
+            raise UnknownRecord(f"There is no tenant '{tenant}'.") from error
+
+    def _require_currency(self, connection: sa.Connection, tenant: str, version: PriceVersion) -> None:
+        """One tenant, one account, one currency."""
+        query = sa.select(plans_table).join(
+            subscriptions_table, subscriptions_table.c.plan_id == plans_table.c.id
+        )
+        for row in connection.execute(query.where(subscriptions_table.c.tenant_id == tenant).distinct()):
+            if (before := _version(row).plan.currency) != version.plan.currency:
+                raise Conflict(f"'{tenant}' is billed in {before}, not in {version.plan.currency}.")
+
+    def at(self, connection: sa.Connection, tenant: str, at: datetime) -> PriceVersion | None:
+        """The version in force for `tenant` at the time `at`; None before any subscription."""
+        row = connection.execute(
+            sa.select(plans_table)
+            .join(subscriptions_table, subscriptions_table.c.plan_id == plans_table.c.id)
+            .where(subscriptions_table.c.tenant_id == tenant, subscriptions_table.c.effective_at <= at)
+            .order_by(subscriptions_table.c.effective_at.desc(), subscriptions_table.c.id.desc())
+            .limit(1)
+        ).first()
+        return None if row is None else _version(row)
+
+    def next_change(self, connection: sa.Connection, tenant: str, at: datetime) -> datetime | None:
+        """When the version that is in force at `at` is followed by another, as far as it is known."""
+        c = subscriptions_table.c
+        query = sa.select(sa.func.min(c.effective_at)).where(c.tenant_id == tenant, c.effective_at > at)
+        return connection.execute(query).scalar()
+
+    def by_id(self, connection: sa.Connection) -> dict[int, PriceVersion]:
+        return {row.id: _version(row) for row in connection.execute(sa.select(plans_table))}
+
+    def versions(self) -> list[PriceVersion]:
+        with self._store.read() as connection:
+            rows = connection.execute(sa.select(plans_table).order_by("name", "version"))
+            return [_version(row) for row in rows]
+
+
+def _begins(version: PriceVersion) -> datetime:
+    return datetime.combine(version.plan.effective_from or date.min, time.min, UTC)
+
+
+def _version(row: "sa.Row[tuple[object, ...]]") -> PriceVersion:
+    return PriceVersion(row.id, row.version, _plan(str(row.document)))
+
+
+@lru_cache(maxsize=1024)
+def _plan(document: str) -> PricePlan:
+    """Read once: every request asks for its plan, and a version never changes."""
+    return PricePlan.model_validate_json(document)

@@ -1,0 +1,1 @@
+"""Data kept for clients: files, stored responses, idempotent answers."""

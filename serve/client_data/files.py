@@ -1,0 +1,302 @@
+"""Tenants' files: what they upload, and what batches write for them.
+
+The bytes lie at <folder>/<tenant>/<file-id>, written beside, synced and renamed; the row comes after them, so
+a row always has its bytes. A deletion is the row's first. What is left on disk without a live row — a process
+died in between — is swept later.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import time
+import unicodedata
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import sqlalchemy as sa
+
+from serve.errors import BodyTooLarge, Conflict, InvalidRequest, NotFound, StoreUnavailable
+from serve.storage.database import Store, UtcDateTime, metadata
+from serve.storage.pagination import Page, page
+from serve.tenants import tenants_table
+
+PURPOSES = ("batch", "fine-tune")
+OUTPUT = "batch_output"
+FILENAME_CHARS_MAX = 255
+# An upload or an output file is on disk before its row is there, for as long as it takes to write it.
+ORPHAN_AGE_S = 3600.0
+
+files_table = sa.Table(
+    "files",
+    metadata,
+    sa.Column("id", sa.String(40), primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("purpose", sa.String(16), nullable=False),
+    sa.Column("filename", sa.String(FILENAME_CHARS_MAX), nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("expires_at", UtcDateTime),
+    sa.Column("deleted_at", UtcDateTime),
+    sa.CheckConstraint("bytes >= 0", name="bytes_not_negative"),
+    sa.Index("ix_files_tenant_id_created_at", "tenant_id", "created_at"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileBounds:
+    """Most bytes of one upload; most files and bytes of one tenant."""
+
+    file_bytes: int
+    files_per_tenant: int
+    bytes_per_tenant: int
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    id: str
+    tenant: str
+    purpose: str
+    filename: str
+    bytes: int
+    sha256: str
+    created_at: datetime
+    expires_at: datetime | None = None
+
+
+class Draft:
+    """A file that is being written. `keep` makes it durable; `discard` after anything else. Methods block."""
+
+    def __init__(self, folder: Path, bytes_max: int | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.id = f"file-{secrets.token_hex(16)}"
+        self.bytes = 0
+        self._path = folder / self.id
+        self._beside = folder / f".{self.id}.part"
+        self._bytes_max = bytes_max
+        self._digest = hashlib.sha256()
+        self._out: BinaryIO = self._beside.open("xb")
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def write(self, piece: bytes) -> None:
+        """Raises BodyTooLarge beyond the bound, StoreUnavailable if the disk does not take it."""
+        self.bytes += len(piece)
+        if self._bytes_max is not None and self.bytes > self._bytes_max:
+            raise BodyTooLarge(self._bytes_max)
+        self._digest.update(piece)
+        try:
+            self._out.write(piece)
+        except OSError as error:
+            raise StoreUnavailable() from error
+
+    def keep(self) -> None:
+        """On disk under its own name, whatever happens from now on. Raises StoreUnavailable."""
+        try:
+            self._out.flush()
+            os.fsync(self._out.fileno())
+            self._out.close()
+            self._beside.rename(self._path)
+            sync_folder(self._path.parent)
+        except OSError as error:
+            raise StoreUnavailable() from error
+
+    def discard(self) -> None:
+        self._out.close()
+        self._beside.unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
+
+
+class Files:
+    """The files of one store, whose bytes are in `folder`. Methods block and raise StoreUnavailable.
+
+    A method that is given a tenant finds that tenant's files only, and those only as long as they are neither
+    deleted nor expired.
+    """
+
+    def __init__(self, store: Store, folder: Path, bounds: FileBounds) -> None:
+        self._store = store
+        self._folder = folder
+        self.bounds = bounds
+
+    def draft(self, tenant: str, *, bytes_max: int | None = None) -> Draft:
+        try:
+            return Draft(self._folder / tenant, bytes_max)
+        except OSError as error:
+            raise StoreUnavailable() from error
+
+    def check_room(self, tenant: str, *, at: datetime) -> None:
+        """Raises InvalidRequest if the tenant cannot have another file, however small."""
+        with self._store.read() as connection:
+            self._require_room(connection, tenant, 1, at)
+
+    def add(
+        self,
+        draft: Draft,
+        tenant: str,
+        *,
+        purpose: str,
+        filename: str,
+        at: datetime,
+        expires_at: datetime | None = None,
+    ) -> File:
+        """Keep an upload. Raises InvalidRequest beyond the tenant's bounds, and then keeps nothing."""
+        draft.keep()
+        file = File(draft.id, tenant, purpose, safe_name(filename), draft.bytes, draft.sha256, at, expires_at)
+        try:
+            with self._store.write() as connection:
+                # Uploads of one tenant enter one after the other, so that the sum below is of all of them.
+                lock_tenant(connection, tenant)
+                self._require_room(connection, tenant, file.bytes, at)
+                self.enter(connection, file)
+        except InvalidRequest:
+            draft.discard()  # after anything else the row may be there: the sweep will know
+            raise
+        return file
+
+    def enter(self, connection: sa.Connection, file: File) -> None:
+        """Record a file whose bytes are kept, in the caller's transaction."""
+        connection.execute(
+            files_table.insert().values(
+                id=file.id,
+                tenant_id=file.tenant,
+                purpose=file.purpose,
+                filename=file.filename,
+                bytes=file.bytes,
+                sha256=file.sha256,
+                created_at=file.created_at,
+                expires_at=file.expires_at,
+            )
+        )
+
+    def get(self, tenant: str, file_id: str, *, at: datetime) -> File:
+        """Raises NotFound, with the same words for what is another tenant's."""
+        with self._store.read() as connection:
+            return self.find(connection, tenant, file_id, at=at)
+
+    def find(self, connection: sa.Connection, tenant: str, file_id: str, *, at: datetime) -> File:
+        """`get`, in the caller's transaction."""
+        c = files_table.c
+        query = sa.select(files_table).where(c.id == file_id, *_live(tenant, at))
+        row = connection.execute(query).first() if file_id.isprintable() else None
+        if row is None:
+            raise NotFound(f"No such file: {file_id[:64]}.")
+        return _file(row)
+
+    def page(
+        self,
+        tenant: str,
+        *,
+        at: datetime,
+        purpose: str | None = None,
+        after: str | None = None,
+        limit: int,
+        newest_first: bool = True,
+    ) -> Page[File]:
+        """Raises InvalidRequest if `after` is none of them."""
+        where = list(_live(tenant, at))
+        if purpose is not None:
+            where.append(files_table.c.purpose == purpose)
+        with self._store.read() as connection:
+            rows = page(connection, files_table, *where, after=after, limit=limit, newest_first=newest_first)
+        return Page([_file(row) for row in rows.items], rows.has_more)
+
+    def path_of(self, tenant: str, file_id: str) -> Path:
+        """Where the bytes of a file of the store are. Raises StoreUnavailable if they are not there."""
+        path = self._folder / tenant / file_id
+        if not path.is_file():
+            raise StoreUnavailable()
+        return path
+
+    def delete(
+        self, tenant: str, file_id: str, *, at: datetime, in_use: "sa.Select[Any] | None" = None
+    ) -> None:
+        """Raises NotFound, Conflict if `in_use` selects anything."""
+        with self._store.write() as connection:
+            # Whoever wants to use it meanwhile waits, and then finds it deleted.
+            lock_tenant(connection, tenant)
+            file = self.find(connection, tenant, file_id, at=at)
+            if in_use is not None and connection.execute(in_use.limit(1)).first() is not None:
+                raise Conflict("A batch that has not ended yet reads this file.")
+            connection.execute(files_table.update().where(files_table.c.id == file_id).values(deleted_at=at))
+        (self._folder / tenant / file.id).unlink(missing_ok=True)
+
+    def sweep(self, *, at: datetime) -> int:
+        """Remove bytes that no live row speaks of. Returns how many files; any process may call."""
+        count = 0
+        for path in self._folder.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process sweeps, too
+                if time.time() - path.stat().st_mtime > ORPHAN_AGE_S and not self._is_live(path.name, at):
+                    path.unlink()
+                    count += 1
+        return count
+
+    def _is_live(self, file_id: str, at: datetime) -> bool:
+        c = files_table.c
+        query = sa.select(c.id).where(c.id == file_id, c.deleted_at.is_(None), _not_expired(at))
+        with self._store.read() as connection:
+            return connection.execute(query).first() is not None
+
+    def _require_room(self, connection: sa.Connection, tenant: str, more_bytes: int, at: datetime) -> None:
+        c = files_table.c
+        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(c.bytes), 0)).where(
+            *_live(tenant, at)
+        )
+        count, size = connection.execute(query).one()
+        bounds = self.bounds
+        if count >= bounds.files_per_tenant or size + more_bytes > bounds.bytes_per_tenant:
+            raise InvalidRequest(
+                f"You may have {bounds.files_per_tenant} files of {bounds.bytes_per_tenant} bytes in all. "
+                "Delete files that you no longer need.",
+                "file",
+                "storage_limit_exceeded",
+            )
+
+
+def lock_tenant(connection: sa.Connection, tenant: str) -> None:
+    """Until the transaction ends, nothing else adds to, uses or deletes the tenant's files."""
+    connection.execute(sa.select(tenants_table.c.id).where(tenants_table.c.id == tenant).with_for_update())
+
+
+def safe_name(filename: str) -> str:
+    """A name to show: no folders, no control or formatting characters, not empty. It never becomes a path."""
+    base = filename.replace("\\", "/").rsplit("/", 1)[-1]
+    kept = "".join(char for char in base if unicodedata.category(char)[0] != "C")
+    return kept.strip().lstrip(".")[:FILENAME_CHARS_MAX] or "file"
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename is durable once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _live(tenant: str, at: datetime) -> tuple[sa.ColumnElement[bool], ...]:
+    c = files_table.c
+    return c.tenant_id == tenant, c.deleted_at.is_(None), _not_expired(at)
+
+
+def _not_expired(at: datetime) -> sa.ColumnElement[bool]:
+    expires_at = files_table.c.expires_at
+    return sa.or_(expires_at.is_(None), expires_at > at)
+
+
+def _file(row: "sa.Row[Any]") -> File:
+    return File(
+        row.id,
+        row.tenant_id,
+        row.purpose,
+        row.filename,
+        row.bytes,
+        row.sha256,
+        row.created_at,
+        row.expires_at,
+    )

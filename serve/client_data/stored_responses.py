@@ -1,0 +1,224 @@
+"""Stored responses: what `POST /v1/responses` answered, for later reading and for the next turn.
+
+Each row holds the response and its whole context (the items of its own input and of the turns before it), so
+the next turn reads one row, and a conversation outlives its earlier responses. A tenant has a *shelf*: beyond
+its bounds the oldest responses go. The shelf's row is the lock under which its responses come and go.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from serve.errors import ResponseNotFound
+from serve.inference.generation import Generation
+from serve.storage.database import Store, UtcDateTime, metadata
+
+log = logging.getLogger(__name__)
+
+KEPT_FOR = timedelta(days=30)
+RESPONSES_MAX = 10_000
+BYTES_MAX = 256 * 1024 * 1024
+_STEP = 100  # rows that one step of an eviction or a sweep looks at
+
+Json = dict[str, Any]
+
+responses_table = sa.Table(
+    "responses",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
+    sa.Column("request_id", sa.String(64), nullable=False, unique=True),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+    sa.Column("expires_at", UtcDateTime, nullable=False, index=True),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("context", sa.Text, nullable=False),
+    sa.Index("ix_responses_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
+)
+
+shelves_table = sa.Table(
+    "response_shelves",
+    metadata,
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), primary_key=True),
+    sa.Column("responses", sa.BigInteger, nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.CheckConstraint("responses >= 0", name="responses_not_negative"),
+    sa.CheckConstraint("bytes >= 0", name="bytes_not_negative"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """A response object and the items that it answered, oldest first."""
+
+    body: Json
+    context: list[Json]
+
+    @property
+    def conversation(self) -> list[Json]:
+        """What the next turn builds on."""
+        return [*self.context, *self.body["output"]]
+
+
+class Responses:
+    """The stored responses of one store. Methods block and raise StoreUnavailable."""
+
+    def __init__(
+        self, store: Store, *, responses_max: int = RESPONSES_MAX, bytes_max: int = BYTES_MAX
+    ) -> None:
+        self._store = store
+        self._responses_max = responses_max
+        self._bytes_max = bytes_max
+
+    def keep(
+        self, connection: sa.Connection, tenant: str, request_id: str, stored: StoredResponse, *, at: datetime
+    ) -> None:
+        """Store it inside the caller's write transaction; the tenant's oldest make room for it."""
+        body, context = _text(stored.body), _text(stored.context)
+        size = len(body) + len(context)
+        responses, total = _lock(connection, tenant)
+        connection.execute(
+            responses_table.insert().values(
+                id=stored.body["id"],
+                tenant_id=tenant,
+                request_id=request_id,
+                created_at=at,
+                expires_at=at + KEPT_FOR,
+                bytes=size,
+                body=body.decode(),
+                context=context.decode(),
+            )
+        )
+        responses, total = responses + 1, total + size
+        c = responses_table.c
+        oldest = (
+            sa.select(c.id, c.bytes)
+            .where(c.tenant_id == tenant, c.id != stored.body["id"])
+            .order_by(c.created_at, c.id)
+            .limit(_STEP)
+        )
+        while responses > self._responses_max or total > self._bytes_max:
+            gone = []
+            for old in connection.execute(oldest):
+                if responses <= self._responses_max and total <= self._bytes_max:
+                    break
+                gone.append(old.id)
+                responses, total = responses - 1, total - old.bytes
+            if not gone:  # the new one alone is too large: it stays, and is the first to go
+                break
+            connection.execute(responses_table.delete().where(c.id.in_(gone)))
+        _write(connection, tenant, responses, total)
+
+    def store(self, tenant: str, request_id: str, stored: StoredResponse, *, at: datetime) -> None:
+        """`keep` in a transaction of its own."""
+        with self._store.write() as connection:
+            self.keep(connection, tenant, request_id, stored, at=at)
+
+    def find(self, tenant: str, response_id: str, *, at: datetime) -> StoredResponse:
+        """Raises ResponseNotFound if there is none with this id, or it is another tenant's or too old."""
+        c = responses_table.c
+        query = sa.select(c.body, c.context).where(
+            c.id == response_id, c.tenant_id == tenant, c.expires_at > at
+        )
+        with self._store.read() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            raise ResponseNotFound(response_id)
+        return StoredResponse(json.loads(row.body), json.loads(row.context))
+
+    def delete(self, tenant: str, response_id: str, *, at: datetime) -> None:
+        """Forget one. Later turns of its conversation keep their own copy. Raises ResponseNotFound."""
+        c = responses_table.c
+        with self._store.write() as connection:
+            mine = (c.id == response_id, c.tenant_id == tenant, c.expires_at > at)
+            if not _remove(connection, tenant, *mine):
+                raise ResponseNotFound(response_id)
+
+    def sweep(self, *, at: datetime) -> int:
+        """Forget what has expired. Returns how many; any process may call."""
+        c = responses_table.c
+        count = 0
+        with self._store.read() as connection:
+            expired = sa.select(c.tenant_id).where(c.expires_at <= at).distinct()
+            tenants = list(connection.execute(expired).scalars())
+        for tenant in tenants:
+            # In steps: each holds up no settlement for long.
+            some = sa.select(c.id).where(c.tenant_id == tenant, c.expires_at <= at).limit(_STEP)
+            removed = _STEP
+            while removed == _STEP:
+                with self._store.write() as connection:
+                    removed = _remove(connection, tenant, c.id.in_(some))
+                count += removed
+        return count
+
+
+class ResponseKeeper:
+    """Stores a whole answer with its settlement; see `serve.inference.request.Keeper`.
+
+    `render` makes the response of a generation. `stored` is what was kept, None if nothing was: what is wrong
+    with storing an answer must not keep it from being billed.
+    """
+
+    def __init__(
+        self, responses: Responses, tenant: str, render: Callable[[Generation], StoredResponse]
+    ) -> None:
+        self.stored: StoredResponse | None = None
+        self._responses = responses
+        self._tenant = tenant
+        self._render = render
+
+    def claim(self, connection: sa.Connection, at: datetime) -> None:
+        """Nothing: an answer's place is made when there is one."""
+
+    def keep(self, connection: sa.Connection, generation: Generation) -> None:
+        at, request_id = generation.created_at, generation.call.request_id
+        try:
+            with connection.begin_nested():
+                stored = self._render(generation)
+                self._responses.keep(connection, self._tenant, request_id, stored, at=at)
+        except (sa.exc.OperationalError, sa.exc.InterfaceError):
+            raise  # the store is away, for the settlement too, which is tried again
+        except Exception:
+            log.exception("response of %s is not stored", request_id)
+        else:
+            self.stored = stored
+
+    def release(self, connection: sa.Connection) -> None:
+        """Nothing was claimed."""
+
+
+def _text(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+def _lock(connection: sa.Connection, tenant: str) -> tuple[int, int]:
+    """How many responses the tenant has, and their bytes. Held until the transaction ends."""
+    c = shelves_table.c
+    query = sa.select(c.responses, c.bytes).where(c.tenant_id == tenant).with_for_update()
+    row = connection.execute(query).first()
+    if row is None:
+        new = "INSERT INTO response_shelves (tenant_id, responses, bytes) VALUES (:tenant, 0, 0)"
+        connection.execute(sa.text(f"{new} ON CONFLICT DO NOTHING"), {"tenant": tenant})
+        row = connection.execute(query).one()
+    return row.responses, row.bytes
+
+
+def _write(connection: sa.Connection, tenant: str, responses: int, size: int) -> None:
+    mine = shelves_table.c.tenant_id == tenant
+    connection.execute(shelves_table.update().where(mine).values(responses=responses, bytes=size))
+
+
+def _remove(connection: sa.Connection, tenant: str, *where: sa.ColumnElement[bool]) -> int:
+    """Delete the tenant's responses that match, and take them off its shelf. Returns how many."""
+    responses, size = _lock(connection, tenant)
+    c = responses_table.c
+    rows = connection.execute(sa.select(c.id, c.bytes).where(*where)).all()
+    if rows:
+        connection.execute(responses_table.delete().where(c.id.in_([row.id for row in rows])))
+        _write(connection, tenant, responses - len(rows), size - sum(row.bytes for row in rows))
+    return len(rows)

@@ -1,0 +1,1 @@
+"""Composition roots: settings in, running processes out. The only package that imports ray."""

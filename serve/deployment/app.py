@@ -1,0 +1,192 @@
+"""Settings → ASGI app: the composition root of one gateway process."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping
+from datetime import timedelta
+
+from fastapi import FastAPI
+
+from serve.api import (
+    admin,
+    batches,
+    chat,
+    completions,
+    embeddings,
+    errors,
+    files,
+    health,
+    messages,
+    models,
+    openapi,
+    organization,
+    responses,
+)
+from serve.api.dependencies import Context
+from serve.api.middleware import Edge, Intake, Traced, body_bound
+from serve.batches.batches import Batches
+from serve.batches.input import InputBounds
+from serve.batches.worker import BatchWorker
+from serve.billing.ledger.checkpoints import Journal
+from serve.billing.ledger.ledger import Ledger
+from serve.billing.ledger.writer import Books
+from serve.client_data.files import FileBounds, Files
+from serve.client_data.idempotency import Idempotency
+from serve.engine.protocol import Engine
+from serve.errors import StoreUnavailable
+from serve.formats.sampling import Limits
+from serve.inference.gateway import Gateway
+from serve.maintenance.steward import Watched
+from serve.observability.metrics import ALONE, Metrics, Peers
+from serve.observability.tracing import OFF, tracing_of
+from serve.rate_limits import Admission
+from serve.registry.registry import Catalogue
+from serve.settings import Settings
+from serve.storage.database import Store
+from serve.tenants import Tenants, server_secret
+
+log = logging.getLogger(__name__)
+
+KEY_USE_INTERVAL_S = 5.0
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def build_app(
+    settings: Settings,
+    engines: Mapping[str, Engine],
+    steward: Watched | None = None,
+    peers: Peers | None = None,
+) -> FastAPI:
+    """The gateway over `engines` (one per base). Migrates the store first.
+
+    /metrics asks `steward`, and the other gateways by `peers`.
+    """
+    store = Store(settings.store_url)
+    store.migrate()
+    catalogue = Catalogue(store, list(engines))
+    metrics = _metrics(settings, peers.name if peers else ALONE)
+    admission = Admission(store, f"{socket.gethostname()}-{os.getpid()}")
+    books = Books(Ledger(store), metrics.committed)
+    journal = Journal(settings.journals_dir, failed=metrics.journal_failed)
+    idempotency = Idempotency(store, lease=timedelta(seconds=settings.request_timeout_s + 120))
+    tracing = tracing_of(settings.otlp_endpoint, settings.trace_ratio, "gateway")
+    gateway = Gateway(
+        store=store,
+        catalogue=catalogue,
+        engines=engines,
+        admission=admission,
+        books=books,
+        journal=journal,
+        metrics=metrics,
+        request_timeout_s=settings.request_timeout_s,
+        first_token_timeout_s=settings.first_token_timeout_s,
+        tracing=tracing,
+    )
+
+    tenants = Tenants(store, server_secret(settings.home))
+
+    limits = settings.limits
+    bounds = FileBounds(limits.file_bytes, limits.files_per_tenant, limits.files_bytes_per_tenant)
+    stored = Files(store, settings.files_dir, bounds)
+    fields = Limits(
+        messages=limits.messages,
+        n=limits.n,
+        stop_sequences=limits.stop_sequences,
+        completion_tokens=limits.completion_tokens,
+        tools=limits.tools,
+        prompts=limits.prompts,
+    )
+    worker = BatchWorker(
+        store=store,
+        gateway=gateway,
+        tenants=tenants,
+        files=stored,
+        bounds=InputBounds(limits.batch_lines, limits.body_bytes, fields),
+        requests_in_flight=limits.batch_requests,
+        now=gateway.terms.now,
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        chores = [
+            asyncio.create_task(chore)
+            for chore in (
+                admission.follow(),
+                _note_key_use(tenants),
+            )
+        ]
+        worker.start()
+        yield
+        await worker.stop()
+        for chore in chores:
+            chore.cancel()
+        await gateway.drain()
+        await asyncio.to_thread(books.stop)
+        await asyncio.to_thread(journal.close)
+        await _flush_key_use(tenants)
+        await admission.close()
+        store.close()
+        await asyncio.to_thread(tracing.close)
+
+    app = FastAPI(title="Bespoke", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.context = Context(
+        gateway=gateway,
+        tenants=tenants,
+        catalogue=catalogue,
+        engines=engines,
+        store=store,
+        metrics=metrics,
+        limits=fields,
+        idempotency=idempotency,
+        steward=steward,
+        peers=peers,
+    )
+    files.install(app, stored, Batches(store, stored, per_tenant=limits.batches_per_tenant))
+    routes = (
+        chat,
+        completions,
+        responses,
+        messages,
+        embeddings,
+        models,
+        files,
+        batches,
+        health,
+        organization,
+        admin,
+    )
+    for resource in routes:
+        app.include_router(resource.router)
+    errors.install(app)
+    openapi.install(app)
+    sizes = {"body_bytes_max": limits.body_bytes, "file_bytes_max": limits.file_bytes}
+    slowest = limits.body_bytes / limits.body_timeout_s
+    app.add_middleware(Intake, body_bytes_max=body_bound(**sizes), bytes_per_s_min=slowest)
+    app.add_middleware(Edge, metrics=metrics, **sizes)
+    if tracing is not OFF:
+        app.add_middleware(Traced, tracing=tracing)
+    return app
+
+
+def _metrics(settings: Settings, gateway: str) -> Metrics:
+    """Adapters, whose names tell who the customers are, are named to the operator only."""
+    token = settings.metrics_token.get_secret_value() if settings.metrics_token else None
+    private = token is not None or settings.host in LOOPBACK
+    adapters_max = settings.metrics_adapters if private else 0
+    return Metrics(adapters_max=adapters_max, token=token, gateway=gateway)
+
+
+async def _note_key_use(tenants: Tenants) -> None:
+    """Write down when keys were last used, a few seconds late and many at a time."""
+    while True:
+        await asyncio.sleep(KEY_USE_INTERVAL_S)
+        await _flush_key_use(tenants)
+
+
+async def _flush_key_use(tenants: Tenants) -> None:
+    for door in (tenants.door, tenants.platform_door):
+        with contextlib.suppress(StoreUnavailable):  # kept for the next time
+            await asyncio.to_thread(door.flush)

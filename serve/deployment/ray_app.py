@@ -1,0 +1,340 @@
+"""Ray Serve composition root: which deployments there are and how they are wired.
+
+Only this module and `service.py`, which starts and ends it all, import ray.
+"""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from quantize.card import verify
+from quantize.errors import CardMissing
+from serve.deployment.app import LOOPBACK
+from serve.deployment.autoscaling import REQUESTS
+from serve.engine.adapters.reconciler import Reconciler
+from serve.engine.client import RemoteEngine
+from serve.engine.protocol import Counters, Final, GenerationRequest, Take
+from serve.engine.transport.frames import Address, Hello
+from serve.engine.transport.gateway_side import Inbox
+from serve.engine.transport.replica_side import Desk
+from serve.engine.vllm.engine import VllmEngine
+from serve.engine.vllm.setup import compute_on_one_thread, read_variables_once
+from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError
+from serve.maintenance.steward import Measurements
+from serve.observability import logs
+from serve.observability.metrics import Exposition, Metrics
+from serve.registry.registry import Catalogue
+from serve.settings import ScalingSettings, Settings
+from serve.storage.database import Store
+
+# Read by ray when it is imported and by every process it starts.
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# User code runs in a replica's own loop: a change of thread costs up to an interpreter's switch interval.
+os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
+os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# The node's address is then 127.0.0.1, so that none of Ray's unauthenticated ports leaves the machine.
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+import ray
+from ray import serve as ray_serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+
+log = logging.getLogger(__name__)
+
+APP_NAME, GATEWAY_NAME = "bespoke", "gateway"
+LOOPBACK_ADDRESS = "127.0.0.1"
+# What gateways and the steward ask of a replica at the same time; requests go by `engine/channel.py`.
+CONTROL_CALLS = 256
+STEWARD_TIMEOUT_S = 3.0
+PEERS_TIMEOUT_S = 2.0
+HEALTH_CHECK_PERIOD_S = 2  # a process that has died is missed for so long at most
+
+
+class EngineDeployment:
+    """One vLLM replica of one base. Its process ends with its engine, and Serve starts another."""
+
+    async def __init__(self, settings: Settings, base: str) -> None:  # type: ignore[misc] # Serve awaits it
+        _keep_replica_port_on(settings.host)
+        logs.install_with_children(log_spec(settings), f"engine-{base}")
+        replica = ray_serve.get_replica_context().replica_id.unique_id
+        directories = settings.bases_dir / base, settings.adapters_dir
+        self._drain_timeout_s = settings.drain_timeout_s
+        self._engine = await VllmEngine.start(
+            base, *directories, settings.engine_here, replica, settings.otlp_endpoint
+        )
+        compute_on_one_thread()
+        read_variables_once()
+        store = Store(settings.store_url)
+        store.migrate()
+        catalogue = Catalogue(store, settings.bases)
+        self._reconciler = Reconciler(catalogue, self._engine, base, lambda: datetime.now(UTC))
+        await self._reconciler.reconcile()  # a new replica serves the same set as the one before
+        self._following = asyncio.create_task(self._reconciler.follow())
+        self._desk = Desk(self, Hello(base, replica, settings.limits.ongoing_requests))
+        _keep_what_is_loaded()
+
+    async def meet(self, gateway: Address) -> None:
+        """From now on `gateway` sends its requests to this replica by a connection of their own."""
+        await self._desk.meet(gateway)
+
+    @property
+    def resident(self) -> list[int]:
+        return self._engine.resident
+
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
+        with _ending_with_the_engine():
+            await self._engine.generate(request, take)
+
+    async def abort(self, request_id: str) -> None:
+        await self._engine.abort(request_id)
+
+    async def finals(self, request_id: str) -> Final | None:
+        with _ending_with_the_engine():
+            return await self._engine.finals(request_id)
+
+    async def counters(self) -> Counters:
+        with _ending_with_the_engine():
+            return await self._engine.counters()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {REQUESTS: self._desk.ongoing}
+
+    async def check_health(self) -> None:
+        with _ending_with_the_engine():
+            await self._engine.check_health()
+
+    async def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # of one that was ended while it started
+            await self._desk.drain(self._drain_timeout_s)
+            self._engine.shutdown()
+
+
+def _keep_what_is_loaded() -> None:
+    """Of what a replica has loaded nothing will be freed: the garbage collector need not look for it."""
+    gc.collect()
+    gc.freeze()
+
+
+@contextlib.contextmanager
+def _ending_with_the_engine() -> Iterator[None]:
+    """End this process if its engine is dead.
+
+    Serve takes a replica that raises for a living one: for three health checks it would go on to get the
+    requests for its adapters, retried ones too. One whose process is gone gets none from that moment on.
+    """
+    try:
+        yield
+    except EngineLost:
+        log.critical("vLLM's core process has died; this replica ends too")
+        os._exit(1)
+
+
+class StewardDeployment:
+    """The one steward. It may be ended at any moment, and Serve starts another."""
+
+    def __init__(self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> None:
+        from serve.deployment.steward_app import build_steward
+
+        _keep_replica_port_on(settings.host)
+        logs.install(log_spec(settings), "steward")
+        self._steward = build_steward(settings, _engines(settings, contexts, handles))
+        self._running = asyncio.get_running_loop().create_task(self._steward.run())
+
+    async def measurements(self) -> Measurements:
+        return await self._steward.measurements()
+
+
+class RemoteSteward:
+    """The gateways' side of it; see `serve.maintenance.steward.Watched`."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def measurements(self) -> Measurements:
+        try:
+            async with asyncio.timeout(STEWARD_TIMEOUT_S):
+                measured: Measurements = await self._handle.measurements.remote()
+                return measured
+        except Exception as error:
+            raise EngineUnavailable("The steward is away.") from error
+
+
+def _engines(
+    settings: Settings, contexts: dict[str, int], handles: dict[str, Any]
+) -> dict[str, RemoteEngine]:
+    inbox = Inbox(LOOPBACK_ADDRESS if settings.host in LOOPBACK else ray.util.get_node_ip_address())
+    return {
+        base: RemoteEngine(
+            base,
+            handle,
+            inbox,
+            context_tokens_max=contexts[base],
+            queued_max=settings.limits.queued_requests,
+            accept_timeout_s=settings.accept_timeout_s,
+            classify=classify,
+        )
+        for base, handle in handles.items()
+    }
+
+
+class Fleet:
+    """All gateway replicas, as one of them asks them; see `serve.observability.metrics.Peers`."""
+
+    def __init__(self, wanted: int) -> None:
+        self.name: str = ray_serve.get_replica_context().replica_id.unique_id
+        self.wanted = wanted
+
+    async def expositions(self) -> list[Exposition | None]:
+        gateways = ray_serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
+        try:
+            response = gateways.broadcast("exposition")
+            answers = await response.results_async(timeout_s=PEERS_TIMEOUT_S, return_exceptions=True)
+        except Exception as error:  # one that hangs holds up the broadcast as a whole
+            log.warning("the other gateways' figures are missing: %r", error)
+            return []
+        return [answer if isinstance(answer, Exposition) else None for answer in answers]
+
+
+class GatewayDeployment:
+    """One gateway replica: an ASGI app and its HTTP server; it loads neither torch nor vLLM."""
+
+    async def __init__(  # type: ignore[misc] # Serve awaits it
+        self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any], steward: Any
+    ) -> None:
+        from serve.deployment.app import build_app
+        from serve.deployment.http_server import HttpServer
+
+        _keep_replica_port_on(settings.host)
+        logs.install(log_spec(settings), "gateway")
+        engines = _engines(settings, contexts, handles)
+        self._following = [asyncio.create_task(engine.follow()) for engine in engines.values()]
+        fleet = Fleet(settings.gateway_replicas)
+        app = build_app(settings, engines, RemoteSteward(steward), fleet)
+        self._metrics: Metrics = app.state.context.metrics
+        self._server = HttpServer(app, settings.host, settings.port, drain_timeout_s=settings.drain_timeout_s)
+        await self._server.start()
+        _keep_what_is_loaded()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {REQUESTS: self._server.ongoing}
+
+    async def exposition(self) -> Exposition:
+        return await asyncio.to_thread(self._metrics.exposition)
+
+    async def __del__(self) -> None:
+        await self._server.stop()
+
+
+def log_spec(settings: Settings) -> logs.LogSpec:
+    return logs.LogSpec(
+        str(settings.logs_dir),
+        settings.log_format,
+        settings.log_level,
+        file_bytes=settings.log_file_bytes,
+        kept=settings.log_files - 1,
+    )
+
+
+def classify(error: BaseException) -> BespokeError | None:
+    """What ray's own errors mean in our tree."""
+    if isinstance(error, DeploymentUnavailableError):
+        return EngineUnavailable()
+    lost = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ReplicaUnavailableError)
+    return EngineLost() if isinstance(error, lost) else None
+
+
+def build(settings: Settings) -> Any:
+    """The Serve application: one gateway in front of one engine deployment per base.
+
+    Raises OperatorError if a base is not there, QuantizeError if its bytes are not those of its card.
+    """
+    engine = ray_serve.deployment(EngineDeployment)
+    engines, contexts = {}, {}
+    for base in settings.bases:
+        contexts[base] = min(settings.engine.max_model_len, _context_tokens_max(settings.bases_dir / base))
+        engines[base] = engine.options(
+            name=f"engine-{base}",
+            **_replicas(settings.engine_replicas, settings.engine_scaling),
+            max_ongoing_requests=CONTROL_CALLS,
+            ray_actor_options={"num_cpus": 0, "num_gpus": _gpus(settings)},
+            health_check_period_s=HEALTH_CHECK_PERIOD_S,
+            health_check_timeout_s=30,
+            # A replica that is told to stop gets no new requests and this long to end those it has.
+            graceful_shutdown_timeout_s=settings.drain_timeout_s,
+            graceful_shutdown_wait_loop_s=0.2,
+        ).bind(settings, base)
+    gateway = ray_serve.deployment(GatewayDeployment).options(
+        name=GATEWAY_NAME,
+        **_replicas(settings.gateway_replicas, settings.gateway_scaling),
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+    )
+    steward = ray_serve.deployment(StewardDeployment).options(
+        name="steward",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        graceful_shutdown_timeout_s=5,
+    )
+    return gateway.bind(settings, contexts, engines, steward.bind(settings, contexts, engines))
+
+
+def _replicas(least: int, scaling: ScalingSettings) -> dict[str, Any]:
+    """Serve's options for a fixed number of replicas, or for one that follows the load."""
+    if scaling.replicas_max is None:
+        return {"num_replicas": least}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=least,
+            initial_replicas=least,
+            max_replicas=scaling.replicas_max,
+            target_ongoing_requests=scaling.requests_per_replica,
+            upscale_delay_s=scaling.up_after_s,
+            downscale_delay_s=scaling.down_after_s,
+            # The delays damp enough; a longer memory would only make both longer.
+            metrics_interval_s=1,
+            look_back_period_s=3,
+            policy=AutoscalingPolicy(policy_function="serve.deployment.autoscaling:replicas_for"),
+        )
+    }
+
+
+def _keep_replica_port_on(host: str) -> None:
+    """Bind this replica's inter-deployment gRPC port to loopback when the service is on loopback.
+
+    Ray 2.60 binds it to every interface (serve/_private/replica.py, `"[::]:0"`), unauthenticated, and what
+    arrives there is unpickled. Ray opens it after the deployment's constructor, so this is in time.
+    """
+    from ray.serve._private import replica
+
+    bind = replica.add_port_to_grpc_server
+    if host in LOOPBACK and bind.__module__.startswith("ray."):
+
+        def bind_loopback(server: Any, address: str) -> int:
+            return int(bind(server, address.replace("[::]:", "127.0.0.1:")))
+
+        replica.add_port_to_grpc_server = bind_loopback
+
+
+def _gpus(settings: Settings) -> int:
+    return settings.engine.tensor_parallel_size if settings.engine.device == "gpu" else 0
+
+
+def _context_tokens_max(base_dir: Path) -> int:
+    try:
+        return verify(base_dir).max_context_tokens
+    except CardMissing as error:
+        raise OperatorError(
+            f"There is no base '{base_dir.name}'; make it with: "
+            f"bespoke base import configs/bases/{base_dir.name}.yaml"
+        ) from error

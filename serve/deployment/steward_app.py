@@ -1,0 +1,52 @@
+"""Settings → steward: the composition root of the steward's process, and the list of its chores."""
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from functools import partial
+
+from serve.billing.budgets.alerts import notify_due
+from serve.billing.jobs import draft_due, expire_due
+from serve.billing.metering.rollups import rollup_drift
+from serve.billing.webhooks.delivery import post, secret_of
+from serve.billing.webhooks.outbox import deliver_due
+from serve.engine.protocol import Engine
+from serve.maintenance.adapter_hours import charge_residency
+from serve.maintenance.steward import Steward
+from serve.settings import Settings
+from serve.storage.database import Store
+from serve.tenants import server_secret
+
+log = logging.getLogger(__name__)
+
+
+def build_steward(settings: Settings, engines: Mapping[str, Engine]) -> Steward:
+    """The steward of the store, the engines and this machine's journals. Migrates the store first."""
+    store = Store(settings.store_url)
+    store.migrate()
+    return Steward(
+        store,
+        engines,
+        settings.journals_dir,
+        lease=timedelta(seconds=settings.request_timeout_s + 120),
+        chores=_chores(store, server_secret(settings.home)),
+    )
+
+
+def _chores(store: Store, secret: bytes) -> dict[str, tuple[float, Callable[[datetime], object]]]:
+    """name → (seconds in between, what to do). Each may be repeated, and run in two processes at a time."""
+    return {
+        "budgets": (2.0, partial(notify_due, store)),
+        "notices": (2.0, lambda at: deliver_due(store, at, post, partial(secret_of, secret))),
+        "credits": (60.0, partial(expire_due, store)),
+        "residency": (300.0, partial(charge_residency, store)),
+        "drafts": (3600.0, partial(draft_due, store)),
+        "rollups": (3600.0, partial(_check_rollups, store)),
+    }
+
+
+def _check_rollups(store: Store, at: datetime) -> None:
+    """Compare yesterday's sums with its events. `bespoke usage rebuild` mends what is wrong, and says so."""
+    day = (at - timedelta(days=1)).date()
+    if wrong := rollup_drift(store, day):
+        log.error("%d rows of usage by the hour of %s differ from their events", wrong, day)

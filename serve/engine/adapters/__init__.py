@@ -1,0 +1,1 @@
+"""An engine replica's adapters: packed, probed, put into slots, brought to the desired state."""

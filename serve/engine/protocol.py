@@ -1,0 +1,273 @@
+"""The seam between the gateway and an engine: requests in, events out, all of them typed.
+
+What an engine says is always: one Accepted, then Deltas, then one Finished; or an exception. Counts
+are made at the source from token ids and ride with the events, so nobody parses text to bill it.
+Events are msgspec's structs, because one of them is made, sent and read for each token (`channel.py`).
+After `abort` the last event is Finished still, which carries what was generated until then.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from serve.registry.versions import AdapterRef
+
+
+@dataclass(frozen=True, slots=True)
+class JsonFormat:
+    """The answer is JSON: of `schema` (JSON Schema as JSON text), or any object if it is None."""
+
+    schema: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose tokens. `completion_tokens_max` None means: as many as the context allows.
+
+    `logprobs` is how many alternatives to each token are told, None for no log-probabilities at all. With
+    `echo` the prompt comes first in each choice; its tokens are not counted as completion.
+    """
+
+    completion_tokens_max: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    n: int = 1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    echo: bool = False
+    format: JsonFormat | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A model's wish to call a function: whole in a conversation, piecewise in a stream.
+
+    Pieces with one `index` belong together: `id` and `name` come once, `arguments` (JSON text) adds up.
+    """
+
+    index: int = 0
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. An assistant's may hold tool calls instead of content; a tool's answers `tool_call_id`."""
+
+    role: str
+    content: str | None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call. `parameters` is JSON Schema as JSON text."""
+
+    name: str
+    description: str | None = None
+    parameters: str | None = None
+    strict: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Toolbox:
+    """The tools of a request. `choice` is auto, none or required; `function` the one to call."""
+
+    tools: tuple[Tool, ...]
+    choice: str = "auto"
+    function: str | None = None
+    parallel: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Prompts that are continued as they stand, each given as text or as token ids."""
+
+    prompts: tuple[str | tuple[int, ...], ...]
+
+
+Prompt = tuple[Message, ...] | Texts
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """`prompt` is a conversation, or texts that are continued as they stand.
+
+    Choices are numbered prompt by prompt: choice i·n + j is the j-th sample of the i-th text.
+    `cache_salt` keeps the prefix cache of one tenant from being probed by another.
+    `length_param` is the client's own name for `completion_tokens_max`, for error messages.
+    With `whole` nobody reads the answer before it is complete: each choice comes in one piece, and the
+    counts as they arise. `context_tokens_max` narrows the engine's own context. `trace_headers` name the span
+    that the engine's own are under (W3C Trace Context), if there is one.
+    """
+
+    request_id: str
+    adapter: AdapterRef | None
+    prompt: Prompt
+    sampling: Sampling
+    cache_salt: str
+    length_param: str = "max_tokens"
+    toolbox: Toolbox | None = None
+    reasoning_effort: str | None = None
+    whole: bool = False
+    context_tokens_max: int | None = None
+    trace_headers: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with its natural-log probability; None for a prompt's first, which follows nothing.
+
+    `top` holds the likeliest tokens at its place with theirs.
+    """
+
+    token: str
+    logprob: float | None
+    top: tuple[tuple[str, float], ...] = ()
+
+
+class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a", gc=False):
+    """The engine has the request; `replica` and `boot` name the process whose counters it moves.
+
+    `cold_loads` is 1 if its adapter had to be loaded into memory first.
+    """
+
+    replica: str
+    boot: str
+    prompt_tokens: int
+    cold_loads: int = 0
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d", gc=False):
+    """What is new in one choice and the number of tokens behind it (a token may add no text yet).
+
+    `stop_sequence` is the one of the request's that ended the choice.
+    """
+
+    index: int
+    text: str
+    tokens: int
+    finish_reason: str | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    stop_sequence: str | None = None
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f", gc=False):
+    """The engine's final word on the request. Counts are totals over all choices.
+
+    It ended early if `aborted`, which somebody may have wanted, or `failed`, which nobody did.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    aborted: bool
+    failed: bool = False
+
+
+Event = Accepted | Delta | Finished
+Take = Callable[[list[Event]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """What a replica did for a request, all in all, for those who did not hear its Finished."""
+
+    replica: str
+    boot: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cold_loads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Where a replica's adapters are, and what moved. Each tier includes the ones before it."""
+
+    slots: int = 0
+    memory: int = 0
+    disk: int = 0
+    memory_loads: int = 0
+    memory_load_s: float = 0.0
+    memory_evictions: int = 0
+    slot_loads: int = 0
+    slot_load_s: float = 0.0
+    slot_evictions: int = 0
+    waiting: int = 0
+    wait_s_max: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How full vLLM is, as it says itself. `kv_used` is a share of 1; `prefix_*` are prompt tokens."""
+
+    waiting: int = 0
+    kv_used: float = 0.0
+    preemptions: int = 0
+    prefix_asked: int = 0
+    prefix_found: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """An engine process's own lifetime counters, as vLLM keeps them.
+
+    `probe_*` is the part that checks of the base and of adapters used, which no customer is billed for.
+    """
+
+    base: str
+    replica: str
+    boot: str
+    prompt_tokens: int
+    completion_tokens: int
+    probe_prompt_tokens: int
+    probe_completion_tokens: int
+    running: int
+    residency: Residency = Residency()
+    load: Load = Load()
+
+
+class Engine(Protocol):
+    """One base model, reachable from a gateway."""
+
+    @property
+    def context_tokens_max(self) -> int:
+        """The longest prompt + completion that the engine takes, in tokens."""
+
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
+        """Give `take` the events in batches, as the engine's steps produce them; returns after Finished.
+
+        `take` is called in the event loop, for each step and request: it must not block.
+
+        Raises:
+            ContextLengthExceeded: before Accepted.
+            EngineUnavailable, Overloaded: before Accepted; nothing was computed.
+            EngineFailed: after Accepted; what was delivered so far stands.
+        """
+
+    async def abort(self, request_id: str) -> None:
+        """Stop generating; Finished is the last event. Unknown ids are ignored."""
+
+    async def finals(self, request_id: str) -> list[Final]:
+        """End the request for good, also if it has not begun, and say what was done: nobody else will ask.
+
+        Empty if no live replica has worked on it. Raises EngineUnavailable if a replica does not answer.
+        """
+
+    async def counters(self) -> list[Counters]:
+        """One entry per live replica. Raises EngineUnavailable."""

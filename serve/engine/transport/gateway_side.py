@@ -1,0 +1,185 @@
+"""A gateway's end of its connections to engine replicas (`channel.py`)."""
+
+import asyncio
+import hmac
+import pickle
+import secrets
+from typing import Any, Protocol
+
+from serve.engine.protocol import Finished, GenerationRequest, Take
+from serve.engine.transport.frames import (
+    TOKEN_BYTES,
+    Abort,
+    Address,
+    Cancel,
+    Failed,
+    Framed,
+    Generate,
+    frames,
+    hellos,
+)
+from serve.errors import EngineLost
+
+_TOKEN_TIMEOUT_S = 5.0
+
+
+class Arrivals:
+    """One request on its way: what comes for it is handed to `take` as it comes."""
+
+    def __init__(self, request: GenerationRequest, take: Take) -> None:
+        loop = asyncio.get_running_loop()
+        self.request = request
+        self.begun: asyncio.Future[None] = loop.create_future()
+        self.over: asyncio.Future[None] = loop.create_future()
+        self.accepted = False
+        self._take = take
+
+    def put(self, batch: list[Any]) -> None:
+        if self.over.done():
+            return
+        last = batch[-1]
+        if isinstance(last, Failed):
+            self.end(pickle.loads(last.error))
+            return
+        self.accepted = True
+        try:
+            self._take(batch)
+        except Exception as error:  # a bug of the reader's ends its request, not everybody's connection
+            self.end(error)
+            return
+        if not self.begun.done():
+            self.begun.set_result(None)
+        if isinstance(last, Finished):
+            self.end(None)
+
+    def end(self, error: BaseException | None) -> None:
+        for future in (self.begun, self.over):
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+                future.exception()  # retrieved: whoever waited may be gone
+
+
+class Fleet(Protocol):
+    """Whoever sends requests to the replicas of a base."""
+
+    def joined(self, replica: "Replica") -> None: ...
+
+    def left(self, replica: "Replica") -> None: ...
+
+    def changed(self) -> None:
+        """A replica has more room than before, perhaps."""
+
+
+class Replica(Framed):
+    """A replica, as a gateway is connected to it."""
+
+    def __init__(self, inbox: "Inbox") -> None:
+        super().__init__()
+        self._inbox = inbox
+        self._known = False
+        self._fleet: Fleet | None = None
+        self._requests: dict[str, Arrivals] = {}
+        self._others = 0
+        self.id = ""
+        self.load_max = 0
+        self.adapters: set[int] = set()
+        self.draining = False
+
+    @property
+    def load(self) -> int:
+        """Its requests: this gateway's own, and those of the others when it last told."""
+        return len(self._requests) + self._others
+
+    def start(self, arrivals: Arrivals) -> None:
+        request = arrivals.request
+        self._write(Generate(request))
+        self._requests[request.request_id] = arrivals
+        if request.adapter is not None:
+            self.adapters.add(request.adapter.id)
+
+    def abort(self, request_id: str) -> bool:
+        """False if it does not have the request."""
+        if request_id in self._requests:
+            self._write(Abort(request_id))
+        return request_id in self._requests
+
+    def leave(self, arrivals: Arrivals) -> None:
+        """Nobody waits for the request any more."""
+        request_id = arrivals.request.request_id
+        if request_id in self._requests:
+            self._write(Cancel(request_id))
+            self._end(request_id)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._deadline = asyncio.get_running_loop().call_later(_TOKEN_TIMEOUT_S, transport.close)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._deadline.cancel()
+        self.lost = True
+        requests, self._requests = self._requests, {}
+        if self._fleet is not None:
+            self._fleet.left(self)
+        for arrivals in requests.values():
+            arrivals.end(EngineLost())
+
+    def data_received(self, data: bytes) -> None:
+        if not self._known:
+            self._buffer += data
+            if len(self._buffer) < TOKEN_BYTES:
+                return
+            self._known = hmac.compare_digest(bytes(self._buffer[:TOKEN_BYTES]), self._inbox.token)
+            if not self._known:
+                self._transport.close()
+                self._buffer.clear()
+                return
+            self._deadline.cancel()
+            data = bytes(self._buffer[TOKEN_BYTES:])
+            self._buffer.clear()
+        super().data_received(data)
+
+    def _read(self, frame: bytes) -> None:
+        if self._fleet is None:
+            hello = hellos.decode(frame)
+            self.id, self.load_max = hello.replica, hello.load_max
+            self._fleet = self._inbox.fleets[hello.base]
+            self._fleet.joined(self)
+            return
+        said = frames.decode(frame)
+        if (news := said.news) is not None:
+            self._others, self.adapters, self.draining = news.others, set(news.adapters), news.draining
+        for request_id, batch in said.entries:
+            if (arrivals := self._requests.get(request_id)) is not None:
+                arrivals.put(batch)
+                if arrivals.over.done():
+                    self._end(request_id)
+        if news is not None:
+            self._fleet.changed()
+
+    def _end(self, request_id: str) -> None:
+        del self._requests[request_id]
+        if self._fleet is not None:
+            self._fleet.changed()
+
+
+class Inbox:
+    """Where replicas connect to a gateway. `fleets` is by base."""
+
+    def __init__(self, host: str) -> None:
+        self.fleets: dict[str, Fleet] = {}
+        self.token = secrets.token_bytes(TOKEN_BYTES)
+        self._host = host
+        self._server: asyncio.Server | None = None
+        self._starting = asyncio.Lock()
+
+    async def address(self) -> Address:
+        """Listens from the first call on."""
+        async with self._starting:
+            if self._server is None:
+                loop = asyncio.get_running_loop()
+                self._server = await loop.create_server(lambda: Replica(self), self._host, 0)
+        return Address(self._host, self._server.sockets[0].getsockname()[1], self.token)

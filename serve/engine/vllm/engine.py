@@ -1,0 +1,369 @@
+"""vLLM behind the engine seam: AsyncLLM inside a replica.
+
+vLLM is imported inside functions, here and in the modules beside it: the gateway shares this package and
+must not load torch.
+"""
+
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import FinetuneError
+from quantize.card import read_card
+from serve.engine.adapters import cache
+from serve.engine.adapters.cache import Packer
+from serve.engine.adapters.slots import Slots
+from serve.engine.protocol import (
+    Accepted,
+    Counters,
+    Final,
+    GenerationRequest,
+    Message,
+    Residency,
+    Sampling,
+    Take,
+    Texts,
+)
+from serve.engine.vllm.counters import tally
+from serve.engine.vllm.outputs import Reader, Tap
+from serve.engine.vllm.prompts import Rendered, Renderer, refusal_of
+from serve.engine.vllm.setup import engine_args, prepare_environment
+from serve.engine.vllm.usage_log import Finals
+from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable
+from serve.observability import logs
+from serve.observability.tracing import prepare_vllm, trace_id_of, traces_url
+from serve.registry.validation import target_suffixes
+from serve.registry.versions import AdapterRef
+from serve.settings import EngineSettings
+from serve.vllm_plugin.packed import Layer, Layout
+
+log = logging.getLogger(__name__)
+
+_PROBE = (Message("user", "Hello"),)
+_PROBE_LOGPROBS = 20
+
+
+class VllmEngine:
+    """One AsyncLLM, its adapters and its counters. Make it with `start`."""
+
+    def __init__(
+        self,
+        llm: Any,
+        renderer: Renderer,
+        base: str,
+        replica: str,
+        packer: Packer | None = None,
+        slots: Slots | None = None,
+    ) -> None:
+        self._llm = llm
+        self._renderer = renderer
+        self._base = base
+        self._replica = replica
+        self._boot = uuid.uuid4().hex
+        self._packer = packer
+        self._slots = slots
+        self._probed = (0, 0)
+        self._queues: dict[str, list[Any]] = {}  # of each request, one for each of its prompts
+        self._finals = Finals(self.abort)
+        self._unloads = 0
+        self._worker: dict[str, Any] = {}
+        self._moved: tuple[int, ...] = ()
+        self.served = 0  # adapter versions that this base should serve
+
+    @classmethod
+    async def start(
+        cls,
+        base: str,
+        base_dir: Path,
+        adapters_dir: Path,
+        settings: EngineSettings,
+        replica: str,
+        otlp_endpoint: str | None = None,
+    ) -> "VllmEngine":
+        """Load the base and prove with one real request that it answers. Takes tens of seconds."""
+        prepare_environment(settings)
+        prepare_vllm(otlp_endpoint)
+        from vllm import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        targets = target_suffixes(base_dir) if settings.max_loras else []
+        args = AsyncEngineArgs(
+            model=str(base_dir),
+            served_model_name=base,
+            otlp_traces_endpoint=traces_url(otlp_endpoint) if otlp_endpoint else None,
+            **engine_args(settings, targets),
+        )
+        config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        # A small model may write free whitespace until its tokens are spent. Both grammar backends that
+        # `auto` chooses between know the switch; vLLM's check of the arguments overlooks that.
+        config.structured_outputs_config.disable_any_whitespace = True
+        llm = AsyncLLM.from_vllm_config(config)
+        card = read_card(base_dir)
+        renderer = Renderer(llm, tool_parser=card.tool_parser, reasoning_parser=card.reasoning_parser)
+        if not settings.max_loras:
+            engine = cls(llm, renderer, base, replica)
+        else:
+            packer = Packer(
+                await _layout(llm) if settings.device == "cpu" else None,
+                adapters_dir,
+                cache.make(),
+                capacity=settings.max_cpu_loras,
+                preload=_preload(llm),
+            )
+            engine = cls(
+                llm, renderer, base, replica, packer, Slots(settings.max_loras, settings.slot_patience_s)
+            )
+        await engine.logprobs(None)
+        return engine
+
+    @property
+    def context_tokens_max(self) -> int:
+        return self._renderer.context_tokens_max
+
+    @property
+    def resident(self) -> list[int]:
+        """Ids of the adapters in this replica's memory."""
+        return self._packer.held if self._packer else []
+
+    async def logprobs(self, adapter: AdapterRef | None) -> dict[int, float]:
+        """Log-probabilities of the likeliest first tokens of an answer: what `probe` compares.
+
+        Billed to nobody, cached for nobody. Raises EngineUnavailable, EngineLost.
+        """
+        number = f"probe-{uuid.uuid4().hex}"
+        sampling = Sampling(completion_tokens_max=1, temperature=0.0, logprobs=_PROBE_LOGPROBS)
+        probe = GenerationRequest(number, adapter, _PROBE, sampling, cache_salt=number)
+        rendered = await self._renderer.render(probe)
+        ((prompt,), (params,)) = rendered.inputs, rendered.params
+        try:
+            async with self._lora(adapter) as lora:
+                self._probed = (self._probed[0] + rendered.prompt_tokens, self._probed[1] + 1)
+                async for output in self._llm.generate(prompt, params, number, lora_request=lora):
+                    (first,) = output.outputs[0].logprobs
+                    return {int(token): float(entry.logprob) for token, entry in first.items()}
+        except (BespokeError, FinetuneError, OSError):
+            raise
+        except Exception as error:
+            log.exception("the probe failed")
+            raise _lost_or(EngineUnavailable(), self._llm) from error
+        raise EngineUnavailable()
+
+    async def keep(self, wanted: frozenset[int], pinned: list[AdapterRef]) -> None:
+        """Hold `pinned` in memory from now on; drop what is neither `wanted` nor in use."""
+        if self._packer is None:
+            return
+        self.served = len(wanted)
+        self._packer.pinned = frozenset(ref.id for ref in pinned)
+        for ref in pinned:
+            try:
+                async with self._packer.hold(ref):
+                    pass
+            except (FinetuneError, OSError):
+                log.exception("%s is pinned and cannot be loaded", ref.model)
+        for adapter in self._packer.held:
+            if adapter not in wanted:
+                await self.unload(adapter)
+
+    async def unload(self, adapter: int) -> None:
+        """Out of the slots and out of memory, unless a request still holds it."""
+        if self._packer is not None and self._packer.drop(adapter):
+            await self._llm.remove_lora(adapter)
+            self._unloads += 1
+
+    @contextlib.asynccontextmanager
+    async def _lora(self, adapter: AdapterRef | None) -> AsyncIterator[Any]:
+        """The adapter's LoRARequest, packed in memory and sure of a slot; None for the base."""
+        if adapter is None:
+            yield None
+            return
+        if self._packer is None or self._slots is None:
+            raise EngineUnavailable("This base is served without adapters.")
+        from vllm.lora.request import LoRARequest
+
+        async with self._packer.hold(adapter) as path, self._slots.hold(adapter.id):
+            yield LoRARequest(adapter.model, adapter.id, str(path))
+
+    async def generate(self, request: GenerationRequest, take: Take) -> None:
+        """See `serve.engine.protocol.Engine.generate`. Cancelled, it ends the request."""
+        logs.handle(request.request_id, trace_id=trace_id_of(request.trace_headers))
+        rendered = await self._renderer.render(request)
+        reader = self._reader(request, rendered)
+        adapter = request.adapter
+        cold = int(adapter is not None and self._packer is not None and not self._packer.has(adapter.id))
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                lora = await held.enter_async_context(self._lora(request.adapter))
+                count = partial(self._final, reader, cold)
+                held.enter_context(self._finals.remembering(request.request_id, count))
+                queues = await held.enter_async_context(self._added(request, rendered, lora, reader))
+            except BespokeError:
+                raise
+            except Exception as error:
+                if refusal := refusal_of(error):  # vLLM's validation: what only it can know
+                    raise refusal from error
+                log.exception("request %s was not accepted", request.request_id)
+                raise _lost_or(EngineUnavailable(), self._llm) from error
+            try:
+                take([Accepted(self._replica, self._boot, rendered.prompt_tokens, cold)])
+                tap = Tap(reader, take)
+                for part, queue in enumerate(queues):
+                    tap.open(part, queue)
+                await tap.ended
+            except Exception as error:
+                # Nothing of vLLM's own may travel to the gateway: unpickling it there would load torch.
+                log.exception("request %s failed in vLLM", request.request_id)
+                raise _lost_or(EngineFailed(), self._llm) from error
+
+    def _reader(self, request: GenerationRequest, rendered: Rendered) -> Reader:
+        tokenizer, sampling = self._renderer.tokenizer, request.sampling
+        prompts = [each["prompt_token_ids"] for each in rendered.inputs]
+        echo = []
+        if sampling.echo and isinstance(request.prompt, Texts):
+            given = zip(request.prompt.prompts, prompts, strict=True)
+            echo = [text if isinstance(text, str) else tokenizer.decode(ids) for text, ids in given]
+        return Reader(
+            tokenizer,
+            prompts,
+            request=rendered.request,
+            samples=sampling.n,
+            parser=lambda: self._renderer.parser(rendered),
+            whole=request.whole,
+            logprobs=sampling.logprobs,
+            echo=echo,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _added(
+        self, request: GenerationRequest, rendered: Rendered, lora: Any, reader: Reader
+    ) -> AsyncIterator[list[Any]]:
+        """vLLM's queues of outputs, one for each prompt; what `reader` has not seen the end of is aborted."""
+        queues = self._queues[request.request_id] = []
+        try:
+            for part, (prompt, params) in enumerate(zip(rendered.inputs, rendered.params, strict=True)):
+                name = _part(request.request_id, part)
+                headers = request.trace_headers
+                queues.append(
+                    await self._llm.add_request(
+                        name, prompt, params, lora_request=lora, trace_headers=headers
+                    )
+                )
+            yield queues
+        finally:
+            del self._queues[request.request_id]
+            if not reader.finished:
+                await self._abort(queues)
+                # What vLLM has counted is in its queues, or a tap has read it, and must be known (`finals`).
+                for part, queue in enumerate(queues):
+                    if (output := queue.get_nowait()) is not None:
+                        reader.read(part, output)
+            for queue in queues:
+                queue.close()
+
+    def _final(self, reader: Reader, cold_loads: int) -> Final:
+        return Final(self._replica, self._boot, *reader.counts, cold_loads)
+
+    async def finals(self, request_id: str) -> Final | None:
+        """See `serve.engine.protocol.Engine.finals`: this replica's, None if it has done nothing."""
+        return await self._finals.of(request_id)
+
+    async def abort(self, request_id: str) -> None:
+        await self._abort(self._queues.get(request_id, ()))
+
+    async def _abort(self, queues: Iterable[Any]) -> None:
+        """By vLLM's own names: by ours it would keep for ever what several samples have in common."""
+        await self._llm.abort([queue.request_id for queue in queues], internal=True)
+
+    async def counters(self) -> Counters:
+        """vLLM's own counters, read from its Prometheus registry."""
+        prompt_tokens, completion_tokens, running, load = tally()
+        return Counters(
+            self._base,
+            self._replica,
+            self._boot,
+            prompt_tokens,
+            completion_tokens,
+            *self._probed,
+            running,
+            await self._residency((prompt_tokens, completion_tokens, running)),
+            load,
+        )
+
+    async def _residency(self, moved: tuple[int, ...]) -> Residency:
+        """`moved` is what changes whenever a worker's slots can have changed.
+
+        Only then is the worker asked, which answers between two steps. Workers in processes of their own
+        wait actively for a second after each call: a fifth of a core, if a steward asks every five seconds.
+        """
+        if self._packer is None or self._slots is None:
+            return Residency()
+        moved += (self._packer.loads, self._packer.evictions, self._unloads)
+        if moved != self._moved:
+            try:
+                (self._worker, *_) = await self._llm.collective_rpc("bespoke_residency")
+            except Exception as error:
+                log.exception("vLLM does not tell what it holds")
+                raise _lost_or(EngineUnavailable(), self._llm) from error
+            self._moved = moved
+        worker = self._worker
+        return Residency(
+            slots=len(worker["slots"]),
+            memory=len(self._packer.held),
+            disk=self.served,
+            memory_loads=self._packer.loads,
+            memory_load_s=self._packer.load_s,
+            memory_evictions=self._packer.evictions,
+            slot_loads=worker["activations"],
+            slot_load_s=worker["seconds"],
+            slot_evictions=worker["evictions"],
+            waiting=self._slots.waiting,
+            wait_s_max=self._slots.wait_s_max,
+        )
+
+    async def check_health(self) -> None:
+        """Raises EngineLost once vLLM's core process has died."""
+        if self._llm.errored:
+            raise EngineLost()
+
+    def shutdown(self) -> None:
+        self._llm.shutdown()
+        if self._packer is not None:
+            self._packer.close()
+
+
+def _lost_or(error: BespokeError, llm: Any) -> BespokeError:
+    """EngineLost if vLLM's core process has died, so that the gateway tries another replica; else `error`."""
+    return EngineLost() if llm.errored else error
+
+
+async def _layout(llm: Any) -> Layout | None:
+    (found, *_) = await llm.collective_rpc("bespoke_layout")
+    if found is None:
+        log.warning("adapters of this model are loaded by vLLM's own loader, within its steps")
+        return None
+    layers = (Layer(tuple(parts), width, tuple(outs)) for parts, width, outs in found["layers"])
+    return Layout(tuple(layers), found["dtype"])
+
+
+def _preload(llm: Any) -> Callable[[AdapterRef, Path], Awaitable[None]]:
+    """vLLM's own loading, before the first request: an error there is an answer, in a step it is the end."""
+    from vllm.lora.request import LoRARequest
+
+    async def preload(ref: AdapterRef, path: Path) -> None:
+        try:
+            await llm.add_lora(LoRARequest(ref.model, ref.id, str(path)))
+        except Exception as error:
+            log.exception("%s cannot be loaded", ref.model)
+            refusal = EngineUnavailable(f"The adapter of '{ref.model}' could not be loaded.")
+            raise _lost_or(refusal, llm) from error
+
+    return preload
+
+
+def _part(request_id: str, part: int) -> str:
+    """What vLLM calls the request for one of several prompts."""
+    return f"{request_id}.{part}" if part else request_id

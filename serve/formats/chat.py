@@ -1,0 +1,270 @@
+"""A chat request's body: messages, tools and the format of the answer.
+
+platform.openai.com/docs/api-reference/chat/create. Bounds are part of the types where they are fixed, and
+checked in `ChatCompletionRequest.call`'s helpers where they depend on the installation.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from serve.engine.protocol import Delta, JsonFormat, Message, Sampling, TokenLogprob, Tool, Toolbox, ToolCall
+from serve.errors import InvalidRequest
+from serve.formats.bounds import bound, check_tools, schema_text
+from serve.formats.sampling import GenerationBody, Limits
+from serve.formats.shape import Json
+from serve.inference.generation import Generation
+from serve.inference.request import Call, Choice
+
+FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+TOOL_CALLS_MAX = 128
+
+FunctionName = Annotated[str, Field(pattern=FUNCTION_NAME)]
+CallId = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(BaseModel):
+    name: FunctionName
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _json(cls, arguments: str) -> str:
+        """Templates write them as objects, so they must be one; a model may have written nothing at all."""
+        try:
+            if isinstance(json.loads(arguments or "{}"), dict):
+                return arguments or "{}"
+        except (ValueError, RecursionError):
+            pass
+        raise ValueError("the arguments must be a JSON object")
+
+
+class AssistantToolCall(BaseModel):
+    id: CallId
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ChatMessage(BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    tool_calls: Annotated[list[AssistantToolCall], Field(max_length=TOOL_CALLS_MAX)] | None = None
+    tool_call_id: CallId | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ChatMessage":
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only an assistant's message may hold tool_calls")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a tool's message needs a tool_call_id")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("the message has no content")
+        return self
+
+    def message(self) -> Message:
+        text = "".join(p.text for p in self.content) if isinstance(self.content, list) else self.content
+        calls = tuple(
+            ToolCall(index, call.id, call.function.name, call.function.arguments)
+            for index, call in enumerate(self.tool_calls or ())
+        )
+        role = "system" if self.role == "developer" else self.role
+        return Message(role, text, calls, self.tool_call_id if role == "tool" else None, self.name)
+
+
+class OfferedFunction(BaseModel):
+    name: FunctionName
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class OfferedTool(BaseModel):
+    type: Literal["function"]
+    function: OfferedFunction
+
+
+class NamedFunction(BaseModel):
+    name: FunctionName
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AnswerSchema(BaseModel):
+    name: FunctionName
+    description: str | None = None
+    # Not called `schema`, which pydantic's models have already.
+    document: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: AnswerSchema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("the type json_schema needs a json_schema")
+        return self
+
+
+class ChatCompletionRequest(GenerationBody):
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    tools: list[OfferedTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ChatCompletionRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        names = [tool.function.name for tool in self.tools or ()]
+        check_tools(names, forced=self.tool_choice == "required", function=named)
+        return self
+
+    @property
+    def length_param(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    def prompt(self, limits: Limits) -> tuple[Message, ...]:
+        bound("messages", len(self.messages), limits.messages, "messages")
+        return tuple(message.message() for message in self.messages)
+
+    def toolbox(self, limits: Limits) -> Toolbox | None:
+        if not self.tools:
+            return None
+        bound("tools", len(self.tools), limits.tools, "tools")
+        tools = tuple(_tool(tool.function, index) for index, tool in enumerate(self.tools))
+        parallel = self.parallel_tool_calls is not False
+        if isinstance(self.tool_choice, NamedTool):
+            return Toolbox(tools, "required", self.tool_choice.function.name, parallel)
+        return Toolbox(tools, self.tool_choice or "auto", None, parallel)
+
+    def sampling(self, limits: Limits) -> Sampling:
+        return self.sampling_with(
+            limits,
+            completion_tokens_max=self.max_completion_tokens or self.max_tokens,
+            length_param=self.length_param,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            format=self._format(),
+        )
+
+    def _format(self) -> JsonFormat | None:
+        asked = self.response_format
+        if asked is None or asked.type == "text":
+            return None
+        if asked.json_schema is None or asked.json_schema.document is None:
+            return JsonFormat()
+        return JsonFormat(schema_text(asked.json_schema.document, "response_format.json_schema.schema"))
+
+
+def _tool(function: OfferedFunction, index: int) -> Tool:
+    parameters = None
+    if function.parameters is not None:
+        parameters = schema_text(function.parameters, f"tools.{index}.function.parameters")
+    return Tool(function.name, function.description, parameters, function.strict)
+
+
+def call_of(body: ChatCompletionRequest, request_id: str, limits: Limits) -> Call:
+    """Raises InvalidRequest for what is beyond the installation's bounds."""
+    return Call(
+        request_id=request_id,
+        model=body.model,
+        prompt=body.prompt(limits),
+        sampling=body.sampling(limits),
+        length_param=body.length_param,
+        toolbox=body.toolbox(limits),
+        reasoning_effort=body.reasoning_effort,
+        whole=not body.stream,
+    )
+
+
+class ChatShape:
+    """chat.completion and chat.completion.chunk objects."""
+
+    def opening(self, generation: Generation) -> Iterable[Json]:
+        for index in range(generation.call.choices):
+            delta = {"role": "assistant", "content": ""}
+            yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def choice(self, delta: Delta) -> Json:
+        fields: Json = {}
+        if delta.reasoning:
+            fields["reasoning_content"] = delta.reasoning
+        if delta.text:
+            fields["content"] = delta.text
+        if delta.tool_calls:
+            fields["tool_calls"] = [_piece(call) for call in delta.tool_calls]
+        return {
+            "index": delta.index,
+            "delta": fields,
+            "logprobs": _logprobs(delta.logprobs),
+            "finish_reason": delta.finish_reason,
+        }
+
+    def whole(self, choice: Choice, generation: Generation) -> Json:
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in choice.tool_calls
+        ]
+        message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+        if calls:
+            message |= {"content": choice.text or None, "tool_calls": calls}
+        if choice.reasoning:
+            message["reasoning_content"] = choice.reasoning
+        return {
+            "index": choice.index,
+            "message": message,
+            "logprobs": _logprobs(choice.logprobs) if generation.call.sampling.logprobs is not None else None,
+            "finish_reason": choice.finish_reason,
+        }
+
+    def envelope(self, generation: Generation, choices: list[Json], *, streamed: bool) -> Json:
+        return {
+            "id": "chatcmpl-" + generation.call.request_id.removeprefix("req_"),
+            "object": "chat.completion.chunk" if streamed else "chat.completion",
+            "created": int(generation.created_at.timestamp()),
+            "model": generation.model.name,
+            "choices": choices,
+        }
+
+
+def _piece(call: ToolCall) -> Json:
+    function: Json = {"arguments": call.arguments}
+    if call.name is None:
+        return {"index": call.index, "function": function}
+    return {
+        "index": call.index,
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name} | function,
+    }
+
+
+def _logprobs(tokens: Iterable[TokenLogprob]) -> Json | None:
+    content = [
+        _entry(one.token, one.logprob or 0.0) | {"top_logprobs": [_entry(*other) for other in one.top]}
+        for one in tokens
+    ]
+    return {"content": content, "refusal": None} if content else None
+
+
+def _entry(token: str, logprob: float) -> Json:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode(errors="replace"))}

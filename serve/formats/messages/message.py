@@ -1,0 +1,67 @@
+"""POST /v1/messages: the body into a Call, the generation into a message or its events."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from serve.billing.pricing.plans import Tokens
+from serve.errors import BespokeError
+from serve.formats.errors import anthropic_body_of
+from serve.formats.messages.blocks import Blocks
+from serve.formats.shape import dumps
+from serve.inference.generation import Generation
+
+Json = dict[str, Any]
+
+
+def whole(generation: Generation) -> Json:
+    """The message of a generation that has gathered its answer."""
+    assert generation.answer is not None
+    blocks = Blocks(_id(generation))
+    blocks.whole(generation.answer.choices[0])
+    return _message(generation, blocks.content) | blocks.end
+
+
+async def events(generation: Generation) -> AsyncIterator[bytes]:
+    """The message's events — docs.anthropic.com/en/docs/build-with-claude/streaming."""
+    blocks = Blocks(_id(generation))
+    yield _event({"type": "message_start", "message": _message(generation, [])})
+    try:
+        async for batch in generation:
+            yield b"".join(_event(one) for delta in batch for one in blocks.take(delta))
+    except BespokeError as error:
+        yield _event(anthropic_body_of(error))
+        return
+    closing = b"".join(map(_event, blocks.stop()))
+    closing += _event({"type": "message_delta", "delta": blocks.end, "usage": usage(generation.tokens)})
+    yield closing + _event({"type": "message_stop"})
+
+
+def usage(tokens: Tokens) -> Json:
+    """Cached prompt tokens are counted apart, and nobody pays to write the cache."""
+    return {
+        "input_tokens": tokens.prompt - tokens.cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": tokens.cached,
+        "output_tokens": tokens.completion,
+    }
+
+
+def _message(generation: Generation, content: list[Json]) -> Json:
+    return {
+        "id": _id(generation),
+        "type": "message",
+        "role": "assistant",
+        "model": generation.model.name,
+        "content": content,
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": usage(generation.tokens),
+    }
+
+
+def _id(generation: Generation) -> str:
+    return "msg_" + generation.call.request_id.removeprefix("req_")
+
+
+def _event(body: Json) -> bytes:
+    return b"event: " + str(body["type"]).encode() + b"\ndata: " + dumps(body) + b"\n\n"

@@ -1,0 +1,53 @@
+"""POST /v1/messages: the body into a Call, the generation into a message or its events."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+
+class TextContent(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class ToolUseContent(BaseModel):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class MessageUsage(BaseModel):
+    """`input_tokens` are those that were not found in the cache."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class AnthropicMessage(BaseModel):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[TextContent | ToolUseContent]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class AnthropicEvent(BaseModel):
+    """One of Anthropic's typed events; what else it holds depends on its type."""
+
+    type: str
+
+
+class AnthropicErrorDetail(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicError(BaseModel):
+    type: Literal["error"]
+    error: AnthropicErrorDetail

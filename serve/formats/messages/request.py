@@ -1,0 +1,256 @@
+"""The body of `POST /v1/messages` — docs.anthropic.com/en/api/messages.
+
+As in `serve.formats.sampling`: unknown fields are ignored; what would change the answer and is not
+done is refused by name. `anthropic.types.MessageCreateParams` is the reference.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
+
+from serve.engine.protocol import JsonFormat, Message, Sampling, Tool, Toolbox, ToolCall
+from serve.errors import InvalidRequest
+from serve.formats.bounds import bound, check_tools, schema_text
+from serve.formats.chat import CallId
+from serve.formats.sampling import Limits, refuse
+
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+
+# Known fields, each with the values that ask for nothing we lack.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "container": (),
+    "context_management": (),
+    "mcp_servers": ([],),
+}
+
+
+class TextBlock(BaseModel):
+    type: Literal["text"] = "text"
+    text: str
+
+
+class ToolUseBlock(BaseModel):
+    type: Literal["tool_use"]
+    id: CallId
+    name: ToolName
+    input: dict[str, Any]
+
+
+class ToolResultBlock(BaseModel):
+    type: Literal["tool_result"]
+    tool_use_id: CallId
+    content: str | list[TextBlock] | None = None
+
+    @property
+    def text(self) -> str:
+        return _text(self.content or "")
+
+
+class ThinkingBlock(BaseModel):
+    """An earlier answer's thinking, sent back with the rest of it: no template wants it."""
+
+    type: Literal["thinking", "redacted_thinking"]
+
+
+# Capitals, because `wire.parse` leaves such names out of the path of a field that is wrong.
+_TAGS = {
+    "text": "TextBlock",
+    "tool_use": "ToolUseBlock",
+    "tool_result": "ToolResultBlock",
+    "thinking": "ThinkingBlock",
+    "redacted_thinking": "ThinkingBlock",
+}
+
+
+def _tag(block: Any) -> str:
+    kind = block.get("type", "text") if isinstance(block, dict) else "text"
+    if not isinstance(kind, str) or kind not in _TAGS:
+        raise _unsupported("messages", f"content blocks of the type '{str(kind)[:64]}' are not taken")
+    return _TAGS[kind]
+
+
+Block = Annotated[
+    Annotated[TextBlock, Tag("TextBlock")]
+    | Annotated[ToolUseBlock, Tag("ToolUseBlock")]
+    | Annotated[ToolResultBlock, Tag("ToolResultBlock")]
+    | Annotated[ThinkingBlock, Tag("ThinkingBlock")],
+    Discriminator(_tag),
+]
+
+
+class AnthropicTurn(BaseModel):
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Block]
+
+    def messages(self) -> Iterator[Message]:
+        """In the engine's terms: a tool's result is a message of its own, a call joins the text before."""
+        text: str | None = None
+        calls: list[ToolCall] = []
+        blocks = [TextBlock(text=self.content)] if isinstance(self.content, str) else self.content
+        for block in blocks:
+            if isinstance(block, TextBlock):
+                text = (text or "") + block.text
+            elif isinstance(block, ToolUseBlock):
+                calls.append(ToolCall(len(calls), block.id, block.name, json.dumps(block.input)))
+            elif isinstance(block, ToolResultBlock):
+                if text is not None:
+                    yield Message(self.role, text)
+                    text = None
+                yield Message("tool", block.text, tool_call_id=block.tool_use_id)
+        if text is not None or calls:
+            yield Message(self.role, text, tuple(calls))
+
+    @model_validator(mode="after")
+    def _blocks_of_its_role(self) -> "AnthropicTurn":
+        for block in self.content if isinstance(self.content, list) else ():
+            if isinstance(block, ToolUseBlock) and self.role != "assistant":
+                raise ValueError("only an assistant's message may hold tool_use")
+            if isinstance(block, ToolResultBlock) and self.role != "user":
+                raise ValueError("only a user's message may hold tool_result")
+        return self
+
+
+class AnthropicTool(BaseModel):
+    type: Literal["custom"] | None = None
+    name: ToolName
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+
+
+class AnthropicToolChoice(BaseModel):
+    type: Literal["auto", "any", "tool", "none"]
+    name: ToolName | None = None
+    disable_parallel_tool_use: bool = False
+
+    @model_validator(mode="after")
+    def _named(self) -> "AnthropicToolChoice":
+        if self.type == "tool" and self.name is None:
+            raise ValueError("the type tool needs a name")
+        return self
+
+
+class Thinking(BaseModel):
+    # With "adaptive" it is the model that decides.
+    type: Literal["disabled", "adaptive"]
+
+
+class OutputFormat(BaseModel):
+    type: Literal["json_schema"]
+    # Not called `schema`, which pydantic's models have already.
+    document: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(BaseModel):
+    format: OutputFormat | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+
+
+class MessagesRequest(BaseModel):
+    model: str = Field(min_length=1, max_length=160)
+    messages: list[AnthropicTurn] = Field(min_length=1)
+    max_tokens: int = Field(ge=1)
+    system: str | list[TextBlock] | None = None
+    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = None
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1)
+    tools: list[AnthropicTool] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    stream: bool | None = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        refuse(data)
+        for name in sorted(data.keys() & UNSUPPORTED.keys()):
+            if data[name] is not None and data[name] not in UNSUPPORTED[name]:
+                raise _unsupported(name, "not with this value")
+        tools = data.get("tools")
+        for index, tool in enumerate(tools if isinstance(tools, list) else ()):
+            kind = tool.get("type") if isinstance(tool, dict) else None
+            if kind not in (None, "custom"):
+                raise _unsupported(
+                    f"tools.{index}.type", f"tools of the type '{str(kind)[:64]}' are not taken"
+                )
+        return data
+
+    @field_validator("messages")
+    @classmethod
+    def _answerable(cls, messages: list[AnthropicTurn]) -> list[AnthropicTurn]:
+        if messages[-1].role == "assistant":
+            raise ValueError("the last message is the assistant's, whose words cannot be put into its mouth")
+        return messages
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MessagesRequest":
+        choice = self.tool_choice
+        named = (choice.name or "") if choice is not None and choice.type == "tool" else None
+        names = [tool.name for tool in self.tools or ()]
+        check_tools(names, forced=choice is not None and choice.type == "any", function=named)
+        return self
+
+    def prompt(self, limits: Limits) -> tuple[Message, ...]:
+        """Raises InvalidRequest if there are too many, or one is the result of a use that is not there."""
+        system = [] if self.system is None else [Message("system", _text(self.system))]
+        found = [*system, *(one for given in self.messages for one in given.messages())]
+        bound("messages", len(found), limits.messages, "messages, each tool_result counted as one")
+        used: set[str | None] = set()
+        for message in found:
+            used |= {call.id for call in message.tool_calls}
+            if message.role == "tool" and message.tool_call_id not in used:
+                raise InvalidRequest(
+                    f"There is no tool_use '{message.tool_call_id}' for this tool_result.", "messages"
+                )
+        return tuple(found)
+
+    def toolbox(self, limits: Limits) -> Toolbox | None:
+        if not self.tools:
+            return None
+        bound("tools", len(self.tools), limits.tools, "tools")
+        tools = tuple(
+            Tool(
+                tool.name,
+                tool.description,
+                schema_text(tool.input_schema, f"tools.{index}.input_schema"),
+                tool.strict,
+            )
+            for index, tool in enumerate(self.tools)
+        )
+        choice = self.tool_choice or AnthropicToolChoice(type="auto")
+        kind = {"any": "required", "tool": "required"}.get(choice.type, choice.type)
+        name = choice.name if choice.type == "tool" else None
+        return Toolbox(tools, kind, name, not choice.disable_parallel_tool_use)
+
+    def sampling(self, limits: Limits) -> Sampling:
+        bound("max_tokens", self.max_tokens, limits.completion_tokens)
+        stop = tuple(self.stop_sequences or ())
+        bound("stop_sequences", len(stop), limits.stop_sequences, "stop sequences")
+        asked = self.output_config.format if self.output_config else None
+        return Sampling(
+            completion_tokens_max=self.max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            stop=stop,
+            format=JsonFormat(schema_text(asked.document, "output_config.format.schema")) if asked else None,
+        )
+
+    @property
+    def reasoning_effort(self) -> str | None:
+        effort = self.output_config.effort if self.output_config else None
+        return "xhigh" if effort == "max" else effort
+
+
+def _text(content: str | list[TextBlock]) -> str:
+    return content if isinstance(content, str) else "".join(block.text for block in content)
+
+
+def _unsupported(param: str, why: str) -> InvalidRequest:
+    return InvalidRequest(f"'{param}' is not supported: {why}.", param, "unsupported_parameter")

@@ -1,0 +1,252 @@
+"""The body of `POST /v1/responses` — platform.openai.com/docs/api-reference/responses/create.
+
+As in `serve.formats.sampling`: unknown fields are ignored; what would change the answer and is not
+done is refused by name. `openai.types.responses.ResponseCreateParams` is the reference.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
+
+from serve.engine.protocol import JsonFormat, Sampling, Tool, Toolbox
+from serve.errors import InvalidRequest
+from serve.formats.bounds import bound, check_tools, schema_text
+from serve.formats.chat import CalledFunction, CallId, FunctionName, OfferedFunction
+from serve.formats.sampling import Limits, refuse
+
+METADATA_PAIRS_MAX = 16
+LOGPROBS = "message.output_text.logprobs"
+
+# Known fields, each with the values that ask for nothing we lack.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "moderation": (),
+    "prompt": (),
+    "truncation": ("disabled",),
+}
+# What the Responses API calls by another name than chat does; ignored, they would change the answer.
+MOVED = {
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+}
+
+
+class InputText(BaseModel):
+    type: Literal["input_text", "output_text"]
+    text: str
+
+
+class InputMessage(BaseModel):
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[InputText]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class FunctionCall(CalledFunction):
+    type: Literal["function_call"]
+    call_id: CallId
+
+
+class FunctionCallOutput(BaseModel):
+    type: Literal["function_call_output"]
+    call_id: CallId
+    output: str | list[InputText]
+
+    @property
+    def text(self) -> str:
+        return self.output if isinstance(self.output, str) else "".join(part.text for part in self.output)
+
+
+class Reasoning(BaseModel):
+    """A reasoning item of an earlier answer, sent back with the rest of it: no template wants it."""
+
+    type: Literal["reasoning"]
+
+
+# Capitals, because `wire.parse` leaves such names out of the path of a field that is wrong.
+_TAGS = {
+    "message": "Message",
+    "function_call": "FunctionCall",
+    "function_call_output": "FunctionCallOutput",
+    "reasoning": "Reasoning",
+}
+
+
+def _tag(item: Any) -> str:
+    kind = item.get("type", "message") if isinstance(item, dict) else "message"
+    if not isinstance(kind, str) or kind not in _TAGS:
+        raise InvalidRequest(
+            f"Input items of the type '{str(kind)[:64]}' are not supported.", "input", "unsupported_parameter"
+        )
+    return _TAGS[kind]
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("Message")]
+    | Annotated[FunctionCall, Tag("FunctionCall")]
+    | Annotated[FunctionCallOutput, Tag("FunctionCallOutput")]
+    | Annotated[Reasoning, Tag("Reasoning")],
+    Discriminator(_tag),
+]
+
+
+class FunctionTool(OfferedFunction):
+    type: Literal["function"]
+
+
+class NamedFunctionTool(BaseModel):
+    type: Literal["function"]
+    name: FunctionName
+
+
+class TextFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    name: FunctionName | None = None
+    description: str | None = None
+    # Not called `schema`, which pydantic's models have already.
+    document: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "TextFormat":
+        if self.type == "json_schema" and (self.document is None or self.name is None):
+            raise ValueError("the type json_schema needs a name and a schema")
+        return self
+
+
+class TextConfig(BaseModel):
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ReasoningConfig(BaseModel):
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    # "auto" leaves it to us, and we make none.
+    summary: Literal["auto"] | None = None
+    generate_summary: Literal["auto"] | None = None
+
+
+class ResponsesRequest(BaseModel):
+    model: str = Field(min_length=1, max_length=160)
+    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[FunctionTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    include: list[str] | None = None
+    stream: bool | None = False
+    store: bool | None = True
+    previous_response_id: Annotated[str, Field(max_length=64)] | None = None
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        refuse(data)
+        for name in sorted(data.keys() & MOVED.keys()):
+            if data[name] is not None:
+                raise _unsupported(name, f"in the Responses API it is '{MOVED[name]}'")
+        for name in sorted(data.keys() & UNSUPPORTED.keys()):
+            if data[name] is not None and data[name] not in UNSUPPORTED[name]:
+                raise _unsupported(name, "not with this value")
+        tools, choice = data.get("tools"), data.get("tool_choice")
+        for index, tool in enumerate(tools if isinstance(tools, list) else ()):
+            _functions_only(tool, f"tools.{index}.type")
+        _functions_only(choice, "tool_choice.type")
+        return data
+
+    @field_validator("include")
+    @classmethod
+    def _include_what_there_is(cls, include: list[str] | None) -> list[str] | None:
+        for name in include or ():
+            if name != LOGPROBS:
+                raise _unsupported("include", f"'{name[:64]}' cannot be given")
+        return include
+
+    @field_validator("metadata")
+    @classmethod
+    def _metadata_bounded(cls, metadata: dict[str, str] | None) -> dict[str, str] | None:
+        if len(metadata or ()) > METADATA_PAIRS_MAX:
+            raise ValueError(f"at most {METADATA_PAIRS_MAX} pairs are allowed")
+        return metadata
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ResponsesRequest":
+        named = self.tool_choice.name if isinstance(self.tool_choice, NamedFunctionTool) else None
+        names = [tool.name for tool in self.tools or ()]
+        check_tools(names, forced=self.tool_choice == "required", function=named)
+        return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the answer is stored: unless the client says no, as OpenAI's."""
+        return self.store is not False
+
+    def toolbox(self, limits: Limits) -> Toolbox | None:
+        if not self.tools:
+            return None
+        bound("tools", len(self.tools), limits.tools, "tools")
+        tools = tuple(_tool(tool, index) for index, tool in enumerate(self.tools))
+        parallel = self.parallel_tool_calls is not False
+        if isinstance(self.tool_choice, NamedFunctionTool):
+            return Toolbox(tools, "required", self.tool_choice.name, parallel)
+        return Toolbox(tools, self.tool_choice or "auto", None, parallel)
+
+    def sampling(self, limits: Limits) -> Sampling:
+        bound("max_output_tokens", self.max_output_tokens or 1, limits.completion_tokens)
+        return Sampling(
+            completion_tokens_max=self.max_output_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
+            format=self._format(),
+        )
+
+    def _format(self) -> JsonFormat | None:
+        asked = self.text.format if self.text else None
+        if asked is None or asked.type == "text":
+            return None
+        if asked.type == "json_object":
+            return JsonFormat()
+        return JsonFormat(schema_text(asked.document, "text.format.schema"))
+
+
+def _tool(tool: FunctionTool, index: int) -> Tool:
+    parameters = None
+    if tool.parameters is not None:
+        parameters = schema_text(tool.parameters, f"tools.{index}.parameters")
+    return Tool(tool.name, tool.description, parameters, tool.strict)
+
+
+def _functions_only(tool: Any, param: str) -> None:
+    kind = tool.get("type", "function") if isinstance(tool, dict) else "function"
+    if kind != "function":
+        raise InvalidRequest(
+            f"Tools of the type '{str(kind)[:64]}' are not supported.", param, "unsupported_parameter"
+        )
+
+
+def _unsupported(param: str, why: str) -> InvalidRequest:
+    return InvalidRequest(f"The parameter '{param}' is not supported: {why}.", param, "unsupported_parameter")

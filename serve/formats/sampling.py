@@ -1,0 +1,188 @@
+"""Request bodies as the OpenAI API defines them (platform.openai.com/docs/api-reference/chat/create).
+
+Fields we do not know are ignored, as OpenAI's SDKs send new ones all the time. Fields that would
+change the answer but are not implemented are refused by name: silence would be a wrong answer.
+"""
+
+import re
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from serve.engine.protocol import JsonFormat, Sampling
+from serve.errors import InvalidRequest
+from serve.formats.bounds import bound
+
+# vLLM's own extensions: they reach into the engine or another tenant's cache, or get around a bound.
+# fmt: off
+HARMFUL = frozenset({
+    "add_generation_prompt", "add_special_tokens", "allowed_token_ids", "bad_words", "cache_salt",
+    "chat_template", "chat_template_kwargs", "continue_final_message", "documents", "ec_transfer_params",
+    "guided_choice", "guided_grammar", "guided_json", "guided_regex", "ignore_eos", "include_reasoning",
+    "include_stop_str_in_output", "kv_transfer_params", "length_penalty", "logprob_token_ids",
+    "lora_request", "media_io_kwargs", "min_tokens", "mm_payload", "mm_processor_kwargs", "priority",
+    "prompt_embeds", "prompt_logprobs", "prompt_token_ids", "repetition_detection", "request_id",
+    "return_mm_kwargs", "return_prompt_text", "return_token_ids", "return_token_offsets",
+    "return_tokens_as_token_ids", "routed_experts_prompt_start", "session_id", "skip_special_tokens",
+    "spaces_between_special_tokens", "stop_token_ids", "stream_interval", "structured_outputs",
+    "thinking_token_budget", "truncate_prompt_tokens", "truncation_side", "use_beam_search", "vllm_xargs",
+    "watermarking",
+})
+# fmt: on
+# Known OpenAI fields, each with the values that ask for nothing we lack.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "suffix": ("",),
+    "web_search_options": (),
+}
+LOGIT_BIASES_MAX = 1024
+CHOICES_MAX = 64
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Limits(BaseModel):
+    """Bounds that depend on the installation; passed as validation context."""
+
+    model_config = ConfigDict(frozen=True)
+
+    messages: int
+    n: int
+    stop_sequences: int
+    completion_tokens: int
+    tools: int
+    prompts: int
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class GenerationBody(BaseModel):
+    """What chat and text completions have in common."""
+
+    model: str = Field(min_length=1, max_length=160)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: str | list[str] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias] | None = None
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            refuse(data)
+        return data
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_not_empty(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if any(not 1 <= len(one) <= 256 for one in _as_list(stop)):
+            raise ValueError("stop sequences must have between 1 and 256 characters")
+        return stop
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> "GenerationBody":
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest(
+                "The 'stream_options' parameter is only allowed when 'stream' is enabled.", "stream_options"
+            )
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling_with(
+        self,
+        limits: Limits,
+        *,
+        completion_tokens_max: int | None,
+        length_param: str,
+        logprobs: int | None = None,
+        echo: bool = False,
+        format: JsonFormat | None = None,
+    ) -> Sampling:
+        """Raises InvalidRequest for what is beyond the installation's bounds."""
+        stop, n = tuple(_as_list(self.stop)), self.n or 1
+        bound("n", n, limits.n)
+        bound("stop", len(stop), limits.stop_sequences, "stop sequences")
+        bound("logit_bias", len(self.logit_bias or ()), LOGIT_BIASES_MAX, "tokens")
+        bound(length_param, completion_tokens_max or 1, limits.completion_tokens)
+        return Sampling(
+            completion_tokens_max=completion_tokens_max,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            n=n,
+            seed=self.seed,
+            stop=stop,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            logprobs=logprobs,
+            echo=echo,
+            format=format,
+            top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+        )
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def refuse(data: dict[str, Any]) -> None:
+    """Raises InvalidRequest for a field that could harm or asks for what we lack. Null asks for nothing."""
+    for name in sorted(data.keys() & HARMFUL):
+        if data[name] is not None:
+            raise InvalidRequest(f"The parameter '{name}' is not accepted.", name, "unsupported_parameter")
+    for name in sorted(data.keys() & UNSUPPORTED.keys()):
+        if data[name] is not None and data[name] not in UNSUPPORTED[name]:
+            raise InvalidRequest(
+                f"The parameter '{name}' is not supported with this value.", name, "unsupported_parameter"
+            )
+
+
+def parse(kind: type[Body], body: bytes) -> Body:
+    """Raises InvalidRequest naming the first field that is wrong."""
+    try:
+        return kind.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        field = _path(found[0])
+        # A field of several types has an error for each; the deepest one is of the type that was meant.
+        deepest = max(
+            (one for one in found if _path(one)[: len(field)] == field), key=lambda e: len(_path(e))
+        )
+        param = ".".join(_path(deepest)) or None
+        text = "The body is not valid JSON." if deepest["type"] == "json_invalid" else deepest["msg"]
+        raise InvalidRequest(f"{param}: {text}" if param else text, param, "invalid_value") from None
+
+
+def _path(error: ErrorDetails) -> list[str]:
+    """Fields and positions stay, names of union branches go: messages.0.content, not ….content.str."""
+    return [str(part) for part in error["loc"] if isinstance(part, int) or not _BRANCH.match(part)]
+
+
+def _as_list(stop: str | list[str] | None) -> list[str]:
+    return [stop] if isinstance(stop, str) else stop or []
+
+
+# Our fields are snake_case; pydantic names a union's branches after types: str, list[TextPart], TextPart.
+_BRANCH = re.compile(r"^(str|int|float|bool|dict|list|[A-Z].*|.*[\[\]-].*)$")

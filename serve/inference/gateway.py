@@ -1,0 +1,192 @@
+"""The use case: a generation request is admitted, and handed to a task that sees it through.
+
+`Gateway.generate` reads as the request's life: resolve → price → admit → hold → dispatch; `generation.py`
+has the rest: stream → settle.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+
+from serve.billing.ledger.checkpoints import Journal
+from serve.billing.ledger.ledger import Hold, Opening, Outdated
+from serve.billing.ledger.writer import Books
+from serve.billing.metering.terms import Sale
+from serve.engine.protocol import Engine, Texts
+from serve.errors import ModelNotFound, StoreUnavailable
+from serve.inference.generation import Admitted, Generation, Terms
+from serve.inference.model_cache import Offer, Offers
+from serve.inference.request import Call
+from serve.observability import logs
+from serve.observability.metrics import Metrics
+from serve.observability.tracing import OFF, Tracing
+from serve.rate_limits import Admission
+from serve.registry.registry import Catalogue
+from serve.storage.database import Store
+from serve.tenants import Principal
+
+# A chat template adds a few tokens per message and at most a short default system prompt.
+_TEMPLATE_TOKENS, _MESSAGE_TOKENS = 64, 16
+_OFFERS_MAX = 5  # how often a price may change while one request is admitted
+
+
+@dataclass(frozen=True, slots=True)
+class _Quote:
+    """What a call means, and its bounds in tokens, over all its prompts and samples."""
+
+    offer: Offer
+    context_tokens_max: int
+    prompt_tokens_max: int
+    completion_tokens_max: int
+
+    @property
+    def tokens_max(self) -> int:
+        return self.prompt_tokens_max + self.completion_tokens_max
+
+
+class Gateway:
+    """Everything a request needs, as plain values and seams."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        catalogue: Catalogue,
+        engines: Mapping[str, Engine],
+        admission: Admission,
+        books: Books,
+        journal: Journal | None,
+        metrics: Metrics,
+        request_timeout_s: float,
+        first_token_timeout_s: float,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        tracing: Tracing = OFF,
+    ) -> None:
+        self._engines = engines
+        self._admission = admission
+        self._offers = Offers(store, catalogue)
+        self.terms = Terms(books, journal, metrics, request_timeout_s, first_token_timeout_s, now, tracing)
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def generate(self, principal: Principal, call: Call) -> Generation:
+        """Admit `call`, dispatch it and return once the engine has accepted it.
+
+        Raises:
+            ModelNotFound, NotBillable, RateLimited, InsufficientCredit, StoreUnavailable, or what the call's
+                keeper raises: nothing is held.
+            ContextLengthExceeded, EngineUnavailable, Overloaded: the hold is voided.
+        """
+        starting = asyncio.create_task(self._start(principal, call))
+        try:
+            generation = await asyncio.shield(starting)  # a hold may be on its way to the store
+        except asyncio.CancelledError:
+            starting.add_done_callback(_close_when_started)
+            raise
+        await generation.wait_accepted()
+        return generation
+
+    async def _start(self, principal: Principal, call: Call) -> Generation:
+        logs.handle(call.request_id)
+        for _ in range(_OFFERS_MAX):
+            with contextlib.suppress(Outdated):
+                return await self._start_once(principal, call)
+            self._offers.forget()
+        raise StoreUnavailable()
+
+    async def _start_once(self, principal: Principal, call: Call) -> Generation:
+        step = self.terms.tracing.step
+        with step("admission"):
+            quote = self._quote(principal, call, await self._offer(principal, call))
+            ticket = await self._admission.admit(principal.subjects, tokens=quote.tokens_max)
+        try:
+            sale = self._sale(principal, call, quote)
+            with step("hold"):
+                await self._hold(principal, call, quote, sale)
+        except BaseException:
+            ticket.release(0)
+            raise
+        admitted = Admitted(sale, quote.offer.model, ticket, quote.context_tokens_max)
+        generation = Generation(self.terms, principal, call, admitted, self._engines[admitted.model.base])
+        task = asyncio.create_task(generation.run(), context=logs.context_of(generation.handling))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return generation
+
+    async def drain(self) -> None:
+        """Wait until every admitted request is settled or voided."""
+        while self._running:
+            await asyncio.wait(set(self._running))
+
+    async def _offer(self, principal: Principal, call: Call) -> Offer:
+        if not principal.may_use(call.model):
+            raise ModelNotFound(call.model)
+        tenant, now = principal.tenant, self.terms.now()
+        if (known := self._offers.known(tenant, call.model, now)) is not None:
+            return known
+        return await asyncio.to_thread(self._offers.look_up, tenant, call.model, now)
+
+    def _quote(self, principal: Principal, call: Call, offer: Offer) -> _Quote:
+        """What the request may cost at most. Nothing is reserved yet."""
+        limits = [subject.limits.context_tokens for subject in principal.subjects]
+        own = self._engines[offer.model.base].context_tokens_max
+        context = min([own, *(limit for limit in limits if limit is not None)])
+        prompt = prompt_tokens_max(call, context)
+        completion = min(call.sampling.completion_tokens_max or context, context) * call.choices
+        return _Quote(offer, context, prompt, completion)
+
+    def _sale(self, principal: Principal, call: Call, quote: _Quote) -> Sale:
+        model, price = quote.offer.model, quote.offer.price
+        rates = price.rates(model=model.name, adapter=model.adapter is not None, batch=call.tier == "batch")
+        return Sale(
+            tenant=principal.tenant,
+            key_id=principal.key_id,
+            project=principal.project,
+            model=model.name,
+            base=model.base,
+            adapter_version=model.adapter.model if model.adapter else None,
+            plan_id=price.id,
+            rates=rates,
+            samples=call.sampling.n,
+            tier=call.tier,
+            again=call.persistent,
+        )
+
+    async def _hold(self, principal: Principal, call: Call, quote: _Quote, sale: Sale) -> None:
+        hold = Hold(
+            call.request_id,
+            principal.tenant,
+            sale.rates.cost_nanos_max(quote.prompt_tokens_max, quote.completion_tokens_max),
+            project=principal.project,
+            key_id=principal.key_id,
+            sale=sale.to_json(),
+            owner=self.terms.journal.name if self.terms.journal else None,
+        )
+        at = self.terms.now()
+        # The lease outlasts every way in which a live gateway can still close the request itself.
+        lease = timedelta(seconds=self.terms.request_timeout_s + 120)
+        also = None if call.keeper is None else partial(call.keeper.claim, at=at)
+        await self.terms.books.open(Opening(hold, at, lease, also, quote.offer.revision))
+
+
+def prompt_tokens_max(call: Call, context_tokens: int) -> int:
+    """An upper bound on the prompt's tokens without a tokenizer.
+
+    Byte-level and byte-fallback tokenizers make at most one token of each UTF-8 byte. What a template makes
+    of tools is not known here: they count as a whole context.
+    """
+    if isinstance(call.prompt, Texts):
+        texts = call.prompt.prompts
+        sizes = (len(text.encode()) if isinstance(text, str) else len(text) for text in texts)
+        return sum(min(size + 1, context_tokens) for size in sizes)
+    if call.toolbox is not None or any(message.tool_calls for message in call.prompt):
+        return context_tokens
+    sizes = (len((message.content or "").encode()) + _MESSAGE_TOKENS for message in call.prompt)
+    return min(_TEMPLATE_TOKENS + sum(sizes), context_tokens)
+
+
+def _close_when_started(starting: "asyncio.Task[Generation]") -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().close()

@@ -1,0 +1,366 @@
+"""One generation request, admitted: from its dispatch to its settlement.
+
+It runs in a task of its own, which no client can cancel: a client that goes away makes it stop the engine,
+and then it settles what the engine says was generated. A request whose replica dies before the first token
+is dispatched once more, as long as somebody waits for it.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from time import monotonic
+
+from serve.billing.ledger.checkpoints import Journal
+from serve.billing.ledger.ledger import Closing
+from serve.billing.ledger.writer import Books
+from serve.billing.metering.events import FailedAttempt, UsageEvent
+from serve.billing.metering.terms import Sale, Served
+from serve.billing.pricing.plans import Tokens
+from serve.engine.protocol import Accepted, Delta, Engine, Event, Finished, GenerationRequest, Texts
+from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable
+from serve.inference import settlement
+from serve.inference.request import Answer, Call, Delivery
+from serve.observability import logs
+from serve.observability.metrics import Metrics, Pace
+from serve.observability.tracing import OFF, Tracing
+from serve.rate_limits import Standing, Ticket
+from serve.registry.versions import Model
+from serve.tenants import Principal
+
+log = logging.getLogger(__name__)
+
+_ABORT_RETRY_S = 0.5
+_ABORT_GRACE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What was decided before anything is computed, and is held to afterwards."""
+
+    sale: Sale
+    model: Model
+    ticket: Ticket
+    context_tokens_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all generations of a gateway share. Without a journal, a gateway that dies forgets its counts."""
+
+    books: Books
+    journal: Journal | None
+    metrics: Metrics
+    request_timeout_s: float
+    first_token_timeout_s: float
+    now: Callable[[], datetime]
+    tracing: Tracing = OFF
+
+
+class Generation:
+    """One admitted request. Iterate it for deltas, then read `tokens`; always `close` it."""
+
+    def __init__(
+        self, terms: Terms, principal: Principal, call: Call, admitted: Admitted, engine: Engine
+    ) -> None:
+        self.call = call
+        self.model = admitted.model
+        self.answer = Answer(call.choices) if call.whole else None
+        self.created_at = terms.now()
+        self.failure: BespokeError | None = None  # that ended it
+        operation = "text_completion" if isinstance(call.prompt, Texts) else "chat"
+        self._course = terms.tracing.course(
+            operation, call.model, admitted.model.base, call.sampling, call.request_id
+        )
+        self.handling = logs.handling()
+        self._terms = terms
+        self._principal = principal
+        self._admitted = admitted
+        self._engine = engine
+        self._engine_id = call.request_id
+        self._attempts = 0
+        self._failed: list[FailedAttempt] = []
+        self._version = admitted.model.adapter.model if admitted.model.adapter else None
+        self._served_by: Accepted | None = None
+        self._prompt = self._cached = self._completion = 0  # tokens
+        self._last: list[Delta] = []
+        self._reasons: list[str] = []
+        self._finished: Finished | None = None
+        self._accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        self._delivery = Delivery()
+        self._started_s = monotonic()
+        self._first_token_s: float | None = None
+        self._pace = Pace(call.choices)
+        self._stopped: str | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._done = False
+
+    @property
+    def tokens(self) -> Tokens:
+        """What was counted until now; once it is over, what is billed."""
+        return Tokens(self._prompt, self._cached, self._completion)
+
+    @property
+    def standing(self) -> Standing | None:
+        """What is left of the caller's limits."""
+        return self._admitted.ticket.standing
+
+    async def wait_accepted(self) -> None:
+        try:
+            await asyncio.shield(self._accepted)
+        except asyncio.CancelledError:
+            self.close()
+            raise
+
+    def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        """Batches of deltas, all that wait at once. The last batch comes after the settlement.
+
+        Raises EngineFailed.
+        """
+        return aiter(self._delivery)
+
+    def close(self) -> None:
+        """The client is gone or has everything: stop the engine if it still runs. Never blocks."""
+        if not self.call.persistent:
+            self._stop("disconnected")
+
+    async def run(self) -> None:
+        """Stream from the engine to its end, whatever the client does, then settle or void."""
+        metrics = self._terms.metrics
+        metrics.in_progress.inc()
+        metrics.waiting.inc()
+        self._accepted.add_done_callback(lambda _: metrics.waiting.dec())
+        if self._terms.journal is not None:
+            self._terms.journal.follow(self.call.request_id, self._used)
+        failure = await self._listen()
+        self._done = True
+        self._course.step("settlement")
+        metrics.pace(self.model.base, self._version, self._pace)
+        try:
+            with metrics.settling():
+                await self._settle_or_void(failure)
+        except Exception:  # nobody may wait for a bug; the hold's lease runs out
+            log.exception("request %s is not closed", self.call.request_id)
+        self._course.end()
+        self._admitted.ticket.release(self._prompt + self._completion)
+        metrics.in_progress.dec()
+        if not self._accepted.done():
+            self._accepted.set_exception(failure or EngineUnavailable())
+            self._accepted.exception()  # retrieved: a client that left is not an unhandled error
+        if self._finished is not None and self._last:
+            self._delivery.put(self._last)
+        self.failure = failure
+        self._delivery.end(failure)
+
+    async def _listen(self) -> BespokeError | None:
+        """Take in all that the engine says; returns what went wrong, if anything did."""
+        call_later, limit_s = asyncio.get_running_loop().call_later, self._terms.request_timeout_s
+        with contextlib.ExitStack() as watchdogs:
+            watchdogs.callback(call_later(limit_s, self._stop, "timeout").cancel)
+            try:
+                # The outer bound is for an engine that does not even answer a watchdog's abort.
+                async with asyncio.timeout(limit_s + _ABORT_GRACE_S) as bound:
+                    first_token_s = self._terms.first_token_timeout_s
+                    watchdogs.callback(call_later(first_token_s, self._stop_unbegun, bound).cancel)
+                    await self._dispatch()
+            except EngineLost as error:
+                return EngineFailed() if self._begun else error
+            except BespokeError as error:
+                return error
+            except (Exception, asyncio.CancelledError) as error:  # even a shutdown leaves no hold behind
+                log.exception("request %s failed", self.call.request_id)
+                failure = self._broken()
+                failure.__cause__ = error
+                return failure
+        if self._finished is None:
+            return self._broken()
+        if self._finished.failed or (self._finished.aborted and self._stopped is None):
+            return EngineFailed()
+        return self._too_late() if self._finished.aborted else None
+
+    async def _dispatch(self) -> None:
+        """Once, and once more if the replica died with nothing out yet and the answer still wanted."""
+        try:
+            await self._attempt(self.call.request_id)
+        except EngineLost as error:
+            if self._begun or self._stopped:
+                raise
+            self._failed.append(self._failure(error))
+            log.warning("request %s lost its replica and is tried again", self.call.request_id)
+            self._terms.metrics.retried()
+            await self._attempt(f"{self.call.request_id}-2")
+
+    async def _attempt(self, engine_id: str) -> None:
+        """Stream from a replica, which knows the request as `engine_id`."""
+        self._engine_id, self._served_by = engine_id, None
+        self._attempts += 1
+        self._course.step("dispatch", attempt=self._attempts)
+        await self._engine.generate(self._request(), self._take)
+
+    def _take(self, batch: list[Event]) -> None:
+        self._last = deltas = []
+        for event in batch:
+            match event:
+                case Delta():
+                    deltas.append(event)
+                    self._completion += event.tokens
+                    if event.finish_reason:
+                        self._reasons.append(event.finish_reason)
+                case Finished():
+                    self._finished = event
+                    self._prompt, self._cached = event.prompt_tokens, event.cached_tokens
+                    self._completion = event.completion_tokens
+                case Accepted():
+                    self._accept(event)
+        if not deltas:
+            return
+        self._pace.note(deltas)
+        if self._first_token_s is None:
+            self._note_first_token()
+        if self.answer is not None:
+            self.answer.take(deltas)
+        if self._finished is None:
+            self._delivery.put(deltas)
+
+    @property
+    def _begun(self) -> bool:
+        """Something of the answer is out: it can be neither taken back nor begun anew."""
+        return self._first_token_s is not None
+
+    def _broken(self) -> BespokeError:
+        """What a request dies of that ends without the engine's last word."""
+        return self._too_late() or (EngineFailed() if self._accepted.done() else EngineUnavailable())
+
+    def _too_late(self) -> BespokeError | None:
+        match self._stopped:
+            case "timeout":
+                return EngineFailed("The request took longer than the server allows.")
+            case "first_token_timeout":
+                return EngineUnavailable("The model did not begin to answer in time.")
+        return None
+
+    def _request(self) -> GenerationRequest:
+        return GenerationRequest(
+            self._engine_id,
+            self.model.adapter,
+            self.call.prompt,
+            self.call.sampling,
+            cache_salt=self._principal.tenant,
+            length_param=self.call.length_param,
+            toolbox=self.call.toolbox,
+            reasoning_effort=self.call.reasoning_effort,
+            whole=self.call.whole,
+            context_tokens_max=self._admitted.context_tokens_max,
+            trace_headers=self._course.headers,
+        )
+
+    def _accept(self, event: Accepted) -> None:
+        self._served_by = event
+        self._course.step("first_token", replica=event.replica)
+        self._prompt, self._cached, self._completion = event.prompt_tokens, 0, 0
+        if not self._accepted.done():
+            self._accepted.set_result(event)
+        if self._stopped:
+            self._abort()
+
+    def _note_first_token(self) -> None:
+        self._first_token_s = monotonic()
+        self._course.step("generation")
+        waited_s = self._first_token_s - self._started_s
+        self._terms.metrics.ttft(self.model.base, self._version, waited_s)
+
+    def _used(self) -> Served | None:
+        """What was counted until now: should this process die, somebody else must bill it."""
+        return None if self._served_by is None else self._served(self._served_by)
+
+    def _served(self, by: Accepted) -> Served:
+        return Served(by.replica, by.boot, self.tokens, self._attempts, by.cold_loads)
+
+    def _failure(self, error: BespokeError) -> FailedAttempt:
+        by = self._served_by
+        return FailedAttempt(
+            self.call.request_id,
+            self._attempts,
+            self._principal.tenant,
+            self.model.name,
+            by.replica if by else None,
+            by.boot if by else None,
+            type(error).__name__,
+            self._terms.now(),
+        )
+
+    def _stop(self, why: str) -> None:
+        if self._done or self._stopped:
+            return
+        self._stopped = why
+        if self._served_by is not None:
+            self._abort()  # otherwise as soon as the engine has accepted
+
+    def _stop_unbegun(self, bound: asyncio.Timeout) -> None:
+        if not self._begun and not self._stopped:
+            self._stop("first_token_timeout")
+            bound.reschedule(asyncio.get_running_loop().time() + _ABORT_GRACE_S)
+
+    def _abort(self) -> None:
+        async def abort() -> None:
+            while not self._done:
+                try:
+                    await self._engine.abort(self._engine_id)
+                    return
+                except (BespokeError, asyncio.CancelledError) as error:
+                    log.warning("request %s is not aborted yet: %s", self.call.request_id, error)
+                    await asyncio.sleep(_ABORT_RETRY_S)
+
+        self._stopping = asyncio.create_task(abort(), context=logs.context_of(self.handling))
+
+    async def _settle_or_void(self, failure: BespokeError | None) -> None:
+        """Close the hold; the journal knows, if this process dies first."""
+        at, served_by = self._terms.now(), self._served_by
+        if served_by is None or self._completion == 0:
+            closing = self._void(failure, at)
+        else:
+            closing = self._settlement(served_by, failure, at)
+        await settlement.close(self._terms.books, self._terms.journal, closing)
+
+    def _void(self, failure: BespokeError | None, at: datetime) -> Closing:
+        reason = type(failure).__name__ if failure else (self._stopped or "no tokens")
+        self._course.voided(reason, self._attempts)
+        if failure is not None and self._attempts > len(self._failed):
+            self._failed.append(self._failure(failure))
+        self._prompt = self._cached = self._completion = 0
+        self._terms.metrics.closed(self.model.base, self._version, "void")
+        keeper = self.call.keeper
+        return Closing(
+            self.call.request_id,
+            self._principal.tenant,
+            at,
+            reason=reason,
+            also=keeper.release if keeper else None,
+            failed=tuple(self._failed),
+        )
+
+    def _settlement(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> Closing:
+        event = self._event(served_by, failure, at)
+        self._course.settled(event, self._reasons)
+        self._terms.metrics.closed(self.model.base, self._version, event.status.value)
+        self._terms.metrics.tokens(self.model.base, self._version, event.tokens)
+        self._terms.metrics.billed(self.model.base, event.cost_nanos)
+        if self._terms.journal is not None:
+            self._terms.journal.note_end(event)
+        also = settlement.keeping(self, event.status)
+        return Closing(event.request_id, event.tenant, at, event=event, also=also, failed=tuple(self._failed))
+
+    def _event(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> UsageEvent:
+        status, reason = settlement.outcome(failure, self._stopped, self._reasons, self.call.choices)
+        first_s = self._first_token_s or monotonic()
+        return self._admitted.sale.event(
+            self.call.request_id,
+            self._served(served_by),
+            status,
+            reason,
+            ttft_ms=round((first_s - self._started_s) * 1000),
+            latency_ms=round((monotonic() - self._started_s) * 1000),
+            at=at,
+        )

@@ -1,0 +1,1 @@
+"""The steward's work: recovery, billing jobs, reconciliation."""

@@ -1,1 +1,0 @@
-"""Alembic's environment; `serve.db.Store.migrate` runs it, there is no alembic.ini."""

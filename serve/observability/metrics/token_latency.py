@@ -1,0 +1,69 @@
+"""How far apart a request's tokens are: inter-token latency.
+
+This is on the path of each token, so a request counts into a list of its own (a clock, a bisection, two
+additions) and the histogram gets the sums once, when the request has ended.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from time import monotonic
+
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from serve.engine.protocol import Delta
+
+BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
+
+class Pace:
+    """Latencies of a request's tokens after each choice's first, by bucket; the last has no bound.
+
+    Tokens that come in one delta share the time since the one before.
+    """
+
+    __slots__ = ("_last_s", "counts", "sum_s")
+
+    def __init__(self, choices: int) -> None:
+        self._last_s = [0.0] * choices
+        self.counts = [0] * (len(BUCKETS_S) + 1)
+        self.sum_s = 0.0
+
+    def note(self, deltas: Sequence[Delta]) -> None:
+        """These have come now."""
+        now_s, last_s = monotonic(), self._last_s
+        for delta in deltas:
+            if tokens := delta.tokens:
+                index = delta.index
+                if before_s := last_s[index]:
+                    gap_s = now_s - before_s
+                    self.counts[bisect_left(BUCKETS_S, gap_s / tokens)] += tokens
+                    self.sum_s += gap_s
+                last_s[index] = now_s
+
+
+class PaceHistogram(Collector):
+    """The paces of many requests by labels. `buckets_s` are some of BUCKETS_S: each is a series per label."""
+
+    def __init__(self, name: str, text: str, labels: Sequence[str], buckets_s: Sequence[float]) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._bounds = [str(float(bound)) for bound in buckets_s] + ["+Inf"]
+        self._into = [bisect_left(buckets_s, bound) for bound in BUCKETS_S] + [len(buckets_s)]
+        self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
+
+    def add(self, labels: tuple[str, ...], pace: Pace) -> None:
+        counts, sums = self._series.setdefault(labels, ([0] * len(self._bounds), [0.0]))
+        for bucket, count in zip(self._into, pace.counts, strict=True):
+            counts[bucket] += count
+        sums[0] += pace.sum_s
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        series = list(self._series.items())  # at once: this may be another thread
+        for labels, (counts, (sum_s,)) in series:
+            cumulative, buckets = 0, []
+            for bound, count in zip(self._bounds, counts, strict=True):
+                cumulative += count
+                buckets.append((bound, float(cumulative)))
+            family.add_metric(labels, buckets, sum_s)
+        return [family]

@@ -1,0 +1,1 @@
+"""The registry of models: bases, adapters, their versions and aliases."""

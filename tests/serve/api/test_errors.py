@@ -1,0 +1,94 @@
+"""One tree, one map: every error has a status, an OpenAI shape and survives a process boundary."""
+
+import pickle
+from collections.abc import Iterator
+
+import pytest
+
+from serve import errors
+from serve.api.errors import render
+from serve.formats.errors import STATUS, body_of, status_of
+
+EXAMPLES = [
+    errors.InvalidRequest("no", "n", "invalid_value"),
+    errors.BodyTimeout(30.0),
+    errors.BodyTooLarge(10),
+    errors.HeadersTooLarge(10),
+    errors.UnsupportedEncoding("br"),
+    errors.ContextLengthExceeded(2048, 2000, 100, "max_tokens"),
+    errors.Unauthenticated(),
+    errors.PermissionDenied("inference"),
+    errors.TenantSuspended(),
+    errors.NotFound(),
+    errors.MethodNotAllowed(),
+    errors.ModelNotFound("x"),
+    errors.ResponseNotFound("resp_x"),
+    errors.IdempotencyConflict(),
+    errors.InsufficientCredit("acme", 5, 3),
+    errors.BudgetExceeded("project", "month", 10, 5, 3),
+    errors.NotBillable("acme"),
+    errors.RateLimited("tokens", 1000, 900, 200, 3),
+    errors.Unavailable("later"),
+    errors.EngineUnavailable(),
+    errors.EngineLost(),
+    errors.Overloaded(),
+    errors.StoreUnavailable(),
+    errors.ClientGone(),
+    errors.EngineFailed(),
+    errors.OperatorError("secret detail"),
+    errors.AlreadyExists("The tenant 'acme' exists already."),
+    errors.UnknownRecord("There is no tenant 'acme'."),
+    errors.CatalogueError("acme/support@1 is retired."),
+    errors.Conflict("The project 'proj_1' is archived."),
+    errors.ReconciliationFailed("secret detail"),
+]
+
+
+def subclasses(cls: type) -> Iterator[type]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from subclasses(child)
+
+
+def test_every_error_has_an_example_here() -> None:
+    ours = {cls for cls in subclasses(errors.BespokeError) if cls.__module__ == "serve.errors"}
+    assert {type(example) for example in EXAMPLES} == ours
+
+
+def test_every_branch_of_the_tree_is_mapped() -> None:
+    for cls in errors.BespokeError.__subclasses__():
+        assert cls in STATUS
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_an_error_survives_a_process_boundary(error: errors.BespokeError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert copy.__dict__ == error.__dict__
+    assert body_of(copy) == body_of(error)
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_an_error_is_openai_shaped(error: errors.BespokeError) -> None:
+    body = body_of(error)["error"]
+    assert set(body) == {"message", "type", "param", "code"}
+    assert body["message"]
+    assert "secret" not in body["message"]
+    status, _, _ = status_of(error)
+    assert 400 <= status <= 503
+
+
+def test_rays_errors_tell_a_dead_replica_from_a_deployment_without_any() -> None:
+    from ray.exceptions import ActorDiedError, NodeDiedError
+    from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+
+    from serve.deployment.ray_app import classify
+
+    for lost in (ActorDiedError(), NodeDiedError("gone"), ReplicaUnavailableError("gone")):
+        assert type(classify(lost)) is errors.EngineLost
+    assert type(classify(DeploymentUnavailableError("engine"))) is errors.EngineUnavailable
+    assert classify(ValueError()) is None
+
+
+def test_unavailable_says_when_to_come_back() -> None:
+    assert render(errors.StoreUnavailable()).headers["retry-after"] == "5"

@@ -1,0 +1,70 @@
+"""How a request, and a probe, end in the real engine: nothing is kept, nothing counted that was not done."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from finetune.errors import FinetuneError
+from serve.engine.protocol import Finished, GenerationRequest, Sampling, Texts
+from tests.serve.conftest import wait_until
+from tests.serve.engine.conftest import Host, events_of, until
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_an_aborted_request_leaves_nothing_in_vllm(host: Host, samples: int) -> None:
+    known = host.engine._llm.output_processor
+
+    async def scenario() -> None:
+        sampling = Sampling(completion_tokens_max=500, n=samples, logit_bias=((2, -100.0),))
+        request = GenerationRequest(f"aborted-{samples}", None, Texts(("Rain on",)), sampling, "salt")
+        ended = False
+        async for batch in events_of(host.engine, request):
+            await host.engine.abort(request.request_id)
+            ended = ended or any(isinstance(event, Finished) and event.aborted for event in batch)
+        assert ended
+
+        async def idle() -> bool:
+            return not known.has_unfinished_requests()
+
+        await until(idle)
+
+    host.run(scenario())
+    assert (dict(known.parent_requests), dict(known.request_states)) == ({}, {})
+    assert not known.external_req_ids
+
+
+def test_a_probe_that_does_not_begin_is_not_counted(host: Host) -> None:
+    adapter = host.publish("spoilt", 77)
+    shutil.rmtree(adapter.path(host.adapters_dir))
+    before = host.counters()
+    with pytest.raises((FinetuneError, OSError)):
+        host.run(host.engine.logprobs(adapter))
+    after = host.counters()
+    assert (after.probe_prompt_tokens, after.probe_completion_tokens) == (
+        before.probe_prompt_tokens,
+        before.probe_completion_tokens,
+    )
+
+
+def test_a_process_of_vllms_ends_with_the_one_that_has_started_it() -> None:
+    """As vLLM starts its core. SIGKILL, so that nobody can say good-bye."""
+    script = (
+        "import multiprocessing, time\n"
+        "from serve.vllm_plugin import end_with_parent\n"
+        "def core():\n    end_with_parent()\n    print('up', flush=True)\n    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    process = multiprocessing.get_context('fork').Process(target=core)\n"
+        "    process.start()\n    print(process.pid, flush=True)\n    process.join()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as replica:
+        assert replica.stdout is not None
+        said = {replica.stdout.readline().strip(), replica.stdout.readline().strip()}
+        (pid,) = map(int, said - {"up"})
+        assert psutil.pid_exists(pid)
+        os.kill(replica.pid, signal.SIGKILL)
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", 10)

@@ -1,0 +1,47 @@
+"""What of vLLM's outputs no answer may hold: half characters, and an end that is an error."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from serve.engine.protocol import Delta, Finished
+from serve.engine.vllm.outputs import Reader
+
+HALF = "\ud83d"
+
+
+class Parser:
+    """As vLLM's: it has read JSON that holds half a character."""
+
+    def parse(self, *_: Any, **__: Any) -> Any:
+        call = SimpleNamespace(id="call_1", name=f"look{HALF}", arguments=f'"{HALF} é"')
+        return f"so {HALF}", f"well {HALF}", [call]
+
+    def parse_delta(self, *_: Any, **__: Any) -> Any:
+        said = SimpleNamespace(name=None, arguments=f'"{HALF} é"')
+        call = SimpleNamespace(index=0, id="call_1", function=said)
+        return SimpleNamespace(content=f"well {HALF}", reasoning=f"so {HALF}", tool_calls=[call])
+
+
+def read(reason: str, *, parser: Any = None, whole: bool = False) -> list[Any]:
+    asked = SimpleNamespace(parallel_tool_calls=None, tool_choice="auto")
+    reader = Reader(
+        None, [[1, 2]], request=asked, samples=1, parser=lambda: parser, whole=whole, logprobs=None
+    )
+    one = SimpleNamespace(
+        index=0, text="x", token_ids=[1], logprobs=None, finish_reason=reason, stop_reason=None
+    )
+    output = SimpleNamespace(outputs=[one], finished=True, prompt_logprobs=None, num_cached_tokens=0)
+    return list(reader.read(0, output))
+
+
+def test_half_a_character_in_what_a_parser_says_is_replaced() -> None:
+    for whole in (True, False):
+        delta, _ = read("stop", parser=Parser(), whole=whole)
+        (call,) = delta.tool_calls
+        assert (delta.text, delta.reasoning, call.arguments) == ("well ?", "so ?", '"? é"')
+        assert call.name == ("look?" if whole else None)  # a later piece of a stream names nothing
+
+
+def test_an_end_that_vllm_calls_an_error_is_no_reason_but_a_failure() -> None:
+    delta, finished = read("error")
+    assert (delta, finished) == (Delta(0, "x", 1), Finished(2, 0, 1, aborted=False, failed=True))

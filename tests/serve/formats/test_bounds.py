@@ -1,0 +1,250 @@
+"""Invariant 10: every input has a bound, and breaking it is a clear error with the field's name."""
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.engine.protocol import JsonFormat, Message, Texts, Tool, Toolbox, ToolCall
+from serve.errors import InvalidRequest
+from serve.formats.bounds import SCHEMA_DEPTH_MAX, schema_text
+from serve.formats.chat import ChatCompletionRequest
+from serve.formats.completions import CompletionRequest
+from serve.formats.sampling import HARMFUL, Limits, parse
+
+LIMITS = Limits(messages=4, n=2, stop_sequences=4, completion_tokens=100, tools=2, prompts=2)
+HELLO = [{"role": "user", "content": "Hello"}]
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
+CALLED = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Rome"}'}}
+BROKEN_CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{city"}}
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return parse(ChatCompletionRequest, json.dumps({"model": "tiny", "messages": HELLO} | fields).encode())
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": ""}, "model"),
+        ({"model": None}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": 1}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
+        ({"n": 0}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "NaN"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"stop": ""}, "stop"),
+        ({"seed": 2**64}, "seed"),
+        ({"stream": "perhaps"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name"),
+        ({"tools": [WEATHER, WEATHER]}, "tools"),
+        ({"tools": [WEATHER], "tool_choice": "perhaps"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"messages": [{"role": "user"}]}, "messages.0"),
+        ({"messages": [{"role": "tool", "content": "sunny"}]}, "messages.0"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALLED]}]}, "messages.0"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [BROKEN_CALL]}]},
+            "messages.0.tool_calls.0.function.arguments",
+        ),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"five": 1}}, "logit_bias.five"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"reasoning_effort": "heroic"}, "reasoning_effort"),
+        ({"cache_salt": "other"}, "cache_salt"),
+        ({"chat_template": "{{ x }}"}, "chat_template"),
+    ],
+)
+def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as wrong:
+        chat(**fields)
+    assert wrong.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 3}, "n"),
+        ({"max_tokens": 101}, "max_tokens"),
+        ({"max_completion_tokens": 101}, "max_completion_tokens"),
+        ({"stop": ["a"] * 5}, "stop"),
+    ],
+)
+def test_a_bound_of_the_installation_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as wrong:
+        chat(**fields).sampling(LIMITS)
+    assert wrong.value.param == param
+
+
+def test_too_many_messages_are_refused() -> None:
+    with pytest.raises(InvalidRequest) as wrong:
+        chat(messages=HELLO * 5).prompt(LIMITS)
+    assert wrong.value.param == "messages"
+
+
+def test_unknown_fields_are_ignored_and_null_means_absent() -> None:
+    asked = chat(
+        brand_new=1, user="u", metadata={}, temperature=None, stop=None, n=None, stream=None, tools=[]
+    )
+    sampling = asked.sampling(LIMITS)
+    assert (sampling.temperature, sampling.n, sampling.stop) == (1.0, 1, ())
+
+
+def test_content_parts_are_joined_and_developer_means_system() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    asked = chat(messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}])
+    assert asked.prompt(LIMITS) == (Message("system", "be brief"), Message("user", "ab"))
+
+
+def test_the_newer_length_field_wins_and_names_itself_in_errors() -> None:
+    asked = chat(max_tokens=5, max_completion_tokens=7)
+    assert asked.sampling(LIMITS).completion_tokens_max == 7
+    assert asked.length_param == "max_completion_tokens"
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return parse(CompletionRequest, json.dumps({"model": "tiny"} | fields).encode())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("Once", ("Once",)), (["a", "b"], ("a", "b")), ([1, 2], ((1, 2),)), ([[1], [2, 3]], ((1,), (2, 3)))],
+)
+def test_a_completion_takes_texts_and_token_ids_and_has_openais_default_length(
+    prompt: Any, prompts: Any
+) -> None:
+    asked = completion(prompt=prompt)
+    assert asked.texts(LIMITS) == Texts(prompts)
+    assert asked.sampling(LIMITS).completion_tokens_max == 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": [-1]}, "prompt.0"),
+        ({"prompt": ["a"] * 3}, "prompt"),
+        ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "logprobs": 6}, "logprobs"),
+    ],
+)
+def test_a_wrong_field_of_a_completion_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as wrong:
+        completion(**fields).texts(LIMITS)
+    assert wrong.value.param == param
+
+
+def test_tools_and_their_calls_arrive_as_the_engine_wants_them() -> None:
+    turns = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [CALLED]}]
+    turns.append({"role": "tool", "content": "sunny", "tool_call_id": "c1"})
+    asked = chat(messages=turns, tools=[WEATHER], parallel_tool_calls=False)
+    assert asked.prompt(LIMITS)[1:] == (
+        Message("assistant", None, (ToolCall(0, "c1", "weather", '{"city":"Rome"}'),)),
+        Message("tool", "sunny", tool_call_id="c1"),
+    )
+    tool = Tool("weather", None, json.dumps(CITY, separators=(",", ":")))
+    assert asked.toolbox(LIMITS) == Toolbox((tool,), "auto", None, parallel=False)
+    named = {"type": "function", "function": {"name": "weather"}}
+    assert chat(tools=[WEATHER], tool_choice=named).toolbox(LIMITS) == Toolbox((tool,), "required", "weather")
+
+
+def test_too_many_tools_are_refused() -> None:
+    tools = [{"type": "function", "function": {"name": f"f{number}"}} for number in range(3)]
+    with pytest.raises(InvalidRequest) as wrong:
+        chat(tools=tools).toolbox(LIMITS)
+    assert wrong.value.param == "tools"
+
+
+def test_the_format_of_the_answer_is_json_of_a_schema_or_any_object() -> None:
+    assert chat(response_format={"type": "text"}).sampling(LIMITS).format is None
+    assert chat(response_format={"type": "json_object"}).sampling(LIMITS).format == JsonFormat()
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    assert chat(response_format=schema).sampling(LIMITS).format == JsonFormat(
+        json.dumps(CITY, separators=(",", ":"))
+    )
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        nested(SCHEMA_DEPTH_MAX),
+        {"enum": ["x" * 40_000]},
+        {"enum": list(range(3_000))},
+        {"type": "array", "minItems": 10**9},
+        {"properties": {"a": {"type": "string", "maxLength": 10**6}}},
+        {"type": "string", "pattern": "a" * 600},
+    ],
+    ids=["deep", "large", "many values", "long array", "long string", "long pattern"],
+)
+def test_a_schema_that_would_make_a_huge_grammar_is_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        schema_text(schema, "schema")
+
+
+@pytest.mark.parametrize("name", sorted(HARMFUL))
+def test_vllms_own_fields_are_refused_by_name(name: str) -> None:
+    with pytest.raises(InvalidRequest) as wrong:
+        chat(**{name: 1})
+    assert (wrong.value.param, wrong.value.code) == (name, "unsupported_parameter")
+    chat(**{name: None})
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+field_names = st.sampled_from([*ChatCompletionRequest.model_fields, "functions", "cache_salt", "audio"])
+
+
+@given(st.dictionaries(field_names, json_values, max_size=5))
+def test_whatever_a_field_holds_it_is_accepted_or_refused_by_our_error(fields: dict[str, Any]) -> None:
+    with contextlib.suppress(InvalidRequest):
+        asked = chat(**fields)
+        asked.prompt(LIMITS)
+        asked.toolbox(LIMITS)
+        asked.sampling(LIMITS)
+
+
+@given(st.dictionaries(st.sampled_from(list(CompletionRequest.model_fields)), json_values, max_size=5))
+def test_whatever_a_completions_field_holds_it_is_accepted_or_refused_by_our_error(
+    fields: dict[str, Any],
+) -> None:
+    with contextlib.suppress(InvalidRequest):
+        asked = completion(**fields)
+        asked.texts(LIMITS)
+        asked.sampling(LIMITS)
+
+
+@given(st.binary(max_size=200))
+def test_whatever_bytes_come_they_are_accepted_or_refused_by_our_error(body: bytes) -> None:
+    with pytest.raises(InvalidRequest):
+        parse(ChatCompletionRequest, body)

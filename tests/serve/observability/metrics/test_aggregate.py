@@ -1,0 +1,108 @@
+"""All gateways in one exposition, whichever of them is asked."""
+
+from pathlib import Path
+
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve.deployment.app import build_app
+from serve.observability.metrics import Exposition, Metrics, merge, render_engines, render_fleet
+from serve.settings import Settings
+from tests.support.exposition import busy
+from tests.support.scripted_app import HELLO, ScriptedEngine
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def samples(text: bytes) -> Samples:
+    found: Samples = {}
+    for family in text_string_to_metric_families(text.decode()):
+        for sample in family.samples:
+            key = sample.name, frozenset(sample.labels.items())
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+class Fleet:
+    """The gateway `a` and others, each of which says what the test wants; None does not answer."""
+
+    def __init__(self, *others: Metrics | None, wanted: int = 1) -> None:
+        self.name = "a"
+        self.wanted = wanted
+        self.others = others
+
+    async def expositions(self) -> list[Exposition | None]:
+        return [None if one is None else one.exposition() for one in self.others]
+
+
+def gateway(name: str, requests: int) -> Metrics:
+    metrics = Metrics(gateway=name)
+    for _ in range(requests):
+        metrics.request("/v1/models", 200, 0.1)
+    return metrics
+
+
+def scrape(home: Path, fleet: Fleet | None) -> Samples:
+    app = build_app(Settings(home=home), {"tiny": ScriptedEngine(HELLO)}, peers=fleet)
+    with TestClient(app) as client:
+        return samples(client.get("/metrics").content)
+
+
+def by_gateway(found: Samples, name: str) -> dict[str, float]:
+    return {dict(labels)["gateway"]: value for (one, labels), value in found.items() if one == name}
+
+
+def one(found: Samples, name: str) -> float:
+    return found[name, frozenset()]
+
+
+def test_whichever_gateway_is_asked_all_are_heard(tmp_path: Path) -> None:
+    found = scrape(tmp_path, Fleet(gateway("b", 2), gateway("c", 3)))
+    assert by_gateway(found, "bespoke_requests_total") == {"b": 2, "c": 3}
+    assert by_gateway(found, "bespoke_requests_in_progress") == {"a": 0, "b": 0, "c": 0}
+
+
+def test_one_that_does_not_answer_is_missing_and_counted(tmp_path: Path) -> None:
+    found = scrape(tmp_path, Fleet(gateway("a", 0), gateway("b", 2), None))
+    assert by_gateway(found, "bespoke_requests_total") == {"b": 2}
+    assert (one(found, "bespoke_gateways"), one(found, "bespoke_gateways_answering")) == (3, 2)
+
+
+def test_when_nobody_answers_a_gateway_speaks_for_itself_and_tells_how_many_there_should_be(
+    tmp_path: Path,
+) -> None:
+    found = scrape(tmp_path, Fleet(wanted=3))
+    assert by_gateway(found, "bespoke_requests_in_progress") == {"a": 0}
+    assert (one(found, "bespoke_gateways"), one(found, "bespoke_gateways_answering")) == (3, 1)
+
+
+def test_without_peers_a_gateway_is_the_only_one(tmp_path: Path) -> None:
+    found = scrape(tmp_path, None)
+    assert (one(found, "bespoke_gateways"), one(found, "bespoke_gateways_answering")) == (1, 1)
+
+
+def test_an_engine_that_is_down_has_no_replicas(tmp_path: Path) -> None:
+    found = scrape(tmp_path, None)
+    assert found["bespoke_engine_replicas", frozenset({("base", "tiny")})] == 0
+
+
+def test_merged_expositions_have_each_family_once_and_every_sample_as_it_was() -> None:
+    other = Metrics(gateway="other")
+    other.request('/v1/"odd"\\\n# HELP route', 200, 0.1)
+    other.request("/v1/models", 200, 0.1)
+    texts = [busy().exposition().text, other.exposition().text, render_engines([]), render_fleet(2, 2, {})]
+    merged = merge(texts)
+    described = [line for line in merged.splitlines() if line.startswith((b"# HELP", b"# TYPE"))]
+    assert len(described) == len(set(described))
+    apart: Samples = {}
+    for text in texts:
+        apart |= samples(text)
+    # Apart from what changes while one looks: memory, CPU time.
+    assert samples(merged).keys() == apart.keys()
+    assert samples(merged) == apart
+
+
+def test_each_series_of_a_gateway_bears_its_name() -> None:
+    for name, labels in samples(busy().exposition().text):
+        assert ("gateway", "busy") in labels, name

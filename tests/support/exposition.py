@@ -1,0 +1,76 @@
+"""What /metrics can say at most: each metric that the code declares, with its labels."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve.billing.budgets.alerts import BudgetFigures
+from serve.billing.metering.reconciliation import EngineCount, reconcile
+from serve.billing.pricing.plans import Tokens
+from serve.billing.webhooks.outbox import NoticeFigures
+from serve.engine.protocol import Counters, Delta
+from serve.errors import RateLimited
+from serve.maintenance import metrics as steward_metrics
+from serve.maintenance.steward import Measurements
+from serve.observability.metrics import (
+    Metrics,
+    Pace,
+    merge,
+    render_budgets,
+    render_engines,
+    render_fleet,
+)
+
+Names = Mapping[str, frozenset[str]]
+
+
+def names(text: str) -> Names:
+    """Each series' name, with all the labels that it bears anywhere in an exposition."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] |= sample.labels.keys()
+    return {name: frozenset(labels) for name, labels in found.items()}
+
+
+def busy() -> Metrics:
+    """A gateway to which everything has happened that it counts."""
+    metrics = Metrics(adapters_max=1, gateway="busy")
+    pace = Pace(1)
+    for _ in range(2):
+        pace.note([Delta(0, "x", 1)])
+    metrics.request("/v1/chat/completions", 429, 0.1)
+    metrics.refused(RateLimited("requests", 1, 1, 1, 1), "requests", "rate_limit_exceeded")
+    metrics.broken("/v1/chat/completions", "server_error", "engine_failed")
+    metrics.closed("tiny", "acme/support@1", "complete")
+    metrics.tokens("tiny", "acme/support@1", Tokens(3, 1, 2))
+    metrics.billed("tiny", 1_000)
+    metrics.ttft("tiny", "acme/support@1", 0.2)
+    metrics.pace("tiny", "acme/support@1", pace)
+    return metrics
+
+
+def measured() -> Measurements:
+    count = EngineCount("tiny", "r", "b", 10, 5, 0, 0)
+    return Measurements(
+        drift=tuple(reconcile([count], {})),
+        drift_at=1.0,
+        chores={"recover": 1.0},
+        budgets=BudgetFigures((("bud_1", "tenant", "month", 0.5),), 1),
+        intervals={"recover": 1.0},
+        failures={"recover": 1},
+        notices=NoticeFigures(pending=1),
+    )
+
+
+def declared() -> Names:
+    """From an exposition in which nothing is missing."""
+    everything: Iterable[bytes] = (
+        busy().exposition().text,
+        render_fleet(1, 1, {"tiny": 1}),
+        render_engines([Counters("tiny", "r", "b", 1, 1, 1, 1, 0)]),
+        steward_metrics.render(measured()),
+        render_budgets(measured().budgets),
+    )
+    return names(merge(everything).decode())

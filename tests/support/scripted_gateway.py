@@ -1,0 +1,68 @@
+"""A gateway without HTTP, over an engine that plays a script, and what its ledger says afterwards."""
+
+from dataclasses import replace
+
+import sqlalchemy as sa
+
+from serve.billing.ledger.accounts import CLOSING, transfers_table
+from serve.billing.ledger.writer import Books
+from serve.billing.metering.events import usage_table
+from serve.engine.protocol import Message, Sampling
+from serve.inference.gateway import Gateway
+from serve.inference.generation import Generation
+from serve.inference.request import Call
+from serve.observability.metrics import Metrics
+from serve.rate_limits import Admission
+from serve.registry.registry import Catalogue
+from serve.storage.database import Store
+from tests.serve.conftest import NOON, Shop
+from tests.support.scripted_app import Script, ScriptedEngine
+
+
+def gateway_of(shop: Shop, engine: ScriptedEngine, **settings: float) -> Gateway:
+    return Gateway(
+        store=shop.store,
+        catalogue=Catalogue(shop.store, ["tiny"]),
+        engines={"tiny": engine},
+        admission=Admission(shop.store, "test"),
+        books=Books(shop.ledger),
+        journal=None,
+        metrics=Metrics(adapters_max=1),
+        request_timeout_s=settings.get("request_timeout_s", 60),
+        first_token_timeout_s=settings.get("first_token_timeout_s", 60),
+        now=lambda: NOON,
+    )
+
+
+def call(model: str = "tiny") -> Call:
+    hello = (Message("user", "Hello"),)
+    return Call("req_1", model, hello, Sampling(completion_tokens_max=5), "max_tokens")
+
+
+async def collect(generation: Generation) -> str:
+    return "".join([delta.text async for batch in generation for delta in batch])
+
+
+def events(store: Store) -> list[dict[str, object]]:
+    with store.read() as connection:
+        return [dict(row) for row in connection.execute(sa.select(usage_table)).mappings()]
+
+
+def closings(store: Store) -> list[str]:
+    c = transfers_table.c
+    closing = sa.select(c.kind).where(c.phase == CLOSING, c.kind != "grant")
+    with store.read() as connection:
+        return list(connection.execute(closing).scalars())
+
+
+def metric(gateway: Gateway, name: str, **labels: str) -> float | None:
+    return gateway.terms.metrics.registry.get_sample_value(name, labels)
+
+
+async def play(shop: Shop, script: Script, request_id: str = "req_1") -> str:
+    gateway = gateway_of(shop, ScriptedEngine(script))
+    try:
+        asked = replace(call(), request_id=request_id)
+        return await collect(await gateway.generate(shop.principal, asked))
+    finally:
+        await gateway.drain()

@@ -1,0 +1,37 @@
+"""A usage event as a gateway writes it: 10 prompt tokens, 4 of them cached, and 5 completion tokens."""
+
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from serve.billing.metering.events import Status, UsageEvent
+from serve.billing.pricing.plans import Tokens
+from tests.serve.conftest import NOON
+
+COST_NANOS = 700
+_EVENT = UsageEvent(
+    request_id="",
+    tenant="acme",
+    key_id="",
+    model="tiny",
+    base="tiny",
+    adapter_version=None,
+    plan_id=0,
+    replica="r",
+    boot="b",
+    samples=1,
+    tokens=Tokens(10, 4, 5),
+    cost_nanos=COST_NANOS,
+    status=Status.COMPLETE,
+    finish_reason="stop",
+    ttft_ms=1,
+    latency_ms=2,
+    created_at=NOON,
+)
+
+
+def usage_event(
+    request_id: str, *, key_id: str, plan_id: int, at: datetime = NOON, **changes: Any
+) -> UsageEvent:
+    """A request of acme's to the base, complete at `at`, but for `changes`."""
+    return replace(_EVENT, request_id=request_id, key_id=key_id, plan_id=plan_id, created_at=at, **changes)
