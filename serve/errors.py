@@ -317,7 +317,7 @@ class UnknownRecord(OperatorError):
     pass
 
 
-class CatalogueError(OperatorError):
+class RegistryError(OperatorError):
     pass
 
 

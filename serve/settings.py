@@ -134,8 +134,8 @@ class Settings(BaseSettings):
         return self.home / "files"
 
     @property
-    def journals_dir(self) -> Path:
-        return self.home / "journals"
+    def checkpoints_dir(self) -> Path:
+        return self.home / "checkpoints"
 
     @property
     def logs_dir(self) -> Path:

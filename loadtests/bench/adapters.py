@@ -105,7 +105,7 @@ def started(name: str, order: dict[str, Any], log: IO[str], *, plugin: bool = Tr
             member.kill()
         psutil.wait_procs(family, timeout=10)
         process.wait()
-        cache.sweep()
+        cache.sweep_directories()
 
 
 def publish(base_dir: Path, adapters_dir: Path, count: int) -> list[tuple[str, str, str]]:

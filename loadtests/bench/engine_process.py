@@ -22,7 +22,7 @@ from typing import Any
 from serve.engine.protocol import Delta, Event, GenerationRequest, Message, Sampling
 from serve.engine.vllm.engine import VllmEngine
 from serve.engine.vllm.setup import compute_on_one_thread
-from serve.registry.versions import AdapterRef
+from serve.registry.versions import AdapterVersion
 from serve.settings import EngineSettings
 
 TOPICS = (
@@ -51,7 +51,7 @@ class Timing:
 class Driver:
     """Greedy requests to one engine."""
 
-    def __init__(self, engine: VllmEngine, adapters: list[AdapterRef]) -> None:
+    def __init__(self, engine: VllmEngine, adapters: list[AdapterVersion]) -> None:
         self._engine = engine
         self._adapters = adapters
         self._number = 0
@@ -176,7 +176,7 @@ class Driver:
 async def main() -> None:
     order = json.loads(sys.stdin.readline())
     adapters_dir = Path(order["adapters_dir"])
-    adapters = [AdapterRef(number + 1, *parts) for number, parts in enumerate(order["adapters"])]
+    adapters = [AdapterVersion(number + 1, *parts) for number, parts in enumerate(order["adapters"])]
     # vLLM writes to standard output; answers go to a copy of it that nobody else has.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -29,9 +29,9 @@ from rich.table import Table
 from loadtests.bench.fill import MONTHS, TENANTS, Customer, fill, onboard
 from loadtests.bench.machine import machine
 from serve.billing.invoicing.invoices import Invoices
-from serve.billing.ledger.ledger import Closing, Hold, Ledger, Opening
-from serve.billing.ledger.writer import Books
-from serve.billing.metering.events import Status, UsageEvent
+from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Resolution
+from serve.billing.ledger.writer import CommitQueue
+from serve.billing.metering.events import UsageEvent, UsageStatus
 from serve.billing.pricing.plans import Tokens
 from serve.deployment.app import build_app
 from serve.settings import Settings
@@ -56,12 +56,12 @@ class Buyer:
 
     customers: list[Customer]
 
-    def opening(self, number: int) -> Opening:
+    def opening(self, number: int) -> HoldRequest:
         customer = self.customers[number % len(self.customers)]
         hold = Hold(f"bench-{number}", customer.name, 1_000_000, key_id=customer.keys[0][0])
-        return Opening(hold, datetime.now(UTC), LEASE)
+        return HoldRequest(hold, datetime.now(UTC), LEASE)
 
-    def closing(self, number: int) -> Closing:
+    def closing(self, number: int) -> Resolution:
         customer, at = self.customers[number % len(self.customers)], datetime.now(UTC)
         key_id, project = customer.keys[0]
         tokens = Tokens(500, 100, 120)
@@ -79,13 +79,13 @@ class Buyer:
             samples=1,
             tokens=tokens,
             cost_nanos=customer.price.rates(adapter=True).cost_nanos(tokens),
-            status=Status.COMPLETE,
+            status=UsageStatus.COMPLETE,
             finish_reason="stop",
             ttft_ms=80,
             latency_ms=900,
             created_at=at,
         )
-        return Closing(event.request_id, customer.name, at, event=event)
+        return Resolution(event.request_id, customer.name, at, event=event)
 
 
 async def all_of(numbers: range, step: Callable[[int], Awaitable[object]]) -> float:
@@ -101,7 +101,7 @@ async def all_of(numbers: range, step: Callable[[int], Awaitable[object]]) -> fl
     return time.perf_counter() - started_s
 
 
-async def throughput(books: Books, buyer: Buyer, requests: int) -> dict[str, float]:
+async def throughput(books: CommitQueue, buyer: Buyer, requests: int) -> dict[str, float]:
     """Per second: holds alone, settlements alone, and both of each request."""
 
     async def open_one(number: int) -> None:
@@ -124,7 +124,7 @@ async def throughput(books: Books, buyer: Buyer, requests: int) -> dict[str, flo
     }
 
 
-async def added(books: Books, buyer: Buyer, requests: int) -> list[float]:
+async def added(books: CommitQueue, buyer: Buyer, requests: int) -> list[float]:
     """What each request waits for hold and settlement, in ms; RATE_PER_S of them begin, come what may."""
     waits_ms: list[float] = []
 
@@ -150,7 +150,7 @@ def settlements(url: str, requests: int, timed: int) -> dict[str, float]:
     with closing(Store(url)) as store:
         store.migrate()
         buyer = Buyer(onboard(store, datetime.now(UTC), tenants=50))
-        books = Books(Ledger(store))
+        books = CommitQueue(Ledger(store))
         try:
             figures = asyncio.run(throughput(books, buyer, requests))
             waits_ms = asyncio.run(added(books, buyer, timed))

@@ -14,7 +14,7 @@ from loadtests.peers.process import free_port, running
 from loadtests.peers.server import Server
 from serve.billing.ledger.ledger import Ledger
 from serve.billing.pricing.plans import Prices, read_plan
-from serve.registry.registry import Catalogue, newest_published
+from serve.registry.registry import AdapterRegistry, newest_published
 from serve.settings import Settings, load_settings
 from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
@@ -68,7 +68,7 @@ def _customer(settings: Settings, base: str, adapters: tuple[str, ...]) -> str:
         Ledger(store).open_account(TENANT, 10**15)
         prices.publish(read_plan(ROOT / "configs" / "prices" / "standard.yaml"), at=now)
         prices.subscribe(TENANT, "standard", at=now)
-        catalogue = Catalogue(store, [base])
+        catalogue = AdapterRegistry(store, [base])
         for name in adapters:
             adapter = catalogue.register(
                 newest_published(settings.adapters_dir, TENANT, name),

@@ -27,7 +27,7 @@ from loadtests.load.reconcile import (
 from loadtests.load.target import Target
 from serve.billing.ledger.ledger import Ledger
 from serve.billing.metering.events import usage_table
-from serve.billing.metering.queries import Usage
+from serve.billing.metering.queries import UsageQueries
 from serve.billing.metering.reconciliation import EngineCount, reconcile
 from serve.commands.usage import engine_counts
 from serve.errors import OperatorError
@@ -83,7 +83,7 @@ class Books:
             with closing(Store(self._target.store_url)) as store:
                 bills = self._bills(store, before.last_event)
                 verdict.add("clients = ledger, by request", len(exchanges), by_request(exchanges, bills))
-                entries = reconcile(engines or [], Usage(store).by_engine())
+                entries = reconcile(engines or [], UsageQueries(store).by_engine())
                 verdict.add("ledger = engines, by process", len(entries), by_engine(entries))
         elif engines is not None and before.engines is not None:
             counted, total = engines_counted(before.engines, engines), sum(used.values(), NOTHING)

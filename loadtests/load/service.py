@@ -16,7 +16,7 @@ from loadtests.peers.process import free_port
 from loadtests.synthetic import publish_random
 from serve.billing.ledger.ledger import Ledger
 from serve.billing.pricing.plans import Prices, read_plan
-from serve.registry.registry import Catalogue
+from serve.registry.registry import AdapterRegistry
 from serve.settings import Settings, load_settings
 from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
@@ -44,7 +44,7 @@ def onboard(settings: Settings, base: str, adapters: int) -> Target:
         _, keys[tenant] = tenants.create_key(tenant, at=now)
         _, readers[tenant] = tenants.create_key(tenant, at=now, scopes=frozenset({"billing-read"}))
     tenants.change(LOUD, at=now, limits={"concurrent_requests": LOUD_CONCURRENT_REQUESTS})
-    catalogue, base_dir = Catalogue(store, settings.bases), settings.bases_dir / base
+    catalogue, base_dir = AdapterRegistry(store, settings.bases), settings.bases_dir / base
     offers = []
     for number in range(adapters):
         tenant, name = CUSTOMERS[number % len(CUSTOMERS)], f"random-{number + 1}"
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--adapters", type=int, required=True)
     options = parser.parse_args()
-    from serve.deployment.local import Service
+    from serve.deployment.local import LocalService
 
     (options.home / "bases").symlink_to(options.bases.resolve())
     profile = CONFIGS / "serve" / "cpu.yaml"
@@ -83,7 +83,7 @@ def main() -> None:
         profile, home=options.home.resolve(), host="127.0.0.1", port=free_port(), bases=[options.base]
     )
     target = onboard(settings, options.base, options.adapters)
-    with Service(settings):
+    with LocalService(settings):
         target.write(options.home / "target.json")
         print("ready", flush=True)  # noqa: T201
         sys.stdin.read()

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from serve.api.dependencies import Ctx, Inference
 from serve.api.files import StoredBatches
 from serve.api.schemas import errors
-from serve.batches.batches import Batch, Status
+from serve.batches.batches import Batch, BatchStatus
 
 router = APIRouter()
 
@@ -51,7 +51,7 @@ class BatchObject(BaseModel):
     errors: BatchErrors | None
     input_file_id: str
     completion_window: str
-    status: Status
+    status: BatchStatus
     output_file_id: str | None
     error_file_id: str | None
     created_at: int

@@ -3,13 +3,13 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from serve.api.dependencies import Ctx, Direct, Inference
+from serve.api.dependencies import Ctx, DirectRoute, Inference
 from serve.api.schemas import TextCompletion, generation_responses, json_body
 from serve.api.streaming import answer
-from serve.formats.completions import CompletionRequest, CompletionShape, call_of
+from serve.formats.completions import CompletionFormat, CompletionRequest, request_of
 from serve.formats.sampling import parse
 
-router = APIRouter(route_class=Direct)
+router = APIRouter(route_class=DirectRoute)
 
 
 @router.post(
@@ -20,7 +20,13 @@ router = APIRouter(route_class=Direct)
 )
 async def create(request: Request, who: Inference, ctx: Ctx) -> Response:
     body = parse(CompletionRequest, await request.body())
-    call = call_of(body, request.state.request_id, ctx.limits)
+    call = request_of(body, request.state.request_id, ctx.limits)
     return await answer(
-        request, ctx, who, call, CompletionShape(), stream=bool(body.stream), include_usage=body.include_usage
+        request,
+        ctx,
+        who,
+        call,
+        CompletionFormat(),
+        stream=bool(body.stream),
+        include_usage=body.include_usage,
     )

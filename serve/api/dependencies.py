@@ -16,17 +16,17 @@ from serve.api.schemas import KEY_REQUIRED
 from serve.client_data.idempotency import Idempotency
 from serve.engine.protocol import Engine
 from serve.errors import PermissionDenied, Unauthenticated
-from serve.formats.sampling import Limits
+from serve.formats.sampling import RequestBounds
 from serve.inference.gateway import Gateway
-from serve.maintenance.steward import Watched
-from serve.observability.metrics import Metrics, Peers
-from serve.registry.registry import Catalogue
+from serve.maintenance.steward import StewardClient
+from serve.observability.metrics import GatewayPeers, Metrics
+from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
 from serve.tenants import Principal, Tenants
-from serve.tenants.key_cache import Door, Who
+from serve.tenants.key_cache import KeyCache, Who
 
 
-class Direct(APIRoute):
+class DirectRoute(APIRoute):
     """A route whose endpoint is `(request, who: Inference, ctx: Ctx) -> Response`, documented as any other.
 
     FastAPI would resolve two dependencies and open four exit stacks for it: a tenth of what a request costs
@@ -47,14 +47,14 @@ class Direct(APIRoute):
 class Context:
     gateway: Gateway
     tenants: Tenants
-    catalogue: Catalogue
+    registry: AdapterRegistry
     engines: Mapping[str, Engine]
     store: Store
     metrics: Metrics
-    limits: Limits
+    limits: RequestBounds
     idempotency: Idempotency
-    steward: Watched | None
-    peers: Peers | None = None
+    steward: StewardClient | None
+    peers: GatewayPeers | None = None
 
 
 def context(request: Request) -> Context:
@@ -84,18 +84,22 @@ def bearer(request: Request) -> str:
     return key.strip()
 
 
-async def admit(door: Door[Who], key: str) -> Who:
+async def admit(key_cache: KeyCache[Who], key: str) -> Who:
     """Whose key it is; of many requests with one key at once, one asks the store.
 
     Raises Unauthenticated, TenantSuspended, StoreUnavailable.
     """
-    who = door.known(key)
-    return await door.shared(key, lambda: asyncio.to_thread(door.authenticate, key)) if who is None else who
+    who = key_cache.known(key)
+    return (
+        await key_cache.shared(key, lambda: asyncio.to_thread(key_cache.authenticate, key))
+        if who is None
+        else who
+    )
 
 
 async def caller(request: Request, scope: str) -> Principal:
     """Who is asking, and holds `scope`. Raises as `admit` does, and PermissionDenied."""
-    who = await admit(context(request).tenants.door, bearer(request))
+    who = await admit(context(request).tenants.key_cache, bearer(request))
     if scope not in who.scopes:
         raise PermissionDenied(scope)
     return who

@@ -35,7 +35,7 @@ async def create(request: Request, who: Inference, ctx: Ctx) -> None:
 
     def resolve() -> Model:
         with ctx.store.read() as connection:
-            return ctx.catalogue.resolve(connection, who.tenant, body.model)
+            return ctx.registry.resolve(connection, who.tenant, body.model)
 
     if not who.may_use(body.model):
         raise ModelNotFound(body.model)

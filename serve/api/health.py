@@ -13,12 +13,13 @@ from starlette.responses import PlainTextResponse, Response
 
 from serve.api.dependencies import Context, Ctx
 from serve.api.schemas import Readiness, Status, errors
+from serve.engine.metrics import render_engines
 from serve.engine.protocol import Counters, Engine
 from serve.errors import EngineUnavailable, Unauthenticated, Unavailable
 from serve.formats.shape import Json
 from serve.maintenance import metrics as steward_metrics
-from serve.maintenance.steward import Measurements, Watched
-from serve.observability.metrics import merge, render_budgets, render_engines, render_fleet
+from serve.maintenance.steward import StewardClient, StewardStatus
+from serve.observability.metrics import merge, render_aggregate, render_budgets
 
 router = APIRouter()
 
@@ -51,7 +52,7 @@ async def metrics(request: Request, ctx: Ctx) -> Response:
         _require(ctx.metrics.token, request.headers.get("authorization", ""))
     gateways, engines, measured = await asyncio.gather(_gateways(ctx), _engines(ctx), _measured(ctx.steward))
     replicas = {base: len(counters) for base, counters in engines.items()}
-    text = gateways.text + render_fleet(gateways.there, gateways.answering, replicas)
+    text = gateways.text + render_aggregate(gateways.there, gateways.answering, replicas)
     text += render_engines([one for counters in engines.values() for one in counters])
     if ctx.steward is not None:
         text += steward_metrics.render(measured)
@@ -89,7 +90,7 @@ async def _engines(ctx: Context) -> dict[str, list[Counters]]:
     return dict(zip(ctx.engines, found, strict=True))
 
 
-async def _measured(steward: Watched | None) -> Measurements | None:
+async def _measured(steward: StewardClient | None) -> StewardStatus | None:
     try:
         return None if steward is None else await steward.measurements()
     except Unavailable:

@@ -7,12 +7,12 @@ from starlette.responses import Response
 
 from serve.api.dependencies import Ctx, Inference
 from serve.api.schemas import DESCRIPTIONS, generation_responses, json_body
-from serve.api.streaming import EventStream, answer_once, start, unless_gone
+from serve.api.streaming import EventStream, answer_once, cancel_on_disconnect, start
 from serve.formats.messages.message import events, whole
 from serve.formats.messages.objects import AnthropicError, AnthropicEvent, AnthropicMessage
 from serve.formats.messages.request import MessagesRequest
 from serve.formats.sampling import parse
-from serve.inference.request import Call
+from serve.inference.request import InferenceRequest
 
 router = APIRouter()
 
@@ -31,7 +31,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 )
 async def create(request: Request, who: Inference, ctx: Ctx) -> Response:
     asked = parse(MessagesRequest, await request.body())
-    call = Call(
+    call = InferenceRequest(
         request_id=request.state.request_id,
         model=asked.model,
         prompt=asked.prompt(ctx.limits),
@@ -39,12 +39,12 @@ async def create(request: Request, who: Inference, ctx: Ctx) -> Response:
         length_param="max_tokens",
         toolbox=asked.toolbox(ctx.limits),
         reasoning_effort=asked.reasoning_effort,
-        whole=not asked.stream,
+        collect=not asked.stream,
     )
-    if call.whole:
+    if call.collect:
         response = await answer_once(request, ctx, who, call, whole)
     else:
-        generation = await unless_gone(request, start(request, ctx, who, call))
+        generation = await cancel_on_disconnect(request, start(request, ctx, who, call))
         response = EventStream(generation, events(generation))
     response.headers["request-id"] = call.request_id  # as Anthropic's clients look for it
     return response

@@ -33,7 +33,7 @@ from serve.formats.errors import kind_of
 from serve.observability import logs
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracing
-from serve.rate_limits import Quota, Standing
+from serve.rate_limits import Quota, RateLimitStatus
 
 # Asked every few seconds by machines; their traces would bury the others.
 UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -81,7 +81,7 @@ HEADER_BYTES_MAX = 16 * 1024
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 
 
-class Intake:
+class BodyMiddleware:
     """The largest body that a route takes must be complete in the time that it takes at `bytes_per_s_min`."""
 
     def __init__(
@@ -176,7 +176,7 @@ def body_bound(body_bytes_max: int, file_bytes_max: int) -> Callable[[Scope], in
     return of
 
 
-class Edge:
+class RequestMiddleware:
     """`body_bytes_max` bounds every body but an upload's, which may hold a file of `file_bytes_max`."""
 
     def __init__(
@@ -195,7 +195,7 @@ class Edge:
         state = scope.setdefault("state", {})
         request_id = state["request_id"] = f"req_{uuid.uuid4().hex}"
         state["pieces_send"] = send
-        logs.handle(request_id)
+        logs.set_log_context(request_id)
         status, begun = 500, False
         received_bytes, most = 0, self._body_bytes_max(scope)
 
@@ -253,7 +253,7 @@ def pieces_send(scope: Scope, send: Send) -> Send:
     return past
 
 
-def rate_limits(standing: Standing | None) -> dict[str, str]:
+def rate_limits(standing: RateLimitStatus | None) -> dict[str, str]:
     """How the caller stands with its limits: platform.openai.com/docs/guides/rate-limits, headers."""
     headers = {}
     for what in ("requests", "tokens"):

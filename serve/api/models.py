@@ -16,7 +16,7 @@ router = APIRouter()
 
 @router.get("/v1/models", response_model=ModelList, responses=errors(401, 403, 429, 503))
 async def index(who: Inference, ctx: Ctx) -> Json:
-    models = await asyncio.to_thread(ctx.catalogue.models, who.tenant)
+    models = await asyncio.to_thread(ctx.registry.models, who.tenant)
     return {"object": "list", "data": [_wire(one, who.tenant) for one in models if who.may_use(one.name)]}
 
 
@@ -24,7 +24,7 @@ async def index(who: Inference, ctx: Ctx) -> Json:
 async def show(name: str, who: Inference, ctx: Ctx) -> Json:
     def resolve() -> Model:
         with ctx.store.read() as connection:
-            return ctx.catalogue.resolve(connection, who.tenant, name)
+            return ctx.registry.resolve(connection, who.tenant, name)
 
     if len(name) > 160 or not who.may_use(name):
         raise ModelNotFound(name[:160])

@@ -9,8 +9,8 @@ from starlette.responses import Response
 
 from serve.api.dependencies import Context, Ctx, Inference
 from serve.api.schemas import errors, generation_responses, json_body
-from serve.api.streaming import EventStream, answer_once, start, unless_gone
-from serve.client_data.stored_responses import ResponseKeeper, Responses
+from serve.api.streaming import EventStream, answer_once, cancel_on_disconnect, start
+from serve.client_data.stored_responses import ResponseCommitHook, StoredResponses
 from serve.errors import InvalidRequest, ResponseNotFound
 from serve.formats.bounds import bound
 from serve.formats.responses.events import events
@@ -22,11 +22,10 @@ from serve.formats.responses.objects import (
     ResponseObject,
 )
 from serve.formats.responses.request import ResponsesRequest
-from serve.formats.responses.shape import ResponseShape
+from serve.formats.responses.shape import ResponseObjectFormat
 from serve.formats.sampling import parse
 from serve.formats.shape import dumps
-from serve.inference.generation import Generation
-from serve.inference.request import Call
+from serve.inference.request import GenerationResult, InferenceRequest
 from serve.tenants import Principal
 
 router = APIRouter()
@@ -47,15 +46,15 @@ async def create(request: Request, who: Inference, ctx: Ctx) -> Response:
     own = input_items(asked.input, Ids(request_id))
     conversation = [*context, *own]
     bound("input", len(conversation), ctx.limits.messages, "items, those of earlier turns included")
-    shape = ResponseShape(asked, request_id, own, context)
-    responses = Responses(ctx.store)
-    keeper = ResponseKeeper(
+    shape = ResponseObjectFormat(asked, request_id, own, context)
+    responses = StoredResponses(ctx.store)
+    commit_hook = ResponseCommitHook(
         responses,
         who.tenant,
-        lambda generation: shape.to_store(shape.whole(generation, stored=True)),
+        lambda result: shape.to_store(shape.whole(result, stored=True)),
     )
     whole = not asked.stream
-    call = Call(
+    call = InferenceRequest(
         request_id=request_id,
         model=asked.model,
         prompt=messages(conversation, asked.instructions),
@@ -63,16 +62,16 @@ async def create(request: Request, who: Inference, ctx: Ctx) -> Response:
         length_param="max_output_tokens",
         toolbox=asked.toolbox(ctx.limits),
         reasoning_effort=asked.reasoning.effort if asked.reasoning else None,
-        whole=whole,
-        keeper=keeper if whole and asked.keeps else None,
+        collect=whole,
+        commit_hook=commit_hook if whole and asked.keeps else None,
     )
 
-    def render(generation: Generation) -> Json:
-        return keeper.stored.body if keeper.stored else shape.whole(generation, stored=False)
+    def render(result: GenerationResult) -> Json:
+        return commit_hook.stored.body if commit_hook.stored else shape.whole(result, stored=False)
 
     if whole:
         return await answer_once(request, ctx, who, call, render)
-    generation = await unless_gone(request, start(request, ctx, who, call))
+    generation = await cancel_on_disconnect(request, start(request, ctx, who, call))
     stream = events(generation, shape, responses if asked.keeps else None, who.tenant)
     return EventStream(generation, stream)
 
@@ -163,8 +162,8 @@ async def _context(ctx: Context, who: Principal, previous: str | None) -> list[J
     return stored.conversation
 
 
-def _responses(ctx: Context) -> Responses:
-    return Responses(ctx.store)
+def _responses(ctx: Context) -> StoredResponses:
+    return StoredResponses(ctx.store)
 
 
 def _now(ctx: Context) -> datetime:

@@ -26,37 +26,37 @@ from serve.api.middleware import pieces_send
 from serve.engine.protocol import Delta
 from serve.errors import BespokeError, ClientGone
 from serve.formats.errors import sse_event
-from serve.formats.shape import Json, Shape, dumps, usage, whole_body
+from serve.formats.shape import Json, ResponseFormat, dumps, usage, whole_body
 from serve.inference.generation import Generation
-from serve.inference.request import Call, Keeper
+from serve.inference.request import CommitHook, GenerationResult, InferenceRequest
 from serve.tenants import Principal
 
 
-class Keepers:
+class CommitHooks:
     """Several keepers as one, in their order."""
 
-    def __init__(self, *keepers: Keeper) -> None:
-        self._keepers = keepers
+    def __init__(self, *commit_hooks: CommitHook) -> None:
+        self._commit_hooks = commit_hooks
 
-    def claim(self, connection: sa.Connection, at: datetime) -> None:
-        for keeper in self._keepers:
-            keeper.claim(connection, at)
+    def on_hold(self, connection: sa.Connection, at: datetime) -> None:
+        for hook in self._commit_hooks:
+            hook.on_hold(connection, at)
 
-    def keep(self, connection: sa.Connection, generation: Generation) -> None:
-        for keeper in self._keepers:
-            keeper.keep(connection, generation)
+    def on_settle(self, connection: sa.Connection, result: GenerationResult) -> None:
+        for hook in self._commit_hooks:
+            hook.on_settle(connection, result)
 
-    def release(self, connection: sa.Connection) -> None:
-        for keeper in self._keepers:
-            keeper.release(connection)
+    def on_void(self, connection: sa.Connection) -> None:
+        for hook in self._commit_hooks:
+            hook.on_void(connection)
 
 
 async def answer_once(
     request: Request,
     ctx: Context,
     who: Principal,
-    call: Call,
-    render: Callable[[Generation], dict[str, Any]],
+    call: InferenceRequest,
+    render: Callable[[GenerationResult], dict[str, Any]],
 ) -> Response:
     """Generate `call`, which is whole, and answer what `render` makes of it.
 
@@ -71,12 +71,14 @@ async def answer_once(
         if kept is not None:
             headers = {"idempotency-replayed": "true", "x-original-request-id": kept.request_id}
             return Response(kept.body, media_type="application/json", headers=headers)
-        keeper: Keeper = ctx.idempotency.keeper(
-            who.tenant, key, content, call.request_id, lambda generation: dumps(render(generation)).decode()
+        keeper: CommitHook = ctx.idempotency.commit_hook(
+            who.tenant, key, content, call.request_id, lambda result: dumps(render(result)).decode()
         )
-        if call.keeper is not None:
-            keeper = Keepers(call.keeper, keeper)  # in this order: what the first has kept is rendered
-        call = replace(call, keeper=keeper, persistent=True)
+        if call.commit_hook is not None:
+            keeper = CommitHooks(
+                call.commit_hook, keeper
+            )  # in this order: what the first has kept is rendered
+        call = replace(call, commit_hook=keeper, survives_disconnect=True)
 
     async def work() -> Response:
         generation = await start(request, ctx, who, call)
@@ -85,18 +87,18 @@ async def answer_once(
                 pass
         finally:
             generation.close()
-        return Response(dumps(render(generation)), media_type="application/json")
+        return Response(dumps(render(generation.result)), media_type="application/json")
 
-    return await unless_gone(request, work())
+    return await cancel_on_disconnect(request, work())
 
 
 T = TypeVar("T")
 
 
-async def start(request: Request, ctx: Context, who: Principal, call: Call) -> Generation:
+async def start(request: Request, ctx: Context, who: Principal, call: InferenceRequest) -> Generation:
     """`Gateway.generate`; the answer's headers will say how the caller stands with its limits."""
     generation = await ctx.gateway.generate(who, call)
-    request.state.standing = generation.standing
+    request.state.standing = generation.rate_limit_status
     return generation
 
 
@@ -117,7 +119,7 @@ class EventStream(Response):
         send, state = pieces_send(scope, send), scope.setdefault("state", {})
         state["broken"] = BespokeError()  # so it stays if sending ends in an exception: a bug
         try:
-            async with _Presence(receive):
+            async with DisconnectGuard(receive):
                 async for piece in self._events:
                     if piece:
                         await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -129,13 +131,13 @@ class EventStream(Response):
             self._generation.close()
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled if the client leaves first (raises ClientGone)."""
-    async with _Presence(request.receive):
+    async with DisconnectGuard(request.receive):
         return await work
 
 
-class _Presence:
+class DisconnectGuard:
     """Cancels what is in its block when the client leaves, as asyncio.timeout does when time is up.
 
     Raises ClientGone then. `receive` must have given the body already.
@@ -168,30 +170,30 @@ async def answer(
     request: Request,
     ctx: Context,
     who: Principal,
-    call: Call,
-    shape: Shape,
+    call: InferenceRequest,
+    shape: ResponseFormat,
     *,
     stream: bool,
     include_usage: bool,
 ) -> Response:
     """Start the generation and answer it. A client that leaves while it waits cancels it."""
     if not stream:
-        return await answer_once(request, ctx, who, call, lambda generation: whole_body(generation, shape))
-    generation = await unless_gone(request, start(request, ctx, who, call))
+        return await answer_once(request, ctx, who, call, lambda result: whole_body(result, shape))
+    generation = await cancel_on_disconnect(request, start(request, ctx, who, call))
     return EventStream(generation, _events(generation, shape, include_usage))
 
 
-async def _events(generation: Generation, shape: Shape, include_usage: bool) -> AsyncIterator[bytes]:
+async def _events(generation: Generation, shape: ResponseFormat, include_usage: bool) -> AsyncIterator[bytes]:
     # All events of an answer have the same envelope: it is encoded once, and the choice set into it.
     blank = {"usage": None} if include_usage else {}
-    envelope = dumps(shape.envelope(generation, [], streamed=True) | blank)
+    envelope = dumps(shape.envelope(generation.result, [], streamed=True) | blank)
     head, _, tail = envelope.partition(b'"choices":[]')
     head, tail = b"data: " + head + b'"choices":[', b"]" + tail + b"\n\n"
 
     def event(choice: Json) -> bytes:
         return head + dumps(choice) + tail
 
-    opening = b"".join(event(choice) for choice in shape.opening(generation))
+    opening = b"".join(event(choice) for choice in shape.opening(generation.result))
     try:
         async for batch in generation:
             yield opening + b"".join(event(shape.choice(one)) for one in batch if _says(one))
@@ -201,7 +203,8 @@ async def _events(generation: Generation, shape: Shape, include_usage: bool) -> 
         return
     closing = b""
     if include_usage:
-        last = shape.envelope(generation, [], streamed=True) | {"usage": usage(generation.tokens)}
+        result = generation.result
+        last = shape.envelope(result, [], streamed=True) | {"usage": usage(result.tokens)}
         closing = b"data: " + dumps(last) + b"\n\n"
     yield closing + b"data: [DONE]\n\n"
 

@@ -27,7 +27,7 @@ WINDOW, WINDOW_NAME = timedelta(hours=24), "24h"
 ERRORS_MAX = 100  # that a batch names; a file with more is as wrong
 
 
-class Status(StrEnum):
+class BatchStatus(StrEnum):
     VALIDATING = "validating"
     FAILED = "failed"
     IN_PROGRESS = "in_progress"
@@ -38,7 +38,10 @@ class Status(StrEnum):
     CANCELLED = "cancelled"
 
 
-LIVE = tuple(f"{s}" for s in (Status.VALIDATING, Status.IN_PROGRESS, Status.FINALIZING, Status.CANCELLING))
+LIVE = tuple(
+    f"{s}"
+    for s in (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING, BatchStatus.CANCELLING)
+)
 TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
 OK = 200
 
@@ -62,7 +65,7 @@ batches_table = sa.Table(
     *(sa.Column(f"{status}_at", UtcDateTime) for status in TIMES),
     sa.Column("lease_owner", sa.String(64)),
     sa.Column("lease_expires_at", UtcDateTime),
-    sa.CheckConstraint(f"status IN {tuple(status.value for status in Status)}", name="status_known"),
+    sa.CheckConstraint(f"status IN {tuple(status.value for status in BatchStatus)}", name="status_known"),
     sa.Index("ix_batches_tenant_id_created_at", "tenant_id", "created_at"),
 )
 
@@ -99,7 +102,7 @@ class Batch:
     input_file_id: str
     completion_window: str
     metadata: dict[str, str] | None
-    status: Status
+    status: BatchStatus
     errors: tuple[LineError, ...]
     lines: int
     output_file_id: str | None
@@ -155,7 +158,7 @@ class Batches:
                     input_file_id=input_file_id,
                     completion_window=WINDOW_NAME,
                     metadata=None if metadata is None else json.dumps(metadata),
-                    status=Status.VALIDATING.value,
+                    status=BatchStatus.VALIDATING.value,
                     lines=0,
                     created_at=at,
                     expires_at=expires_at,
@@ -184,12 +187,12 @@ class Batches:
                 .where(
                     c.id == batch_id,
                     c.tenant_id == tenant,
-                    c.status.in_((Status.VALIDATING.value, Status.IN_PROGRESS.value)),
+                    c.status.in_((BatchStatus.VALIDATING.value, BatchStatus.IN_PROGRESS.value)),
                 )
-                .values(status=Status.CANCELLING.value, cancelling_at=at)
+                .values(status=BatchStatus.CANCELLING.value, cancelling_at=at)
             )
             batch = find(connection, batch_id, tenant)
-            if not changed.rowcount and batch.status not in (Status.CANCELLING, Status.CANCELLED):
+            if not changed.rowcount and batch.status not in (BatchStatus.CANCELLING, BatchStatus.CANCELLED):
                 raise Conflict(f"A batch that is {batch.status.value} cannot be cancelled.")
             return batch
 
@@ -232,7 +235,7 @@ def _batch(row: "sa.Row[Any]", good: int, done: int) -> Batch:
         input_file_id=row.input_file_id,
         completion_window=row.completion_window,
         metadata=None if row.metadata is None else json.loads(row.metadata),
-        status=Status(row.status),
+        status=BatchStatus(row.status),
         errors=tuple(LineError(**error) for error in json.loads(row.errors or "[]")),
         lines=row.lines,
         output_file_id=row.output_file_id,

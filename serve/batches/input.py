@@ -13,9 +13,9 @@ from serve.batches.batches import ERRORS_MAX, LineError
 from serve.errors import InvalidRequest
 from serve.formats import chat, completions
 from serve.formats.chat import ChatCompletionRequest
-from serve.formats.sampling import Limits, parse
-from serve.formats.shape import Json, Shape
-from serve.inference.request import Call
+from serve.formats.sampling import RequestBounds, parse
+from serve.formats.shape import Json, ResponseFormat
+from serve.inference.request import InferenceRequest
 
 CUSTOM_ID_CHARS_MAX = 512
 
@@ -26,15 +26,15 @@ class InputBounds:
 
     lines: int
     body_bytes: int
-    fields: Limits
+    fields: RequestBounds
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """How a body becomes a call, and its answer a body. `call` raises InvalidRequest."""
 
-    call: Callable[[bytes, str, Limits], Call]
-    shape: Callable[[], Shape]
+    call: Callable[[bytes, str, RequestBounds], InferenceRequest]
+    shape: Callable[[], ResponseFormat]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +47,21 @@ class InputLine:
     body: bytes
 
 
-def _chat(body: bytes, request_id: str, limits: Limits) -> Call:
+def _chat(body: bytes, request_id: str, limits: RequestBounds) -> InferenceRequest:
     parsed = parse(ChatCompletionRequest, body)
     _refuse_stream(parsed.stream)
-    return chat.call_of(parsed, request_id, limits)
+    return chat.request_of(parsed, request_id, limits)
 
 
-def _completion(body: bytes, request_id: str, limits: Limits) -> Call:
+def _completion(body: bytes, request_id: str, limits: RequestBounds) -> InferenceRequest:
     parsed = parse(completions.CompletionRequest, body)
     _refuse_stream(parsed.stream)
-    return completions.call_of(parsed, request_id, limits)
+    return completions.request_of(parsed, request_id, limits)
 
 
 ENDPOINTS = {
-    "/v1/chat/completions": Endpoint(_chat, chat.ChatShape),
-    "/v1/completions": Endpoint(_completion, completions.CompletionShape),
+    "/v1/chat/completions": Endpoint(_chat, chat.ChatFormat),
+    "/v1/completions": Endpoint(_completion, completions.CompletionFormat),
 }
 
 

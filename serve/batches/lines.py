@@ -14,10 +14,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serve.batches.batches import OK, Status, batches_table, results_table
+from serve.batches.batches import OK, BatchStatus, batches_table, results_table
 from serve.billing.ledger.accounts import CLOSING, OPENING, transfers_table
 from serve.billing.ledger.ledger import Hold, Ledger
-from serve.inference.generation import Generation
+from serve.inference.request import GenerationResult
 from serve.storage.database import Store
 
 Json = dict[str, Any]
@@ -95,23 +95,25 @@ class Lines:
             _insert(connection, attempt, status_code=status_code, body=json.dumps(body))
 
 
-class LineKeeper:
+class LineCommitHook:
     """A `serve.inference.request.Keeper`. `render` makes the body of an answer;
     `broken_body` is that of none."""
 
-    def __init__(self, attempt: Attempt, render: Callable[[Generation], Json], broken_body: Json) -> None:
+    def __init__(
+        self, attempt: Attempt, render: Callable[[GenerationResult], Json], broken_body: Json
+    ) -> None:
         self._attempt = attempt
         self._render = render
         self._broken_body = broken_body
 
-    def claim(self, connection: sa.Connection, at: datetime) -> None:
+    def on_hold(self, connection: sa.Connection, at: datetime) -> None:
         """Raises NotMine."""
         _insert(connection, self._attempt)
 
-    def keep(self, connection: sa.Connection, generation: Generation) -> None:
-        self._fill(connection, OK, self._render(generation))
+    def on_settle(self, connection: sa.Connection, result: GenerationResult) -> None:
+        self._fill(connection, OK, self._render(result))
 
-    def release(self, connection: sa.Connection) -> None:
+    def on_void(self, connection: sa.Connection) -> None:
         """What was cut short but billed has had its one attempt: it is an error, and is not billed again."""
         t = transfers_table.c
         closing = sa.select(t.kind).where(t.request_id == self._attempt.request_id, t.phase == CLOSING)
@@ -131,7 +133,7 @@ def _insert(connection: sa.Connection, attempt: Attempt, **outcome: Any) -> None
     b = batches_table.c
     # Locked until the transaction ends: who takes the batch over waits, and then finds the row to fence.
     mine = sa.select(b.id).where(
-        b.id == attempt.batch_id, b.lease_owner == attempt.owner, b.status == Status.IN_PROGRESS.value
+        b.id == attempt.batch_id, b.lease_owner == attempt.owner, b.status == BatchStatus.IN_PROGRESS.value
     )
     if connection.execute(mine.with_for_update(read=True)).first() is None:
         raise NotMine

@@ -6,22 +6,22 @@ import logging
 from collections.abc import Iterator
 from datetime import datetime
 
-from serve.batches.batches import OK, Batch, Status
+from serve.batches.batches import OK, Batch, BatchStatus
 from serve.batches.input import numbered_lines, read_line
 from serve.batches.lines import Lines, Result
-from serve.batches.queue import BatchWork
+from serve.batches.queue import BatchQueue
 from serve.client_data.files import OUTPUT, Draft, File, Files
 from serve.errors import StoreUnavailable
 from serve.formats.shape import Json
 
 log = logging.getLogger(__name__)
 
-NOT_RUN: dict[Status, Json] = {
-    Status.EXPIRED: {
+NOT_RUN: dict[BatchStatus, Json] = {
+    BatchStatus.EXPIRED: {
         "code": "batch_expired",
         "message": "This request could not be executed before the completion window expired.",
     },
-    Status.CANCELLED: {
+    BatchStatus.CANCELLED: {
         "code": "batch_cancelled",
         "message": "This request was not executed before the batch was cancelled.",
     },
@@ -29,15 +29,15 @@ NOT_RUN: dict[Status, Json] = {
 
 
 def write_output(
-    batch: Batch, status: Status, *, lines: Lines, files: Files, work: BatchWork, at: datetime
+    batch: Batch, status: BatchStatus, *, lines: Lines, files: Files, work: BatchQueue, at: datetime
 ) -> None:
     """End `batch` as completed or cancelled or, if lines have no result, expired. Blocks.
 
     Leaves nothing behind if it is not this worker's any more.
     """
     done = lines.done(batch.id)
-    if status is Status.COMPLETED and len(done) < batch.lines:
-        status = Status.EXPIRED
+    if status is BatchStatus.COMPLETED and len(done) < batch.lines:
+        status = BatchStatus.EXPIRED
     output, errors = files.draft(batch.tenant), files.draft(batch.tenant)
     kept = False
     try:
@@ -62,7 +62,7 @@ def _write(draft: Draft, entry: Json) -> None:
 def _keep(draft: Draft, batch: Batch, name: str, at: datetime) -> File | None:
     if draft.bytes == 0:
         return None
-    draft.keep()
+    draft.publish()
     return File(draft.id, batch.tenant, OUTPUT, f"{batch.id}_{name}.jsonl", draft.bytes, draft.sha256, at)
 
 
@@ -76,7 +76,7 @@ def _told(batch: Batch, result: Result) -> Json:
     }
 
 
-def _not_run(batch: Batch, status: Status, done: set[int], files: Files) -> Iterator[Json]:
+def _not_run(batch: Batch, status: BatchStatus, done: set[int], files: Files) -> Iterator[Json]:
     if batch.lines == 0:  # it was not validated: its lines may be anything
         return
     try:

@@ -12,12 +12,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serve.batches.batches import LIVE, Batch, LineError, Status, batches_table, find, results_table
+from serve.batches.batches import LIVE, Batch, BatchStatus, LineError, batches_table, find, results_table
 from serve.client_data.files import File, Files
 from serve.storage.database import Store
 
 
-class BatchWork:
+class BatchQueue:
     """What the worker `owner` does with the batches of one store. Methods block and raise StoreUnavailable.
 
     Those that change a batch say whether they did: not if the lease is lost or the batch has moved on.
@@ -49,13 +49,13 @@ class BatchWork:
                 if connection.execute(taking.values(lease)).rowcount:
                     return find(connection, batch_id)
 
-    def renew(self, batch_id: str, *, at: datetime) -> Status | None:
+    def renew(self, batch_id: str, *, at: datetime) -> BatchStatus | None:
         """Keep the lease. Returns how the batch stands; None if the lease is lost."""
         with self._store.write() as connection:
             if not self._set(connection, batch_id, LIVE, lease_expires_at=at + self.lease):
                 return None
             query = sa.select(batches_table.c.status).where(batches_table.c.id == batch_id)
-            return Status(connection.execute(query).scalar_one())
+            return BatchStatus(connection.execute(query).scalar_one())
 
     def give_back(self, batch_id: str) -> bool:
         """The next worker may have it at once."""
@@ -64,28 +64,28 @@ class BatchWork:
 
     def begin(self, batch_id: str, *, lines: int, at: datetime) -> bool:
         """The input is valid."""
-        values = {"status": Status.IN_PROGRESS.value, "in_progress_at": at, "lines": lines}
+        values = {"status": BatchStatus.IN_PROGRESS.value, "in_progress_at": at, "lines": lines}
         with self._store.write() as connection:
-            return self._set(connection, batch_id, (Status.VALIDATING.value,), **values)
+            return self._set(connection, batch_id, (BatchStatus.VALIDATING.value,), **values)
 
     def fail(self, batch_id: str, errors: Sequence[LineError], *, at: datetime) -> bool:
         """The input is not valid, and nothing of it runs."""
         told = json.dumps([asdict(error) for error in errors])
-        values = {"status": Status.FAILED.value, "failed_at": at, "errors": told, "lease_owner": None}
+        values = {"status": BatchStatus.FAILED.value, "failed_at": at, "errors": told, "lease_owner": None}
         with self._store.write() as connection:
-            return self._set(connection, batch_id, (Status.VALIDATING.value,), **values)
+            return self._set(connection, batch_id, (BatchStatus.VALIDATING.value,), **values)
 
     def finalize(self, batch_id: str, *, at: datetime) -> bool:
         """All of it is done or its time is over: nothing more begins."""
-        values = {"status": Status.FINALIZING.value, "finalizing_at": at}
+        values = {"status": BatchStatus.FINALIZING.value, "finalizing_at": at}
         with self._store.write() as connection:
-            return self._set(connection, batch_id, (Status.IN_PROGRESS.value,), **values)
+            return self._set(connection, batch_id, (BatchStatus.IN_PROGRESS.value,), **values)
 
     def end(
-        self, batch_id: str, status: Status, *, output: File | None, errors: File | None, at: datetime
+        self, batch_id: str, status: BatchStatus, *, output: File | None, errors: File | None, at: datetime
     ) -> bool:
         """The last change: `status` and the files, whose bytes are kept already. All of it or nothing."""
-        before = Status.CANCELLING if status is Status.CANCELLED else Status.FINALIZING
+        before = BatchStatus.CANCELLING if status is BatchStatus.CANCELLED else BatchStatus.FINALIZING
         with self._store.write() as connection:
             if not self._set(connection, batch_id, (before.value,), lease_expires_at=at):  # and locks it
                 return False

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from time import monotonic
 
-from serve.batches.batches import Batch, LineError, Status
+from serve.batches.batches import Batch, BatchStatus, LineError
 from serve.batches.input import (
     ENDPOINTS,
     InputBounds,
@@ -22,9 +22,9 @@ from serve.batches.input import (
     read_line,
     validate,
 )
-from serve.batches.lines import Attempt, LineKeeper, Lines, NotMine
+from serve.batches.lines import Attempt, LineCommitHook, Lines, NotMine
 from serve.batches.output import write_output
-from serve.batches.queue import BatchWork
+from serve.batches.queue import BatchQueue
 from serve.client_data.files import Files
 from serve.errors import (
     BespokeError,
@@ -38,7 +38,7 @@ from serve.errors import (
 from serve.formats.errors import body_of, status_of
 from serve.formats.shape import Json, whole_body
 from serve.inference.gateway import Gateway
-from serve.inference.generation import Generation
+from serve.inference.request import GenerationResult
 from serve.tenants import Principal
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ PAUSE_S_MIN, PAUSE_S_MAX = 0.5, 60.0
 LOOK_S = 1.0
 
 
-class Pause:
+class Backoff:
     """When to go on after a refusal: later each time in a row, and never all at the same moment."""
 
     def __init__(self) -> None:
@@ -71,20 +71,20 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
-class Workshop:
+class RunnerContext:
     """What the batches of a gateway share. `principal_of` blocks and raises Unauthenticated, TenantSuspended.
 
     `places` bounds the lines in flight; `pause` is for all, when engines or the store cannot take more.
     """
 
     gateway: Gateway
-    work: BatchWork
+    work: BatchQueue
     lines: Lines
     files: Files
     bounds: InputBounds
     principal_of: Callable[[str, datetime], Principal]
     places: asyncio.Semaphore
-    pause: Pause
+    pause: Backoff
     stopping: asyncio.Event
     now: Callable[[], datetime]
 
@@ -92,25 +92,25 @@ class Workshop:
 class BatchRun:
     """Take it to its end with `go`, unless the worker stops or loses the lease."""
 
-    def __init__(self, shop: Workshop, batch: Batch) -> None:
+    def __init__(self, shop: RunnerContext, batch: Batch) -> None:
         self.batch = batch
         self._shop = shop
-        self._status: Status | None = batch.status
-        self._pause = Pause()  # the tenant's own limits
+        self._status: BatchStatus | None = batch.status
+        self._pause = Backoff()  # the tenant's own limits
         self._lost: dict[int, int] = {}
 
     async def go(self) -> None:
         """Raises StoreUnavailable; then another attempt goes on from here."""
         while not self._shop.stopping.is_set() and (status := await self.renew()) is not None:
             match status:
-                case Status.VALIDATING:
+                case BatchStatus.VALIDATING:
                     await self._validate()
-                case Status.IN_PROGRESS:
+                case BatchStatus.IN_PROGRESS:
                     await self._execute()
                 case _:
                     await self._end(status)
 
-    async def renew(self) -> Status | None:
+    async def renew(self) -> BatchStatus | None:
         """Keep the lease, and see how the batch stands; None if it is over or another's."""
         shop = self._shop
         self._status = await asyncio.to_thread(shop.work.renew, self.batch.id, at=shop.now())
@@ -142,7 +142,7 @@ class BatchRun:
             if len(done) == batch.lines:
                 break
             await self._pass(done)
-        if self._status is Status.IN_PROGRESS and not shop.stopping.is_set():
+        if self._status is BatchStatus.IN_PROGRESS and not shop.stopping.is_set():
             await asyncio.to_thread(shop.work.finalize, batch.id, at=shop.now())
 
     async def _pass(self, done: set[int]) -> None:
@@ -170,7 +170,7 @@ class BatchRun:
     @property
     def _may_begin(self) -> bool:
         in_time = self._shop.now() < self.batch.expires_at
-        return self._status is Status.IN_PROGRESS and in_time and not self._shop.stopping.is_set()
+        return self._status is BatchStatus.IN_PROGRESS and in_time and not self._shop.stopping.is_set()
 
     async def _ready(self) -> bool:
         """Wait for a pause to end. False if nothing more may begin."""
@@ -212,15 +212,15 @@ class BatchRun:
             raise PermissionDenied("inference")
         endpoint = ENDPOINTS[batch.endpoint]
 
-        def render(generation: Generation) -> Json:
-            return whole_body(generation, endpoint.shape())
+        def render(result: GenerationResult) -> Json:
+            return whole_body(result, endpoint.shape())
 
         call = replace(
             endpoint.call(line.body, attempt.request_id, shop.bounds.fields),
-            whole=True,
-            persistent=True,
+            collect=True,
+            survives_disconnect=True,
             tier="batch",
-            keeper=LineKeeper(attempt, render, body_of(EngineFailed())),
+            commit_hook=LineCommitHook(attempt, render, body_of(EngineFailed())),
         )
         generation = await shop.gateway.generate(principal, call)
         try:
@@ -245,11 +245,11 @@ class BatchRun:
         except StoreUnavailable as away:
             self._shop.pause.begin(away.retry_after_s)
 
-    async def _end(self, status: Status) -> None:
+    async def _end(self, status: BatchStatus) -> None:
         """After the last attempt: none may be settled once the files are written."""
         shop, batch = self._shop, self.batch
         await asyncio.to_thread(shop.lines.fence, batch.id, at=shop.now())
-        end = Status.CANCELLED if status is Status.CANCELLING else Status.COMPLETED
+        end = BatchStatus.CANCELLED if status is BatchStatus.CANCELLING else BatchStatus.COMPLETED
 
         def write() -> None:
             write_output(batch, end, lines=shop.lines, files=shop.files, work=shop.work, at=shop.now())

@@ -13,8 +13,8 @@ import sqlalchemy as sa
 
 from serve.batches.input import InputBounds
 from serve.batches.lines import Lines
-from serve.batches.queue import BatchWork
-from serve.batches.runner import BatchRun, Pause, Workshop
+from serve.batches.queue import BatchQueue
+from serve.batches.runner import Backoff, BatchRun, RunnerContext
 from serve.client_data.files import Files
 from serve.errors import StoreUnavailable, Unauthenticated
 from serve.inference.gateway import Gateway
@@ -55,8 +55,8 @@ class BatchWorker:
         self._stopping = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
         owner = f"{socket.gethostname()[:30]}-{os.getpid()}-{secrets.token_hex(8)}"
-        self._work = BatchWork(store, files, owner, lease)
-        self._shop = Workshop(
+        self._work = BatchQueue(store, files, owner, lease)
+        self._shop = RunnerContext(
             gateway=gateway,
             work=self._work,
             lines=Lines(store),
@@ -64,7 +64,7 @@ class BatchWorker:
             bounds=bounds,
             principal_of=lambda key_id, at: principal_of(store, tenants, key_id, at),
             places=asyncio.Semaphore(requests_in_flight),
-            pause=Pause(),
+            pause=Backoff(),
             stopping=self._stopping,
             now=now,
         )

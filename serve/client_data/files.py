@@ -95,7 +95,7 @@ class Draft:
         except OSError as error:
             raise StoreUnavailable() from error
 
-    def keep(self) -> None:
+    def publish(self) -> None:
         """On disk under its own name, whatever happens from now on. Raises StoreUnavailable."""
         try:
             self._out.flush()
@@ -146,7 +146,7 @@ class Files:
         expires_at: datetime | None = None,
     ) -> File:
         """Keep an upload. Raises InvalidRequest beyond the tenant's bounds, and then keeps nothing."""
-        draft.keep()
+        draft.publish()
         file = File(draft.id, tenant, purpose, safe_name(filename), draft.bytes, draft.sha256, at, expires_at)
         try:
             with self._store.write() as connection:

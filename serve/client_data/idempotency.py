@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 
 from serve.errors import IdempotencyConflict, InvalidRequest
-from serve.inference.generation import Generation
+from serve.inference.request import GenerationResult
 from serve.storage.database import Store, UtcDateTime, metadata
 
 KEPT_FOR = timedelta(hours=24)
@@ -32,7 +32,7 @@ idempotency_table = sa.Table(
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredAnswer:
     """A finished request's id and answer (JSON text)."""
 
     request_id: str
@@ -46,7 +46,7 @@ class Idempotency:
         self._store = store
         self.lease = lease
 
-    def find(self, tenant: str, key: str, content: bytes, *, at: datetime) -> Kept | None:
+    def find(self, tenant: str, key: str, content: bytes, *, at: datetime) -> StoredAnswer | None:
         """The kept answer of the first request with this key; None if it may run now.
 
         Raises InvalidRequest if the key is too long or was used with another request, IdempotencyConflict
@@ -72,11 +72,16 @@ class Idempotency:
             )
         if row.body is None:
             raise IdempotencyConflict()
-        return Kept(row.request_id, row.body)
+        return StoredAnswer(row.request_id, row.body)
 
-    def keeper(
-        self, tenant: str, key: str, content: bytes, request_id: str, render: Callable[[Generation], str]
-    ) -> "IdempotentKeeper":
+    def commit_hook(
+        self,
+        tenant: str,
+        key: str,
+        content: bytes,
+        request_id: str,
+        render: Callable[[GenerationResult], str],
+    ) -> "IdempotencyCommitHook":
         """Keeps the answer of a request under `key`; `render` makes the JSON text of it."""
         row = {
             "tenant_id": tenant,
@@ -84,7 +89,7 @@ class Idempotency:
             "fingerprint": _sha256(content),
             "request_id": request_id,
         }
-        return IdempotentKeeper(row, self.lease, render)
+        return IdempotencyCommitHook(row, self.lease, render)
 
     def sweep(self, *, at: datetime) -> int:
         """Forget what has expired. Returns how many."""
@@ -94,16 +99,18 @@ class Idempotency:
             ).rowcount
 
 
-class IdempotentKeeper:
+class IdempotencyCommitHook:
     """See `serve.inference.request.Keeper`."""
 
-    def __init__(self, row: dict[str, str], lease: timedelta, render: Callable[[Generation], str]) -> None:
+    def __init__(
+        self, row: dict[str, str], lease: timedelta, render: Callable[[GenerationResult], str]
+    ) -> None:
         self._row = row
         self._lease = lease
         self._render = render
         self._claimed_at: datetime | None = None
 
-    def claim(self, connection: sa.Connection, at: datetime) -> None:
+    def on_hold(self, connection: sa.Connection, at: datetime) -> None:
         """Raises IdempotencyConflict if another request has the key."""
         self._claimed_at = at
         c, row = idempotency_table.c, self._row
@@ -115,12 +122,12 @@ class IdempotentKeeper:
         except sa.exc.IntegrityError as error:
             raise IdempotencyConflict() from error
 
-    def keep(self, connection: sa.Connection, generation: Generation) -> None:
+    def on_settle(self, connection: sa.Connection, result: GenerationResult) -> None:
         assert self._claimed_at is not None
-        values = {"body": self._render(generation), "expires_at": self._claimed_at + KEPT_FOR}
+        values = {"body": self._render(result), "expires_at": self._claimed_at + KEPT_FOR}
         connection.execute(idempotency_table.update().where(self._own).values(values))
 
-    def release(self, connection: sa.Connection) -> None:
+    def on_void(self, connection: sa.Connection) -> None:
         release_key(connection, self._row["request_id"])
 
     @property

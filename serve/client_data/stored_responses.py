@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from serve.errors import ResponseNotFound
-from serve.inference.generation import Generation
+from serve.inference.request import GenerationResult
 from serve.storage.database import Store, UtcDateTime, metadata
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class StoredResponse:
         return [*self.context, *self.body["output"]]
 
 
-class Responses:
+class StoredResponses:
     """The stored responses of one store. Methods block and raise StoreUnavailable."""
 
     def __init__(
@@ -75,7 +75,7 @@ class Responses:
         self._responses_max = responses_max
         self._bytes_max = bytes_max
 
-    def keep(
+    def insert(
         self, connection: sa.Connection, tenant: str, request_id: str, stored: StoredResponse, *, at: datetime
     ) -> None:
         """Store it inside the caller's write transaction; the tenant's oldest make room for it."""
@@ -117,7 +117,7 @@ class Responses:
     def store(self, tenant: str, request_id: str, stored: StoredResponse, *, at: datetime) -> None:
         """`keep` in a transaction of its own."""
         with self._store.write() as connection:
-            self.keep(connection, tenant, request_id, stored, at=at)
+            self.insert(connection, tenant, request_id, stored, at=at)
 
     def find(self, tenant: str, response_id: str, *, at: datetime) -> StoredResponse:
         """Raises ResponseNotFound if there is none with this id, or it is another tenant's or too old."""
@@ -157,7 +157,7 @@ class Responses:
         return count
 
 
-class ResponseKeeper:
+class ResponseCommitHook:
     """Stores a whole answer with its settlement; see `serve.inference.request.Keeper`.
 
     `render` makes the response of a generation. `stored` is what was kept, None if nothing was: what is wrong
@@ -165,22 +165,22 @@ class ResponseKeeper:
     """
 
     def __init__(
-        self, responses: Responses, tenant: str, render: Callable[[Generation], StoredResponse]
+        self, responses: StoredResponses, tenant: str, render: Callable[[GenerationResult], StoredResponse]
     ) -> None:
         self.stored: StoredResponse | None = None
         self._responses = responses
         self._tenant = tenant
         self._render = render
 
-    def claim(self, connection: sa.Connection, at: datetime) -> None:
+    def on_hold(self, connection: sa.Connection, at: datetime) -> None:
         """Nothing: an answer's place is made when there is one."""
 
-    def keep(self, connection: sa.Connection, generation: Generation) -> None:
-        at, request_id = generation.created_at, generation.call.request_id
+    def on_settle(self, connection: sa.Connection, result: GenerationResult) -> None:
+        at, request_id = result.created_at, result.request.request_id
         try:
             with connection.begin_nested():
-                stored = self._render(generation)
-                self._responses.keep(connection, self._tenant, request_id, stored, at=at)
+                stored = self._render(result)
+                self._responses.insert(connection, self._tenant, request_id, stored, at=at)
         except (sa.exc.OperationalError, sa.exc.InterfaceError):
             raise  # the store is away, for the settlement too, which is tried again
         except Exception:
@@ -188,7 +188,7 @@ class ResponseKeeper:
         else:
             self.stored = stored
 
-    def release(self, connection: sa.Connection) -> None:
+    def on_void(self, connection: sa.Connection) -> None:
         """Nothing was claimed."""
 
 

@@ -18,8 +18,8 @@ from serve.commands.common import (
     table,
 )
 from serve.errors import OperatorError, UnknownRecord
-from serve.registry.registry import Catalogue, newest_published
-from serve.registry.versions import AdapterRef, Entry, State
+from serve.registry.registry import AdapterRegistry, newest_published
+from serve.registry.versions import AdapterVersion, VersionInfo, VersionState
 from serve.settings import Settings
 from serve.tenants.audit import command_actor
 
@@ -35,19 +35,19 @@ VersionArgument = Annotated[str, typer.Argument(help="tenant/name@version")]
 def register(model: PublishedArgument, config: ProfileOption = None, home: HomeOption = None) -> None:
     """Check a published version and let the engines probe it. Again, it changes nothing."""
     settings = settings_of(home, config)
-    catalogue = _catalogue(settings)
-    adapter = _register(catalogue, settings, model)
-    console.print(f"registered {adapter.model}: {catalogue.state(adapter)}", highlight=False)
+    registry = _registry(settings)
+    adapter = _register(registry, settings, model)
+    console.print(f"registered {adapter.model}: {registry.state(adapter)}", highlight=False)
 
 
 @app.command()
 def promote(model: PublishedArgument, config: ProfileOption = None, home: HomeOption = None) -> None:
     """Register a published version and let its alias mean it. Requests in flight keep theirs."""
     settings = settings_of(home, config)
-    catalogue = _catalogue(settings)
-    adapter = _register(catalogue, settings, model)
-    catalogue.promote(adapter, at=now(), actor=command_actor())
-    ready = catalogue.state(adapter) == State.READY
+    registry = _registry(settings)
+    adapter = _register(registry, settings, model)
+    registry.promote(adapter, at=now(), actor=command_actor())
+    ready = registry.state(adapter) == VersionState.READY
     means = "now means" if ready else "will mean, once an engine has probed it,"
     console.print(f"[bold]{adapter.tenant}/{adapter.name}[/] {means} {adapter.model}", highlight=False)
 
@@ -56,7 +56,7 @@ def promote(model: PublishedArgument, config: ProfileOption = None, home: HomeOp
 def index(tenant: Annotated[str | None, typer.Argument()] = None, home: HomeOption = None) -> None:
     """Every registered version; the one that its alias means now, or will mean once it is probed."""
     rows = table("!model", "base", ">rank", ">size", "state", "pinned", "alias")
-    for entry in _catalogue(settings_of(home)).entries(tenant):
+    for entry in _registry(settings_of(home)).entries(tenant):
         rows.add_row(
             entry.ref.model,
             entry.base,
@@ -71,8 +71,8 @@ def index(tenant: Annotated[str | None, typer.Argument()] = None, home: HomeOpti
 @app.command()
 def show(model: VersionArgument, home: HomeOption = None) -> None:
     """All that is known of a version; if it was rejected, why."""
-    catalogue, adapter = _registered(model, home)
-    entry = catalogue.entry(adapter)
+    registry, adapter = _registered(model, home)
+    entry = registry.entry(adapter)
     rank, size = _rank_and_size(entry)
     rows = table("model", entry.ref.model)
     for name, value in (
@@ -95,34 +95,34 @@ def show(model: VersionArgument, home: HomeOption = None) -> None:
 @app.command()
 def pin(model: VersionArgument, home: HomeOption = None) -> None:
     """Let every replica keep a version loaded."""
-    catalogue, adapter = _registered(model, home)
-    catalogue.pin(adapter, True, actor=command_actor())
+    registry, adapter = _registered(model, home)
+    registry.pin(adapter, True, actor=command_actor())
     console.print(f"every replica keeps {adapter.model} loaded", highlight=False)
 
 
 @app.command()
 def unpin(model: VersionArgument, home: HomeOption = None) -> None:
     """Let replicas unload a version when others need its place."""
-    catalogue, adapter = _registered(model, home)
-    catalogue.pin(adapter, False, actor=command_actor())
+    registry, adapter = _registered(model, home)
+    registry.pin(adapter, False, actor=command_actor())
     console.print(f"replicas may unload {adapter.model}", highlight=False)
 
 
 @app.command()
 def retire(model: VersionArgument, home: HomeOption = None) -> None:
     """Serve a version no longer, for good. Not while its alias points to it."""
-    catalogue, adapter = _registered(model, home)
-    catalogue.retire(adapter, now(), actor=command_actor())
+    registry, adapter = _registered(model, home)
+    registry.retire(adapter, now(), actor=command_actor())
     console.print(f"{adapter.model} is served no longer", highlight=False)
 
 
-def _catalogue(settings: Settings) -> Catalogue:
-    return Catalogue(open_store(settings), settings.bases)
+def _registry(settings: Settings) -> AdapterRegistry:
+    return AdapterRegistry(open_store(settings), settings.bases)
 
 
-def _register(catalogue: Catalogue, settings: Settings, model: str) -> AdapterRef:
+def _register(registry: AdapterRegistry, settings: Settings, model: str) -> AdapterVersion:
     directory = _published(settings, model)
-    return catalogue.register(
+    return registry.register(
         directory,
         at=now(),
         base_dir=settings.bases_dir / read_card(directory).base,
@@ -141,12 +141,12 @@ def _published(settings: Settings, model: str) -> Path:
     return directory
 
 
-def _registered(model: str, home: Path | None) -> tuple[Catalogue, AdapterRef]:
+def _registered(model: str, home: Path | None) -> tuple[AdapterRegistry, AdapterVersion]:
     tenant, name, version = _parts(model)
     if not version:
         raise OperatorError(f"'{model}' names no version: say tenant/name@version.")
-    catalogue = _catalogue(settings_of(home))
-    return catalogue, catalogue.find(tenant, name, version)
+    registry = _registry(settings_of(home))
+    return registry, registry.find(tenant, name, version)
 
 
 def _parts(model: str) -> tuple[str, str, str]:
@@ -155,9 +155,9 @@ def _parts(model: str) -> tuple[str, str, str]:
     return tenant, name, version
 
 
-def _state(entry: Entry) -> str:
+def _state(entry: VersionInfo) -> str:
     return f"{entry.state}, retired" if entry.retired_at else str(entry.state)
 
 
-def _rank_and_size(entry: Entry) -> tuple[str, str]:
+def _rank_and_size(entry: VersionInfo) -> tuple[str, str]:
     return str(entry.rank or ""), "" if entry.bytes is None else filesize.decimal(entry.bytes)

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from serve.billing.budgets.service import NOTIFY_PCTS, Budgets, Standing
+from serve.billing.budgets.service import NOTIFY_PCTS, BudgetService, BudgetUsage
 from serve.billing.money import nanos_of_usd, usd
 from serve.billing.webhooks.delivery import secret_of
 from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
@@ -103,11 +103,11 @@ def secret(tenant: str, home: HomeOption = None) -> None:
     console.print(secret_of(server_secret(settings.home), tenant), highlight=False, soft_wrap=True)
 
 
-def _budgets(home: Any) -> Budgets:
-    return Budgets(open_store(settings_of(home)))
+def _budgets(home: Any) -> BudgetService:
+    return BudgetService(open_store(settings_of(home)))
 
 
-def _sentence(standing: Standing) -> str:
+def _sentence(standing: BudgetUsage) -> str:
     budget = standing.budget
     kind = "may spend" if budget.hard else "is expected to spend"
     retired = f"; retired {minute(budget.retired_at)}" if budget.retired_at else ""

@@ -68,11 +68,11 @@ def demo(
         _process("quantize", "run", str(CONFIGS / "quantize" / "nf4.yaml"), "--base", BASE)
     with steps("Create tenants, prices, keys; promote the adapters"):
         keys = _onboard(settings)
-    from serve.deployment.local import Service
+    from serve.deployment.local import LocalService
 
     with ExitStack() as running:
         with steps("Start Ray Serve: a gateway and vLLM, no adapter loaded yet"):
-            service = running.enter_context(Service(settings))
+            service = running.enter_context(LocalService(settings))
         customers = [
             Customer(tenant, keys[tenant], f"{tenant}/{ADAPTER}", _questions(tenant, asked))
             for tenant, asked in ASKED.items()

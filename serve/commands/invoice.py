@@ -9,7 +9,7 @@ import typer
 import yaml
 from pydantic import ValidationError
 
-from serve.billing.invoicing.billing_details import SELLER, Parties, read_party
+from serve.billing.invoicing.billing_details import SELLER, BillingDetails, read_party
 from serve.billing.invoicing.breakdown import By, InvoiceUsage, Within
 from serve.billing.invoicing.credit_notes import CreditNotes
 from serve.billing.invoicing.export import write_csv, write_json
@@ -244,7 +244,7 @@ def _party(party: str, file: Path, home: Path | None) -> None:
         details = read_party(file)
     except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise OperatorError(f"{file}: {error}") from None
-    Parties(open_store(settings_of(home))).put(party, details, actor=command_actor())
+    BillingDetails(open_store(settings_of(home))).put(party, details, actor=command_actor())
     console.print(f"invoices from now on say: {details.name}", markup=False)
 
 

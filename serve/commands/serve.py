@@ -24,11 +24,11 @@ def serve(
 
 
 def run(settings: Settings) -> None:
-    from serve.deployment.local import Service
+    from serve.deployment.local import LocalService
 
     with ExitStack() as running:
         with console.status(f"starting vLLM with {', '.join(settings.bases)} (about a minute) …"):
-            service = running.enter_context(Service(settings))
+            service = running.enter_context(LocalService(settings))
         stop = interrupted()  # after the start: ray.init puts a SIGTERM handler of its own in place
         console.print(f"Ready: [bold]{service.url}/v1[/]  (Ctrl-C stops it)")
         stop.wait()

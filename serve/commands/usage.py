@@ -14,7 +14,7 @@ from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.verification import verify
 from serve.billing.metering.events import label_of
 from serve.billing.metering.forecast import forecast
-from serve.billing.metering.queries import DAY, EVER, Question, Usage
+from serve.billing.metering.queries import DAY, EVER, UsageQueries, UsageQuery
 from serve.billing.metering.reconciliation import EngineCount, Reconciliation, reconcile
 from serve.billing.metering.rollups import rebuild
 from serve.billing.money import cents, usd
@@ -43,7 +43,7 @@ def show(
 ) -> None:
     """Requests, tokens and cost per tenant and model."""
     start, end = period_bounds(month) if month else EVER
-    question = Question(
+    question = UsageQuery(
         start,
         end,
         DAY if by == By.DAY else None,
@@ -55,7 +55,7 @@ def show(
     between = () if by == By.MODEL else (f"!{by.value}",)
     columns = (">requests", ">prompt", ">of it cached", ">completion", ">cost USD")
     rows = table("tenant", *between, "model", *columns)
-    for used in Usage(open_store(settings_of(home))).ask(question):
+    for used in UsageQueries(open_store(settings_of(home))).query(question):
         groups = {
             By.MODEL: (),
             By.DAY: (f"{used.bucket:%Y-%m-%d}",),
@@ -91,9 +91,9 @@ def verify_ledger(home: HomeOption = None) -> None:
     rows = table("check", ">compared", ">different")
     wrong = table("check", "!what", ">kept", ">said")
     for one in checks:
-        rows.add_row(one.name, f"{one.compared:,}", f"{len(one.differences):,}")
-        for different in one.differences:
-            wrong.add_row(one.name, different.subject, f"{different.kept:,}", f"{different.said:,}")
+        rows.add_row(one.name, f"{one.compared:,}", f"{len(one.mismatches):,}")
+        for different in one.mismatches:
+            wrong.add_row(one.name, different.subject, f"{different.stored:,}", f"{different.expected:,}")
     console.print(rows)
     if wrong.row_count:
         console.print(wrong)
@@ -119,7 +119,7 @@ def check(
     settings = settings_of(home)
     store = open_store(settings)
     token = settings.metrics_token.get_secret_value() if settings.metrics_token else None
-    entries = reconcile(engine_counts(url, token), Usage(store).by_engine())
+    entries = reconcile(engine_counts(url, token), UsageQueries(store).by_engine())
     rows = table("engine", "class", ">vLLM counted", ">checks", ">billed", ">drift")
     for entry in entries:
         _add_rows(rows, entry)

@@ -26,24 +26,24 @@ from serve.api import (
     responses,
 )
 from serve.api.dependencies import Context
-from serve.api.middleware import Edge, Intake, Traced, body_bound
+from serve.api.middleware import BodyMiddleware, RequestMiddleware, Traced, body_bound
 from serve.batches.batches import Batches
 from serve.batches.input import InputBounds
 from serve.batches.worker import BatchWorker
-from serve.billing.ledger.checkpoints import Journal
+from serve.billing.ledger.checkpoints import UsageCheckpoints
 from serve.billing.ledger.ledger import Ledger
-from serve.billing.ledger.writer import Books
+from serve.billing.ledger.writer import CommitQueue
 from serve.client_data.files import FileBounds, Files
 from serve.client_data.idempotency import Idempotency
 from serve.engine.protocol import Engine
 from serve.errors import StoreUnavailable
-from serve.formats.sampling import Limits
+from serve.formats.sampling import RequestBounds
 from serve.inference.gateway import Gateway
-from serve.maintenance.steward import Watched
-from serve.observability.metrics import ALONE, Metrics, Peers
+from serve.maintenance.steward import StewardClient
+from serve.observability.metrics import ALONE, GatewayPeers, Metrics
 from serve.observability.tracing import OFF, tracing_of
-from serve.rate_limits import Admission
-from serve.registry.registry import Catalogue
+from serve.rate_limits import RateLimiter
+from serve.registry.registry import AdapterRegistry
 from serve.settings import Settings
 from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
@@ -57,8 +57,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def build_app(
     settings: Settings,
     engines: Mapping[str, Engine],
-    steward: Watched | None = None,
-    peers: Peers | None = None,
+    steward: StewardClient | None = None,
+    peers: GatewayPeers | None = None,
 ) -> FastAPI:
     """The gateway over `engines` (one per base). Migrates the store first.
 
@@ -66,20 +66,20 @@ def build_app(
     """
     store = Store(settings.store_url)
     store.migrate()
-    catalogue = Catalogue(store, list(engines))
+    registry = AdapterRegistry(store, list(engines))
     metrics = _metrics(settings, peers.name if peers else ALONE)
-    admission = Admission(store, f"{socket.gethostname()}-{os.getpid()}")
-    books = Books(Ledger(store), metrics.committed)
-    journal = Journal(settings.journals_dir, failed=metrics.journal_failed)
+    admission = RateLimiter(store, f"{socket.gethostname()}-{os.getpid()}")
+    commit_queue = CommitQueue(Ledger(store), metrics.committed)
+    checkpoints = UsageCheckpoints(settings.checkpoints_dir, failed=metrics.journal_failed)
     idempotency = Idempotency(store, lease=timedelta(seconds=settings.request_timeout_s + 120))
     tracing = tracing_of(settings.otlp_endpoint, settings.trace_ratio, "gateway")
     gateway = Gateway(
         store=store,
-        catalogue=catalogue,
+        registry=registry,
         engines=engines,
         admission=admission,
-        books=books,
-        journal=journal,
+        commit_queue=commit_queue,
+        checkpoints=checkpoints,
         metrics=metrics,
         request_timeout_s=settings.request_timeout_s,
         first_token_timeout_s=settings.first_token_timeout_s,
@@ -91,7 +91,7 @@ def build_app(
     limits = settings.limits
     bounds = FileBounds(limits.file_bytes, limits.files_per_tenant, limits.files_bytes_per_tenant)
     stored = Files(store, settings.files_dir, bounds)
-    fields = Limits(
+    fields = RequestBounds(
         messages=limits.messages,
         n=limits.n,
         stop_sequences=limits.stop_sequences,
@@ -111,7 +111,7 @@ def build_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        chores = [
+        jobs = [
             asyncio.create_task(chore)
             for chore in (
                 admission.follow(),
@@ -121,11 +121,11 @@ def build_app(
         worker.start()
         yield
         await worker.stop()
-        for chore in chores:
+        for chore in jobs:
             chore.cancel()
         await gateway.drain()
-        await asyncio.to_thread(books.stop)
-        await asyncio.to_thread(journal.close)
+        await asyncio.to_thread(commit_queue.stop)
+        await asyncio.to_thread(checkpoints.close)
         await _flush_key_use(tenants)
         await admission.close()
         store.close()
@@ -135,7 +135,7 @@ def build_app(
     app.state.context = Context(
         gateway=gateway,
         tenants=tenants,
-        catalogue=catalogue,
+        registry=registry,
         engines=engines,
         store=store,
         metrics=metrics,
@@ -164,8 +164,8 @@ def build_app(
     openapi.install(app)
     sizes = {"body_bytes_max": limits.body_bytes, "file_bytes_max": limits.file_bytes}
     slowest = limits.body_bytes / limits.body_timeout_s
-    app.add_middleware(Intake, body_bytes_max=body_bound(**sizes), bytes_per_s_min=slowest)
-    app.add_middleware(Edge, metrics=metrics, **sizes)
+    app.add_middleware(BodyMiddleware, body_bytes_max=body_bound(**sizes), bytes_per_s_min=slowest)
+    app.add_middleware(RequestMiddleware, metrics=metrics, **sizes)
     if tracing is not OFF:
         app.add_middleware(Traced, tracing=tracing)
     return app
@@ -187,6 +187,6 @@ async def _note_key_use(tenants: Tenants) -> None:
 
 
 async def _flush_key_use(tenants: Tenants) -> None:
-    for door in (tenants.door, tenants.platform_door):
+    for key_cache in (tenants.key_cache, tenants.platform_door):
         with contextlib.suppress(StoreUnavailable):  # kept for the next time
-            await asyncio.to_thread(door.flush)
+            await asyncio.to_thread(key_cache.flush)

@@ -42,7 +42,7 @@ def check_free(host: str, port: int) -> None:
 SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
 
 
-class Service:
+class LocalService:
     """A running Bespoke on this machine: `with Service(settings) as service: service.url`."""
 
     def __init__(self, settings: Settings) -> None:
@@ -55,7 +55,7 @@ class Service:
     def url(self) -> str:
         return f"http://{self._settings.host}:{self._settings.port}"
 
-    def __enter__(self) -> "Service":
+    def __enter__(self) -> "LocalService":
         try:
             self._start()
         except BaseException:

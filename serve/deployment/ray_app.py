@@ -15,21 +15,22 @@ from typing import Any
 
 from quantize.card import verify
 from quantize.errors import CardMissing
+from serve.billing.metering.terms import RequestUsage
 from serve.deployment.app import LOOPBACK
 from serve.deployment.autoscaling import REQUESTS
 from serve.engine.adapters.reconciler import Reconciler
 from serve.engine.client import RemoteEngine
-from serve.engine.protocol import Counters, Final, GenerationRequest, Take
+from serve.engine.protocol import Counters, GenerationRequest, Take
 from serve.engine.transport.frames import Address, Hello
-from serve.engine.transport.gateway_side import Inbox
-from serve.engine.transport.replica_side import Desk
+from serve.engine.transport.gateway_side import ReplicaListener
+from serve.engine.transport.replica_side import ReplicaServer
 from serve.engine.vllm.engine import VllmEngine
 from serve.engine.vllm.setup import compute_on_one_thread, read_variables_once
 from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError
-from serve.maintenance.steward import Measurements
+from serve.maintenance.steward import StewardStatus
 from serve.observability import logs
 from serve.observability.metrics import Exposition, Metrics
-from serve.registry.registry import Catalogue
+from serve.registry.registry import AdapterRegistry
 from serve.settings import ScalingSettings, Settings
 from serve.storage.database import Store
 
@@ -75,20 +76,20 @@ class EngineDeployment:
         read_variables_once()
         store = Store(settings.store_url)
         store.migrate()
-        catalogue = Catalogue(store, settings.bases)
-        self._reconciler = Reconciler(catalogue, self._engine, base, lambda: datetime.now(UTC))
+        registry = AdapterRegistry(store, settings.bases)
+        self._reconciler = Reconciler(registry, self._engine, base, lambda: datetime.now(UTC))
         await self._reconciler.reconcile()  # a new replica serves the same set as the one before
-        self._following = asyncio.create_task(self._reconciler.follow())
-        self._desk = Desk(self, Hello(base, replica, settings.limits.ongoing_requests))
+        self._following = asyncio.create_task(self._reconciler.run())
+        self._replica_server = ReplicaServer(self, Hello(base, replica, settings.limits.ongoing_requests))
         _keep_what_is_loaded()
 
-    async def meet(self, gateway: Address) -> None:
+    async def connect(self, gateway: Address) -> None:
         """From now on `gateway` sends its requests to this replica by a connection of their own."""
-        await self._desk.meet(gateway)
+        await self._replica_server.connect(gateway)
 
     @property
-    def resident(self) -> list[int]:
-        return self._engine.resident
+    def loaded_adapters(self) -> list[int]:
+        return self._engine.loaded_adapters
 
     async def generate(self, request: GenerationRequest, take: Take) -> None:
         with _ending_with_the_engine():
@@ -97,16 +98,16 @@ class EngineDeployment:
     async def abort(self, request_id: str) -> None:
         await self._engine.abort(request_id)
 
-    async def finals(self, request_id: str) -> Final | None:
+    async def final_usage(self, request_id: str) -> RequestUsage | None:
         with _ending_with_the_engine():
-            return await self._engine.finals(request_id)
+            return await self._engine.final_usage(request_id)
 
     async def counters(self) -> Counters:
         with _ending_with_the_engine():
             return await self._engine.counters()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        return {REQUESTS: self._desk.ongoing}
+        return {REQUESTS: self._replica_server.ongoing}
 
     async def check_health(self) -> None:
         with _ending_with_the_engine():
@@ -114,7 +115,7 @@ class EngineDeployment:
 
     async def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # of one that was ended while it started
-            await self._desk.drain(self._drain_timeout_s)
+            await self._replica_server.drain(self._drain_timeout_s)
             self._engine.shutdown()
 
 
@@ -149,7 +150,7 @@ class StewardDeployment:
         self._steward = build_steward(settings, _engines(settings, contexts, handles))
         self._running = asyncio.get_running_loop().create_task(self._steward.run())
 
-    async def measurements(self) -> Measurements:
+    async def measurements(self) -> StewardStatus:
         return await self._steward.measurements()
 
 
@@ -159,10 +160,10 @@ class RemoteSteward:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def measurements(self) -> Measurements:
+    async def measurements(self) -> StewardStatus:
         try:
             async with asyncio.timeout(STEWARD_TIMEOUT_S):
-                measured: Measurements = await self._handle.measurements.remote()
+                measured: StewardStatus = await self._handle.measurements.remote()
                 return measured
         except Exception as error:
             raise EngineUnavailable("The steward is away.") from error
@@ -171,12 +172,14 @@ class RemoteSteward:
 def _engines(
     settings: Settings, contexts: dict[str, int], handles: dict[str, Any]
 ) -> dict[str, RemoteEngine]:
-    inbox = Inbox(LOOPBACK_ADDRESS if settings.host in LOOPBACK else ray.util.get_node_ip_address())
+    listener = ReplicaListener(
+        LOOPBACK_ADDRESS if settings.host in LOOPBACK else ray.util.get_node_ip_address()
+    )
     return {
         base: RemoteEngine(
             base,
             handle,
-            inbox,
+            listener,
             context_tokens_max=contexts[base],
             queued_max=settings.limits.queued_requests,
             accept_timeout_s=settings.accept_timeout_s,
@@ -186,7 +189,7 @@ def _engines(
     }
 
 
-class Fleet:
+class RayGatewayPeers:
     """All gateway replicas, as one of them asks them; see `serve.observability.metrics.Peers`."""
 
     def __init__(self, wanted: int) -> None:
@@ -216,9 +219,9 @@ class GatewayDeployment:
         _keep_replica_port_on(settings.host)
         logs.install(log_spec(settings), "gateway")
         engines = _engines(settings, contexts, handles)
-        self._following = [asyncio.create_task(engine.follow()) for engine in engines.values()]
-        fleet = Fleet(settings.gateway_replicas)
-        app = build_app(settings, engines, RemoteSteward(steward), fleet)
+        self._following = [asyncio.create_task(engine.discover()) for engine in engines.values()]
+        pool = RayGatewayPeers(settings.gateway_replicas)
+        app = build_app(settings, engines, RemoteSteward(steward), pool)
         self._metrics: Metrics = app.state.context.metrics
         self._server = HttpServer(app, settings.host, settings.port, drain_timeout_s=settings.drain_timeout_s)
         await self._server.start()

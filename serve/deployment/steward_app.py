@@ -5,11 +5,15 @@ from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from functools import partial
 
-from serve.billing.budgets.alerts import notify_due
+import sqlalchemy as sa
+
+from serve.batches.lines import release_line
+from serve.billing.budgets.alerts import send_due_alerts
 from serve.billing.jobs import draft_due, expire_due
 from serve.billing.metering.rollups import rollup_drift
 from serve.billing.webhooks.delivery import post, secret_of
 from serve.billing.webhooks.outbox import deliver_due
+from serve.client_data.idempotency import release_key
 from serve.engine.protocol import Engine
 from serve.maintenance.adapter_hours import charge_residency
 from serve.maintenance.steward import Steward
@@ -27,16 +31,17 @@ def build_steward(settings: Settings, engines: Mapping[str, Engine]) -> Steward:
     return Steward(
         store,
         engines,
-        settings.journals_dir,
+        settings.checkpoints_dir,
+        _release,
         lease=timedelta(seconds=settings.request_timeout_s + 120),
-        chores=_chores(store, server_secret(settings.home)),
+        jobs=_jobs(store, server_secret(settings.home)),
     )
 
 
-def _chores(store: Store, secret: bytes) -> dict[str, tuple[float, Callable[[datetime], object]]]:
+def _jobs(store: Store, secret: bytes) -> dict[str, tuple[float, Callable[[datetime], object]]]:
     """name → (seconds in between, what to do). Each may be repeated, and run in two processes at a time."""
     return {
-        "budgets": (2.0, partial(notify_due, store)),
+        "budgets": (2.0, partial(send_due_alerts, store)),
         "notices": (2.0, lambda at: deliver_due(store, at, post, partial(secret_of, secret))),
         "credits": (60.0, partial(expire_due, store)),
         "residency": (300.0, partial(charge_residency, store)),
@@ -50,3 +55,9 @@ def _check_rollups(store: Store, at: datetime) -> None:
     day = (at - timedelta(days=1)).date()
     if wrong := rollup_drift(store, day):
         log.error("%d rows of usage by the hour of %s differ from their events", wrong, day)
+
+
+def _release(request_id: str, connection: sa.Connection) -> None:
+    """What was claimed for the client of a request that is lost is free again."""
+    release_key(connection, request_id)
+    release_line(connection, request_id)

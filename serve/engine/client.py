@@ -12,16 +12,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from serve.engine.protocol import Counters, Final, GenerationRequest, Take
+from serve.billing.metering.terms import RequestUsage
+from serve.engine.protocol import Counters, GenerationRequest, Take
 from serve.engine.router import choose
-from serve.engine.transport.gateway_side import Arrivals, Inbox, Replica
+from serve.engine.transport.gateway_side import PendingRequest, ReplicaConnection, ReplicaListener
 from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, Overloaded
 
 log = logging.getLogger(__name__)
 
-MEET_INTERVAL_S = 2.0
+DISCOVERY_INTERVAL_S = 2.0
 # A request waits for a replica for so long if there is none: one that was just lost is not back sooner.
-NO_REPLICA_S = 2.0
+REPLICA_WAIT_S = 2.0
 
 Classify = Callable[[BaseException], BespokeError | None]
 
@@ -33,7 +34,7 @@ class RemoteEngine:
         self,
         base: str,
         handle: Any,
-        inbox: Inbox,
+        listener: ReplicaListener,
         *,
         context_tokens_max: int,
         queued_max: int,
@@ -41,36 +42,36 @@ class RemoteEngine:
         classify: Classify,
     ) -> None:
         self._handle = handle
-        self._inbox = inbox
+        self._listener = listener
         self._context_tokens_max = context_tokens_max
         self._queued_max = queued_max
         self._accept_timeout_s = accept_timeout_s
         self._classify = classify
-        self._replicas: list[Replica] = []
-        self._queue: deque[tuple[Arrivals, asyncio.Future[Replica]]] = deque()
-        self._lonely = asyncio.Event()
-        self._met = asyncio.Event()
-        inbox.fleets[base] = self
+        self._replicas: list[ReplicaConnection] = []
+        self._queue: deque[tuple[PendingRequest, asyncio.Future[ReplicaConnection]]] = deque()
+        self._replica_needed = asyncio.Event()
+        self._replica_joined = asyncio.Event()
+        listener.pools[base] = self
 
     @property
     def context_tokens_max(self) -> int:
         return self._context_tokens_max
 
-    async def follow(self) -> None:
+    async def discover(self) -> None:
         """For ever: be introduced to replicas that have started; at once, when one is missed."""
-        address = await self._inbox.address()
+        address = await self._listener.address()
         missed = False
         while True:
-            self._lonely.clear()
+            self._replica_needed.clear()
             try:
-                await self._broadcast("meet", address)
+                await self._broadcast("connect", address)
                 missed = False
             except BespokeError as error:
                 if not missed:
                     log.warning("no replica was met: %s", type(error).__name__)
                 missed = True
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._lonely.wait(), MEET_INTERVAL_S)
+                await asyncio.wait_for(self._replica_needed.wait(), DISCOVERY_INTERVAL_S)
                 await asyncio.sleep(0.1)
 
     # --- requests ---
@@ -80,24 +81,24 @@ class RemoteEngine:
 
         Raises EngineLost, before or after Accepted, if the replica dies.
         """
-        arrivals = Arrivals(request, take)
+        pending = PendingRequest(request, take)
         replica = None
         try:
             async with asyncio.timeout(self._accept_timeout_s):
-                replica = await self._place(arrivals)
-                await arrivals.begun
-            await arrivals.over
+                replica = await self._place(pending)
+                await pending.begun
+            await pending.over
         except TimeoutError as error:
             raise EngineUnavailable() from error
         except EngineLost:
             raise
         except (EngineUnavailable, Overloaded) as error:
-            if arrivals.accepted:
+            if pending.accepted:
                 raise EngineFailed() from error
             raise
         finally:
             if replica is not None:
-                replica.leave(arrivals)
+                replica.leave(pending)
 
     async def abort(self, request_id: str) -> None:
         """A request that no replica has here has ended, or its replica has."""
@@ -105,66 +106,66 @@ class RemoteEngine:
             if replica.abort(request_id):
                 return
 
-    async def _place(self, arrivals: Arrivals) -> Replica:
+    async def _place(self, pending: PendingRequest) -> ReplicaConnection:
         """Give the request to a replica; while all are full it waits in line."""
         if not self._replicas:
-            await self._meet_one()
-        if not self._queue and (found := self._choose(arrivals)) is not None:
-            found.start(arrivals)
+            await self._await_replica()
+        if not self._queue and (found := self._choose(pending)) is not None:
+            found.start(pending)
             return found
         if len(self._queue) >= self._queued_max:
             raise Overloaded()
-        turn: asyncio.Future[Replica] = asyncio.get_running_loop().create_future()
-        self._queue.append((arrivals, turn))
+        turn: asyncio.Future[ReplicaConnection] = asyncio.get_running_loop().create_future()
+        self._queue.append((pending, turn))
         try:
             return await turn
         except BaseException:
             if turn.done() and not turn.cancelled():  # it was placed in the moment in which it was given up
-                turn.result().leave(arrivals)
+                turn.result().leave(pending)
             raise
 
-    async def _meet_one(self) -> None:
-        self._met.clear()
-        self._lonely.set()
+    async def _await_replica(self) -> None:
+        self._replica_joined.clear()
+        self._replica_needed.set()
         try:
-            await asyncio.wait_for(self._met.wait(), NO_REPLICA_S)
+            await asyncio.wait_for(self._replica_joined.wait(), REPLICA_WAIT_S)
         except TimeoutError as error:
             raise EngineUnavailable() from error
 
-    def _choose(self, arrivals: Arrivals) -> Replica | None:
-        adapter = arrivals.request.adapter
+    def _choose(self, pending: PendingRequest) -> ReplicaConnection | None:
+        adapter = pending.request.adapter
         there = [replica for replica in self._replicas if not replica.draining]
         return choose(None if adapter is None else adapter.id, there)
 
-    def joined(self, replica: Replica) -> None:
+    def joined(self, replica: ReplicaConnection) -> None:
         self._replicas.append(replica)
-        self._met.set()
+        self._replica_joined.set()
         self.changed()
 
-    def left(self, replica: Replica) -> None:
+    def left(self, replica: ReplicaConnection) -> None:
         self._replicas.remove(replica)
-        self._lonely.set()
+        self._replica_needed.set()
 
     def changed(self) -> None:
         while self._queue:
-            arrivals, turn = self._queue[0]
+            pending, turn = self._queue[0]
             if not turn.done():
-                if (found := self._choose(arrivals)) is None:
+                if (found := self._choose(pending)) is None:
                     return
-                found.start(arrivals)
+                found.start(pending)
                 turn.set_result(found)
             self._queue.popleft()
 
     # --- what is asked of every replica ---
 
-    async def finals(self, request_id: str) -> list[Final]:
-        """See `serve.engine.protocol.Engine.finals`."""
-        results = await self._broadcast("finals", request_id)
+    async def final_usage(self, request_id: str) -> list[RequestUsage]:
+        """See `serve.engine.protocol.Engine.final_usage`."""
+        results = await self._broadcast("final_usage", request_id)
         for result in results:
             # What a replica that died had counted is gone with its counters.
             if isinstance(result, BespokeError) and not isinstance(result, EngineLost):
                 raise result
-        return [result for result in results if isinstance(result, Final)]
+        return [result for result in results if isinstance(result, RequestUsage)]
 
     async def counters(self) -> list[Counters]:
         """Those of the replicas that answer; raises if none does."""

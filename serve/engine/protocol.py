@@ -12,7 +12,8 @@ from typing import Protocol
 
 import msgspec
 
-from serve.registry.versions import AdapterRef
+from serve.billing.metering.terms import RequestUsage
+from serve.registry.versions import AdapterVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +115,14 @@ class GenerationRequest:
     """
 
     request_id: str
-    adapter: AdapterRef | None
+    adapter: AdapterVersion | None
     prompt: Prompt
     sampling: Sampling
     cache_salt: str
     length_param: str = "max_tokens"
     toolbox: Toolbox | None = None
     reasoning_effort: str | None = None
-    whole: bool = False
+    collect: bool = False
     context_tokens_max: int | None = None
     trace_headers: Mapping[str, str] | None = None
 
@@ -181,18 +182,6 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f", gc=False):
 
 Event = Accepted | Delta | Finished
 Take = Callable[[list[Event]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Final:
-    """What a replica did for a request, all in all, for those who did not hear its Finished."""
-
-    replica: str
-    boot: str
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    cold_loads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +252,7 @@ class Engine(Protocol):
     async def abort(self, request_id: str) -> None:
         """Stop generating; Finished is the last event. Unknown ids are ignored."""
 
-    async def finals(self, request_id: str) -> list[Final]:
+    async def final_usage(self, request_id: str) -> list[RequestUsage]:
         """End the request for good, also if it has not begun, and say what was done: nobody else will ask.
 
         Empty if no live replica has worked on it. Raises EngineUnavailable if a replica does not answer.

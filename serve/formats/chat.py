@@ -13,10 +13,9 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from serve.engine.protocol import Delta, JsonFormat, Message, Sampling, TokenLogprob, Tool, Toolbox, ToolCall
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound, check_tools, schema_text
-from serve.formats.sampling import GenerationBody, Limits
+from serve.formats.sampling import GenerationBody, RequestBounds
 from serve.formats.shape import Json
-from serve.inference.generation import Generation
-from serve.inference.request import Call, Choice
+from serve.inference.request import Choice, GenerationResult, InferenceRequest
 
 FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 TOOL_CALLS_MAX = 128
@@ -108,12 +107,12 @@ class AnswerSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class AnswerFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: AnswerSchema | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> "ResponseFormat":
+    def _whole(self) -> "AnswerFormat":
         if self.type == "json_schema" and self.json_schema is None:
             raise ValueError("the type json_schema needs a json_schema")
         return self
@@ -125,7 +124,7 @@ class ChatCompletionRequest(GenerationBody):
     tools: list[OfferedTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
+    response_format: AnswerFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -143,11 +142,11 @@ class ChatCompletionRequest(GenerationBody):
     def length_param(self) -> str:
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
-    def prompt(self, limits: Limits) -> tuple[Message, ...]:
+    def prompt(self, limits: RequestBounds) -> tuple[Message, ...]:
         bound("messages", len(self.messages), limits.messages, "messages")
         return tuple(message.message() for message in self.messages)
 
-    def toolbox(self, limits: Limits) -> Toolbox | None:
+    def toolbox(self, limits: RequestBounds) -> Toolbox | None:
         if not self.tools:
             return None
         bound("tools", len(self.tools), limits.tools, "tools")
@@ -157,7 +156,7 @@ class ChatCompletionRequest(GenerationBody):
             return Toolbox(tools, "required", self.tool_choice.function.name, parallel)
         return Toolbox(tools, self.tool_choice or "auto", None, parallel)
 
-    def sampling(self, limits: Limits) -> Sampling:
+    def sampling(self, limits: RequestBounds) -> Sampling:
         return self.sampling_with(
             limits,
             completion_tokens_max=self.max_completion_tokens or self.max_tokens,
@@ -182,9 +181,9 @@ def _tool(function: OfferedFunction, index: int) -> Tool:
     return Tool(function.name, function.description, parameters, function.strict)
 
 
-def call_of(body: ChatCompletionRequest, request_id: str, limits: Limits) -> Call:
+def request_of(body: ChatCompletionRequest, request_id: str, limits: RequestBounds) -> InferenceRequest:
     """Raises InvalidRequest for what is beyond the installation's bounds."""
-    return Call(
+    return InferenceRequest(
         request_id=request_id,
         model=body.model,
         prompt=body.prompt(limits),
@@ -192,15 +191,15 @@ def call_of(body: ChatCompletionRequest, request_id: str, limits: Limits) -> Cal
         length_param=body.length_param,
         toolbox=body.toolbox(limits),
         reasoning_effort=body.reasoning_effort,
-        whole=not body.stream,
+        collect=not body.stream,
     )
 
 
-class ChatShape:
+class ChatFormat:
     """chat.completion and chat.completion.chunk objects."""
 
-    def opening(self, generation: Generation) -> Iterable[Json]:
-        for index in range(generation.call.choices):
+    def opening(self, result: GenerationResult) -> Iterable[Json]:
+        for index in range(result.request.choices):
             delta = {"role": "assistant", "content": ""}
             yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
@@ -219,7 +218,7 @@ class ChatShape:
             "finish_reason": delta.finish_reason,
         }
 
-    def whole(self, choice: Choice, generation: Generation) -> Json:
+    def whole(self, choice: Choice, result: GenerationResult) -> Json:
         calls = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in choice.tool_calls
@@ -232,16 +231,16 @@ class ChatShape:
         return {
             "index": choice.index,
             "message": message,
-            "logprobs": _logprobs(choice.logprobs) if generation.call.sampling.logprobs is not None else None,
+            "logprobs": _logprobs(choice.logprobs) if result.request.sampling.logprobs is not None else None,
             "finish_reason": choice.finish_reason,
         }
 
-    def envelope(self, generation: Generation, choices: list[Json], *, streamed: bool) -> Json:
+    def envelope(self, result: GenerationResult, choices: list[Json], *, streamed: bool) -> Json:
         return {
-            "id": "chatcmpl-" + generation.call.request_id.removeprefix("req_"),
+            "id": "chatcmpl-" + result.request.request_id.removeprefix("req_"),
             "object": "chat.completion.chunk" if streamed else "chat.completion",
-            "created": int(generation.created_at.timestamp()),
-            "model": generation.model.name,
+            "created": int(result.created_at.timestamp()),
+            "model": result.model,
             "choices": choices,
         }
 

@@ -9,10 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from serve.engine.protocol import Delta, Sampling, Texts, TokenLogprob
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound
-from serve.formats.sampling import CHOICES_MAX, GenerationBody, Limits
+from serve.formats.sampling import CHOICES_MAX, GenerationBody, RequestBounds
 from serve.formats.shape import Json
-from serve.inference.generation import Generation
-from serve.inference.request import Call, Choice
+from serve.inference.request import Choice, GenerationResult, InferenceRequest
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's
@@ -39,7 +38,7 @@ class CompletionRequest(GenerationBody):
             )
         return self
 
-    def texts(self, limits: Limits) -> Texts:
+    def texts(self, limits: RequestBounds) -> Texts:
         prompt = self.prompt
         if isinstance(prompt, str):
             return Texts((prompt,))
@@ -49,7 +48,7 @@ class CompletionRequest(GenerationBody):
         bound("n", len(prompt) * (self.n or 1), CHOICES_MAX, "choices over all prompts")
         return Texts(tuple(one if isinstance(one, str) else tuple(one) for one in prompt))
 
-    def sampling(self, limits: Limits) -> Sampling:
+    def sampling(self, limits: RequestBounds) -> Sampling:
         return self.sampling_with(
             limits,
             completion_tokens_max=self.max_tokens or COMPLETION_TOKENS_DEFAULT,
@@ -59,19 +58,19 @@ class CompletionRequest(GenerationBody):
         )
 
 
-def call_of(body: CompletionRequest, request_id: str, limits: Limits) -> Call:
+def request_of(body: CompletionRequest, request_id: str, limits: RequestBounds) -> InferenceRequest:
     """Raises InvalidRequest for what is beyond the installation's bounds."""
-    return Call(
+    return InferenceRequest(
         request_id=request_id,
         model=body.model,
         prompt=body.texts(limits),
         sampling=body.sampling(limits),
         length_param="max_tokens",
-        whole=not body.stream,
+        collect=not body.stream,
     )
 
 
-class CompletionShape:
+class CompletionFormat:
     """text_completion objects; a streamed one has the same shape as a whole one."""
 
     def __init__(self) -> None:
@@ -79,7 +78,7 @@ class CompletionShape:
             int, int
         ] = {}  # by choice: how many characters its log-probabilities have covered
 
-    def opening(self, generation: Generation) -> Iterable[Json]:
+    def opening(self, result: GenerationResult) -> Iterable[Json]:
         return ()
 
     def choice(self, delta: Delta) -> Json:
@@ -87,15 +86,15 @@ class CompletionShape:
         self._offsets[delta.index] = at + sum(len(one.token) for one in delta.logprobs)
         return _json(delta, _logprobs(delta.logprobs, at))
 
-    def whole(self, choice: Choice, generation: Generation) -> Json:
+    def whole(self, choice: Choice, result: GenerationResult) -> Json:
         return _json(choice, _logprobs(choice.logprobs, 0))
 
-    def envelope(self, generation: Generation, choices: list[Json], *, streamed: bool) -> Json:
+    def envelope(self, result: GenerationResult, choices: list[Json], *, streamed: bool) -> Json:
         return {
-            "id": "cmpl-" + generation.call.request_id.removeprefix("req_"),
+            "id": "cmpl-" + result.request.request_id.removeprefix("req_"),
             "object": "text_completion",
-            "created": int(generation.created_at.timestamp()),
-            "model": generation.model.name,
+            "created": int(result.created_at.timestamp()),
+            "model": result.model,
             "choices": choices,
         }
 

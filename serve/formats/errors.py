@@ -31,7 +31,7 @@ STATUS: dict[type[errors.BespokeError], tuple[int, str, str | None]] = {
     errors.EngineFailed: (500, "server_error", "engine_failed"),
     errors.AlreadyExists: (409, "invalid_request_error", "already_exists"),
     errors.UnknownRecord: (404, "invalid_request_error", "not_found"),
-    errors.CatalogueError: (409, "invalid_request_error", "conflict"),
+    errors.RegistryError: (409, "invalid_request_error", "conflict"),
     errors.Conflict: (409, "invalid_request_error", "conflict"),
     errors.OperatorError: (500, "server_error", "internal_error"),
     errors.BespokeError: (500, "server_error", "internal_error"),

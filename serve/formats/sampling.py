@@ -47,7 +47,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class Limits(BaseModel):
+class RequestBounds(BaseModel):
     """Bounds that depend on the installation; passed as validation context."""
 
     model_config = ConfigDict(frozen=True)
@@ -111,7 +111,7 @@ class GenerationBody(BaseModel):
 
     def sampling_with(
         self,
-        limits: Limits,
+        limits: RequestBounds,
         *,
         completion_tokens_max: int | None,
         length_param: str,

@@ -12,8 +12,7 @@ import msgspec
 
 from serve.billing.pricing.plans import Tokens
 from serve.engine.protocol import Delta
-from serve.inference.generation import Generation
-from serve.inference.request import Choice
+from serve.inference.request import Choice, GenerationResult
 
 Json = dict[str, Any]
 
@@ -25,19 +24,19 @@ def dumps(body: Json) -> bytes:
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
-class Shape(Protocol):
+class ResponseFormat(Protocol):
     """One resource's wire format, for one answer."""
 
-    def opening(self, generation: Generation) -> Iterable[Json]:
+    def opening(self, result: GenerationResult) -> Iterable[Json]:
         """Choices to send before any text."""
 
     def choice(self, delta: Delta) -> Json:
         """A streamed piece of one choice."""
 
-    def whole(self, choice: Choice, generation: Generation) -> Json:
+    def whole(self, choice: Choice, result: GenerationResult) -> Json:
         """A finished choice."""
 
-    def envelope(self, generation: Generation, choices: list[Json], *, streamed: bool) -> Json:
+    def envelope(self, result: GenerationResult, choices: list[Json], *, streamed: bool) -> Json:
         """What surrounds the choices."""
 
 
@@ -50,8 +49,8 @@ def usage(tokens: Tokens) -> Json:
     }
 
 
-def whole_body(generation: Generation, shape: Shape) -> Json:
+def whole_body(result: GenerationResult, shape: ResponseFormat) -> Json:
     """The complete answer of a generation that has gathered it (`Call.whole`)."""
-    assert generation.answer is not None
-    choices = [shape.whole(choice, generation) for choice in generation.answer.choices]
-    return shape.envelope(generation, choices, streamed=False) | {"usage": usage(generation.tokens)}
+    assert result.choices
+    choices = [shape.whole(choice, result) for choice in result.choices]
+    return shape.envelope(result, choices, streamed=False) | {"usage": usage(result.tokens)}

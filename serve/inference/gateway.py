@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from serve.billing.ledger.checkpoints import Journal
-from serve.billing.ledger.ledger import Hold, Opening, Outdated
-from serve.billing.ledger.writer import Books
-from serve.billing.metering.terms import Sale
+from serve.billing.ledger.checkpoints import UsageCheckpoints
+from serve.billing.ledger.ledger import Hold, HoldRequest, StaleQuote
+from serve.billing.ledger.writer import CommitQueue
+from serve.billing.metering.terms import BillingTerms
 from serve.engine.protocol import Engine, Texts
 from serve.errors import ModelNotFound, StoreUnavailable
-from serve.inference.generation import Admitted, Generation, Terms
-from serve.inference.model_cache import Offer, Offers
-from serve.inference.request import Call
+from serve.inference.generation import Admitted, Generation, GenerationContext
+from serve.inference.model_cache import ModelCache, PricedModel
+from serve.inference.request import InferenceRequest
 from serve.observability import logs
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import OFF, Tracing
-from serve.rate_limits import Admission
-from serve.registry.registry import Catalogue
+from serve.rate_limits import RateLimiter
+from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
 from serve.tenants import Principal
 
@@ -37,7 +37,7 @@ _OFFERS_MAX = 5  # how often a price may change while one request is admitted
 class _Quote:
     """What a call means, and its bounds in tokens, over all its prompts and samples."""
 
-    offer: Offer
+    priced_model: PricedModel
     context_tokens_max: int
     prompt_tokens_max: int
     completion_tokens_max: int
@@ -54,11 +54,11 @@ class Gateway:
         self,
         *,
         store: Store,
-        catalogue: Catalogue,
+        registry: AdapterRegistry,
         engines: Mapping[str, Engine],
-        admission: Admission,
-        books: Books,
-        journal: Journal | None,
+        admission: RateLimiter,
+        commit_queue: CommitQueue,
+        checkpoints: UsageCheckpoints | None,
         metrics: Metrics,
         request_timeout_s: float,
         first_token_timeout_s: float,
@@ -67,11 +67,13 @@ class Gateway:
     ) -> None:
         self._engines = engines
         self._admission = admission
-        self._offers = Offers(store, catalogue)
-        self.terms = Terms(books, journal, metrics, request_timeout_s, first_token_timeout_s, now, tracing)
+        self._model_cache = ModelCache(store, registry)
+        self.terms = GenerationContext(
+            commit_queue, checkpoints, metrics, request_timeout_s, first_token_timeout_s, now, tracing
+        )
         self._running: set[asyncio.Task[None]] = set()
 
-    async def generate(self, principal: Principal, call: Call) -> Generation:
+    async def generate(self, principal: Principal, call: InferenceRequest) -> Generation:
         """Admit `call`, dispatch it and return once the engine has accepted it.
 
         Raises:
@@ -88,29 +90,29 @@ class Gateway:
         await generation.wait_accepted()
         return generation
 
-    async def _start(self, principal: Principal, call: Call) -> Generation:
-        logs.handle(call.request_id)
+    async def _start(self, principal: Principal, call: InferenceRequest) -> Generation:
+        logs.set_log_context(call.request_id)
         for _ in range(_OFFERS_MAX):
-            with contextlib.suppress(Outdated):
+            with contextlib.suppress(StaleQuote):
                 return await self._start_once(principal, call)
-            self._offers.forget()
+            self._model_cache.forget()
         raise StoreUnavailable()
 
-    async def _start_once(self, principal: Principal, call: Call) -> Generation:
+    async def _start_once(self, principal: Principal, call: InferenceRequest) -> Generation:
         step = self.terms.tracing.step
         with step("admission"):
             quote = self._quote(principal, call, await self._offer(principal, call))
-            ticket = await self._admission.admit(principal.subjects, tokens=quote.tokens_max)
+            permit = await self._admission.admit(principal.subjects, tokens=quote.tokens_max)
         try:
             sale = self._sale(principal, call, quote)
             with step("hold"):
                 await self._hold(principal, call, quote, sale)
         except BaseException:
-            ticket.release(0)
+            permit.release(0)
             raise
-        admitted = Admitted(sale, quote.offer.model, ticket, quote.context_tokens_max)
+        admitted = Admitted(sale, quote.priced_model.model, permit, quote.context_tokens_max)
         generation = Generation(self.terms, principal, call, admitted, self._engines[admitted.model.base])
-        task = asyncio.create_task(generation.run(), context=logs.context_of(generation.handling))
+        task = asyncio.create_task(generation.run(), context=logs.context_of(generation.log_context))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return generation
@@ -120,27 +122,27 @@ class Gateway:
         while self._running:
             await asyncio.wait(set(self._running))
 
-    async def _offer(self, principal: Principal, call: Call) -> Offer:
+    async def _offer(self, principal: Principal, call: InferenceRequest) -> PricedModel:
         if not principal.may_use(call.model):
             raise ModelNotFound(call.model)
         tenant, now = principal.tenant, self.terms.now()
-        if (known := self._offers.known(tenant, call.model, now)) is not None:
+        if (known := self._model_cache.known(tenant, call.model, now)) is not None:
             return known
-        return await asyncio.to_thread(self._offers.look_up, tenant, call.model, now)
+        return await asyncio.to_thread(self._model_cache.look_up, tenant, call.model, now)
 
-    def _quote(self, principal: Principal, call: Call, offer: Offer) -> _Quote:
+    def _quote(self, principal: Principal, call: InferenceRequest, priced_model: PricedModel) -> _Quote:
         """What the request may cost at most. Nothing is reserved yet."""
         limits = [subject.limits.context_tokens for subject in principal.subjects]
-        own = self._engines[offer.model.base].context_tokens_max
+        own = self._engines[priced_model.model.base].context_tokens_max
         context = min([own, *(limit for limit in limits if limit is not None)])
         prompt = prompt_tokens_max(call, context)
         completion = min(call.sampling.completion_tokens_max or context, context) * call.choices
-        return _Quote(offer, context, prompt, completion)
+        return _Quote(priced_model, context, prompt, completion)
 
-    def _sale(self, principal: Principal, call: Call, quote: _Quote) -> Sale:
-        model, price = quote.offer.model, quote.offer.price
+    def _sale(self, principal: Principal, call: InferenceRequest, quote: _Quote) -> BillingTerms:
+        model, price = quote.priced_model.model, quote.priced_model.price
         rates = price.rates(model=model.name, adapter=model.adapter is not None, batch=call.tier == "batch")
-        return Sale(
+        return BillingTerms(
             tenant=principal.tenant,
             key_id=principal.key_id,
             project=principal.project,
@@ -151,27 +153,29 @@ class Gateway:
             rates=rates,
             samples=call.sampling.n,
             tier=call.tier,
-            again=call.persistent,
+            rerun_if_lost=call.survives_disconnect,
         )
 
-    async def _hold(self, principal: Principal, call: Call, quote: _Quote, sale: Sale) -> None:
+    async def _hold(
+        self, principal: Principal, call: InferenceRequest, quote: _Quote, sale: BillingTerms
+    ) -> None:
         hold = Hold(
             call.request_id,
             principal.tenant,
             sale.rates.cost_nanos_max(quote.prompt_tokens_max, quote.completion_tokens_max),
             project=principal.project,
             key_id=principal.key_id,
-            sale=sale.to_json(),
-            owner=self.terms.journal.name if self.terms.journal else None,
+            terms=sale.to_json(),
+            owner=self.terms.checkpoints.name if self.terms.checkpoints else None,
         )
         at = self.terms.now()
         # The lease outlasts every way in which a live gateway can still close the request itself.
         lease = timedelta(seconds=self.terms.request_timeout_s + 120)
-        also = None if call.keeper is None else partial(call.keeper.claim, at=at)
-        await self.terms.books.open(Opening(hold, at, lease, also, quote.offer.revision))
+        also = None if call.commit_hook is None else partial(call.commit_hook.on_hold, at=at)
+        await self.terms.commit_queue.open(HoldRequest(hold, at, lease, also, quote.priced_model.revision))
 
 
-def prompt_tokens_max(call: Call, context_tokens: int) -> int:
+def prompt_tokens_max(call: InferenceRequest, context_tokens: int) -> int:
     """An upper bound on the prompt's tokens without a tokenizer.
 
     Byte-level and byte-fallback tokenizers make at most one token of each UTF-8 byte. What a template makes

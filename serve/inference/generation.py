@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from datetime import datetime
 from time import monotonic
 
-from serve.billing.ledger.checkpoints import Journal
-from serve.billing.ledger.ledger import Closing
-from serve.billing.ledger.writer import Books
+from serve.billing.ledger.checkpoints import UsageCheckpoints
+from serve.billing.ledger.ledger import Resolution
+from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import FailedAttempt, UsageEvent
-from serve.billing.metering.terms import Sale, Served
+from serve.billing.metering.terms import BillingTerms, RequestUsage
 from serve.billing.pricing.plans import Tokens
 from serve.engine.protocol import Accepted, Delta, Engine, Event, Finished, GenerationRequest, Texts
 from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable
 from serve.inference import settlement
-from serve.inference.request import Answer, Call, Delivery
+from serve.inference.request import CollectedAnswer, DeltaBuffer, GenerationResult, InferenceRequest
 from serve.observability import logs
-from serve.observability.metrics import Metrics, Pace
+from serve.observability.metrics import Metrics, TokenLatency
 from serve.observability.tracing import OFF, Tracing
-from serve.rate_limits import Standing, Ticket
+from serve.rate_limits import Permit, RateLimitStatus
 from serve.registry.versions import Model
 from serve.tenants import Principal
 
@@ -40,18 +40,18 @@ _ABORT_GRACE_S = 30.0
 class Admitted:
     """What was decided before anything is computed, and is held to afterwards."""
 
-    sale: Sale
+    terms: BillingTerms
     model: Model
-    ticket: Ticket
+    permit: Permit
     context_tokens_max: int
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class GenerationContext:
     """What all generations of a gateway share. Without a journal, a gateway that dies forgets its counts."""
 
-    books: Books
-    journal: Journal | None
+    commit_queue: CommitQueue
+    checkpoints: UsageCheckpoints | None
     metrics: Metrics
     request_timeout_s: float
     first_token_timeout_s: float
@@ -63,18 +63,23 @@ class Generation:
     """One admitted request. Iterate it for deltas, then read `tokens`; always `close` it."""
 
     def __init__(
-        self, terms: Terms, principal: Principal, call: Call, admitted: Admitted, engine: Engine
+        self,
+        terms: GenerationContext,
+        principal: Principal,
+        call: InferenceRequest,
+        admitted: Admitted,
+        engine: Engine,
     ) -> None:
-        self.call = call
+        self.request = call
         self.model = admitted.model
-        self.answer = Answer(call.choices) if call.whole else None
+        self.answer = CollectedAnswer(call.choices) if call.collect else None
         self.created_at = terms.now()
         self.failure: BespokeError | None = None  # that ended it
         operation = "text_completion" if isinstance(call.prompt, Texts) else "chat"
-        self._course = terms.tracing.course(
+        self._telemetry = terms.tracing.generation(
             operation, call.model, admitted.model.base, call.sampling, call.request_id
         )
-        self.handling = logs.handling()
+        self.log_context = logs.log_context()
         self._terms = terms
         self._principal = principal
         self._admitted = admitted
@@ -89,10 +94,10 @@ class Generation:
         self._reasons: list[str] = []
         self._finished: Finished | None = None
         self._accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
-        self._delivery = Delivery()
+        self._deltas = DeltaBuffer()
         self._started_s = monotonic()
         self._first_token_s: float | None = None
-        self._pace = Pace(call.choices)
+        self._pace = TokenLatency(call.choices)
         self._stopped: str | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._done = False
@@ -103,9 +108,15 @@ class Generation:
         return Tokens(self._prompt, self._cached, self._completion)
 
     @property
-    def standing(self) -> Standing | None:
+    def result(self) -> GenerationResult:
+        """Holds what has come until now; `choices` only if the request collects them."""
+        choices = self.answer.choices if self.answer is not None else ()
+        return GenerationResult(self.request, self.model.name, self.created_at, self.tokens, choices)
+
+    @property
+    def rate_limit_status(self) -> RateLimitStatus | None:
         """What is left of the caller's limits."""
-        return self._admitted.ticket.standing
+        return self._admitted.permit.standing
 
     async def wait_accepted(self) -> None:
         try:
@@ -119,11 +130,11 @@ class Generation:
 
         Raises EngineFailed.
         """
-        return aiter(self._delivery)
+        return aiter(self._deltas)
 
     def close(self) -> None:
         """The client is gone or has everything: stop the engine if it still runs. Never blocks."""
-        if not self.call.persistent:
+        if not self.request.survives_disconnect:
             self._stop("disconnected")
 
     async def run(self) -> None:
@@ -132,27 +143,27 @@ class Generation:
         metrics.in_progress.inc()
         metrics.waiting.inc()
         self._accepted.add_done_callback(lambda _: metrics.waiting.dec())
-        if self._terms.journal is not None:
-            self._terms.journal.follow(self.call.request_id, self._used)
+        if self._terms.checkpoints is not None:
+            self._terms.checkpoints.track(self.request.request_id, self._used)
         failure = await self._listen()
         self._done = True
-        self._course.step("settlement")
+        self._telemetry.step("settlement")
         metrics.pace(self.model.base, self._version, self._pace)
         try:
             with metrics.settling():
                 await self._settle_or_void(failure)
         except Exception:  # nobody may wait for a bug; the hold's lease runs out
-            log.exception("request %s is not closed", self.call.request_id)
-        self._course.end()
-        self._admitted.ticket.release(self._prompt + self._completion)
+            log.exception("request %s is not closed", self.request.request_id)
+        self._telemetry.end()
+        self._admitted.permit.release(self._prompt + self._completion)
         metrics.in_progress.dec()
         if not self._accepted.done():
             self._accepted.set_exception(failure or EngineUnavailable())
             self._accepted.exception()  # retrieved: a client that left is not an unhandled error
         if self._finished is not None and self._last:
-            self._delivery.put(self._last)
+            self._deltas.put(self._last)
         self.failure = failure
-        self._delivery.end(failure)
+        self._deltas.end(failure)
 
     async def _listen(self) -> BespokeError | None:
         """Take in all that the engine says; returns what went wrong, if anything did."""
@@ -170,7 +181,7 @@ class Generation:
             except BespokeError as error:
                 return error
             except (Exception, asyncio.CancelledError) as error:  # even a shutdown leaves no hold behind
-                log.exception("request %s failed", self.call.request_id)
+                log.exception("request %s failed", self.request.request_id)
                 failure = self._broken()
                 failure.__cause__ = error
                 return failure
@@ -183,20 +194,20 @@ class Generation:
     async def _dispatch(self) -> None:
         """Once, and once more if the replica died with nothing out yet and the answer still wanted."""
         try:
-            await self._attempt(self.call.request_id)
+            await self._attempt(self.request.request_id)
         except EngineLost as error:
             if self._begun or self._stopped:
                 raise
             self._failed.append(self._failure(error))
-            log.warning("request %s lost its replica and is tried again", self.call.request_id)
+            log.warning("request %s lost its replica and is tried again", self.request.request_id)
             self._terms.metrics.retried()
-            await self._attempt(f"{self.call.request_id}-2")
+            await self._attempt(f"{self.request.request_id}-2")
 
     async def _attempt(self, engine_id: str) -> None:
         """Stream from a replica, which knows the request as `engine_id`."""
         self._engine_id, self._served_by = engine_id, None
         self._attempts += 1
-        self._course.step("dispatch", attempt=self._attempts)
+        self._telemetry.step("dispatch", attempt=self._attempts)
         await self._engine.generate(self._request(), self._take)
 
     def _take(self, batch: list[Event]) -> None:
@@ -222,7 +233,7 @@ class Generation:
         if self.answer is not None:
             self.answer.take(deltas)
         if self._finished is None:
-            self._delivery.put(deltas)
+            self._deltas.put(deltas)
 
     @property
     def _begun(self) -> bool:
@@ -245,20 +256,20 @@ class Generation:
         return GenerationRequest(
             self._engine_id,
             self.model.adapter,
-            self.call.prompt,
-            self.call.sampling,
+            self.request.prompt,
+            self.request.sampling,
             cache_salt=self._principal.tenant,
-            length_param=self.call.length_param,
-            toolbox=self.call.toolbox,
-            reasoning_effort=self.call.reasoning_effort,
-            whole=self.call.whole,
+            length_param=self.request.length_param,
+            toolbox=self.request.toolbox,
+            reasoning_effort=self.request.reasoning_effort,
+            collect=self.request.collect,
             context_tokens_max=self._admitted.context_tokens_max,
-            trace_headers=self._course.headers,
+            trace_headers=self._telemetry.headers,
         )
 
     def _accept(self, event: Accepted) -> None:
         self._served_by = event
-        self._course.step("first_token", replica=event.replica)
+        self._telemetry.step("first_token", replica=event.replica)
         self._prompt, self._cached, self._completion = event.prompt_tokens, 0, 0
         if not self._accepted.done():
             self._accepted.set_result(event)
@@ -267,21 +278,21 @@ class Generation:
 
     def _note_first_token(self) -> None:
         self._first_token_s = monotonic()
-        self._course.step("generation")
+        self._telemetry.step("generation")
         waited_s = self._first_token_s - self._started_s
         self._terms.metrics.ttft(self.model.base, self._version, waited_s)
 
-    def _used(self) -> Served | None:
+    def _used(self) -> RequestUsage | None:
         """What was counted until now: should this process die, somebody else must bill it."""
         return None if self._served_by is None else self._served(self._served_by)
 
-    def _served(self, by: Accepted) -> Served:
-        return Served(by.replica, by.boot, self.tokens, self._attempts, by.cold_loads)
+    def _served(self, by: Accepted) -> RequestUsage:
+        return RequestUsage(by.replica, by.boot, self.tokens, self._attempts, by.cold_loads)
 
     def _failure(self, error: BespokeError) -> FailedAttempt:
         by = self._served_by
         return FailedAttempt(
-            self.call.request_id,
+            self.request.request_id,
             self._attempts,
             self._principal.tenant,
             self.model.name,
@@ -310,10 +321,10 @@ class Generation:
                     await self._engine.abort(self._engine_id)
                     return
                 except (BespokeError, asyncio.CancelledError) as error:
-                    log.warning("request %s is not aborted yet: %s", self.call.request_id, error)
+                    log.warning("request %s is not aborted yet: %s", self.request.request_id, error)
                     await asyncio.sleep(_ABORT_RETRY_S)
 
-        self._stopping = asyncio.create_task(abort(), context=logs.context_of(self.handling))
+        self._stopping = asyncio.create_task(abort(), context=logs.context_of(self.log_context))
 
     async def _settle_or_void(self, failure: BespokeError | None) -> None:
         """Close the hold; the journal knows, if this process dies first."""
@@ -322,41 +333,43 @@ class Generation:
             closing = self._void(failure, at)
         else:
             closing = self._settlement(served_by, failure, at)
-        await settlement.close(self._terms.books, self._terms.journal, closing)
+        await settlement.close(self._terms.commit_queue, self._terms.checkpoints, closing)
 
-    def _void(self, failure: BespokeError | None, at: datetime) -> Closing:
+    def _void(self, failure: BespokeError | None, at: datetime) -> Resolution:
         reason = type(failure).__name__ if failure else (self._stopped or "no tokens")
-        self._course.voided(reason, self._attempts)
+        self._telemetry.voided(reason, self._attempts)
         if failure is not None and self._attempts > len(self._failed):
             self._failed.append(self._failure(failure))
         self._prompt = self._cached = self._completion = 0
         self._terms.metrics.closed(self.model.base, self._version, "void")
-        keeper = self.call.keeper
-        return Closing(
-            self.call.request_id,
+        hook = self.request.commit_hook
+        return Resolution(
+            self.request.request_id,
             self._principal.tenant,
             at,
             reason=reason,
-            also=keeper.release if keeper else None,
+            in_transaction=hook.on_void if hook else None,
             failed=tuple(self._failed),
         )
 
-    def _settlement(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> Closing:
+    def _settlement(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> Resolution:
         event = self._event(served_by, failure, at)
-        self._course.settled(event, self._reasons)
+        self._telemetry.settled(event, self._reasons)
         self._terms.metrics.closed(self.model.base, self._version, event.status.value)
         self._terms.metrics.tokens(self.model.base, self._version, event.tokens)
         self._terms.metrics.billed(self.model.base, event.cost_nanos)
-        if self._terms.journal is not None:
-            self._terms.journal.note_end(event)
-        also = settlement.keeping(self, event.status)
-        return Closing(event.request_id, event.tenant, at, event=event, also=also, failed=tuple(self._failed))
+        if self._terms.checkpoints is not None:
+            self._terms.checkpoints.note_end(event)
+        also = settlement.commit_outcome(self.request.commit_hook, self.result, event.status)
+        return Resolution(
+            event.request_id, event.tenant, at, event=event, in_transaction=also, failed=tuple(self._failed)
+        )
 
     def _event(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> UsageEvent:
-        status, reason = settlement.outcome(failure, self._stopped, self._reasons, self.call.choices)
+        status, reason = settlement.outcome(failure, self._stopped, self._reasons, self.request.choices)
         first_s = self._first_token_s or monotonic()
-        return self._admitted.sale.event(
-            self.call.request_id,
+        return self._admitted.terms.event(
+            self.request.request_id,
             self._served(served_by),
             status,
             reason,

@@ -11,7 +11,7 @@ from datetime import datetime
 
 from serve.billing.pricing.plans import Prices, PriceVersion
 from serve.errors import NotBillable
-from serve.registry.registry import Catalogue
+from serve.registry.registry import AdapterRegistry
 from serve.registry.versions import Model
 from serve.storage import revision
 from serve.storage.database import Store
@@ -20,7 +20,7 @@ REMEMBERED_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class PricedModel:
     """It stands at its `revision`, and until the plan that follows comes into force."""
 
     model: Model
@@ -29,32 +29,36 @@ class Offer:
     until: datetime | None
 
 
-class Offers:
+class ModelCache:
     """Of one gateway. `known` is for its event loop, `look_up` blocks."""
 
-    def __init__(self, store: Store, catalogue: Catalogue) -> None:
+    def __init__(self, store: Store, registry: AdapterRegistry) -> None:
         self._store = store
-        self._catalogue = catalogue
+        self._registry = registry
         self._prices = Prices(store)
-        self._known: OrderedDict[tuple[str, str], Offer] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], PricedModel] = OrderedDict()
 
-    def known(self, tenant: str, name: str, at: datetime) -> Offer | None:
-        offer = self._known.get((tenant, name))
-        return None if offer is None or (offer.until is not None and at >= offer.until) else offer
+    def known(self, tenant: str, name: str, at: datetime) -> PricedModel | None:
+        priced_model = self._known.get((tenant, name))
+        return (
+            None
+            if priced_model is None or (priced_model.until is not None and at >= priced_model.until)
+            else priced_model
+        )
 
-    def look_up(self, tenant: str, name: str, at: datetime) -> Offer:
+    def look_up(self, tenant: str, name: str, at: datetime) -> PricedModel:
         """Raises ModelNotFound, NotBillable, StoreUnavailable."""
         with self._store.read() as connection:
             number = revision.current(connection)
-            model = self._catalogue.resolve(connection, tenant, name)
+            model = self._registry.resolve(connection, tenant, name)
             price = self._prices.at(connection, tenant, at)
             until = self._prices.next_change(connection, tenant, at)
         if price is None:
             raise NotBillable(tenant)
-        offer = self._known[tenant, name] = Offer(model, price, number, until)
+        priced_model = self._known[tenant, name] = PricedModel(model, price, number, until)
         while len(self._known) > REMEMBERED_MAX:
             self._known.popitem(last=False)
-        return offer
+        return priced_model
 
     def forget(self) -> None:
         """Something has changed: everything is looked up again."""

@@ -6,17 +6,18 @@ What of an answer waits for its reader: put by whoever generates, read once, as 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import sqlalchemy as sa
 
+from serve.billing.pricing.plans import Tokens
 from serve.engine.protocol import Delta, Prompt, Sampling, Texts, TokenLogprob, Toolbox, ToolCall
 
 
-class Delivery:
+class DeltaBuffer:
     """Deltas gather while the reader is busy. Every token passes here, and a queue would cost more."""
 
     def __init__(self) -> None:
@@ -83,7 +84,7 @@ class Choice:
             )
 
 
-class Answer:
+class CollectedAnswer:
     """The choices of a request, as far as they have come."""
 
     def __init__(self, choices: int) -> None:
@@ -94,30 +95,26 @@ class Answer:
             self.choices[delta.index].take(delta)
 
 
-if TYPE_CHECKING:
-    from serve.inference.generation import Generation
+class CommitHook(Protocol):
+    """Stores a request's outcome in the very transactions that open and close its hold."""
 
+    def on_hold(self, connection: sa.Connection, at: datetime) -> None:
+        """Runs with the hold. An exception refuses the request, and nothing is held."""
 
-class Keeper(Protocol):
-    """Whoever keeps a request's outcome does so in the very transactions that open and close its hold."""
+    def on_settle(self, connection: sa.Connection, result: "GenerationResult") -> None:
+        """Runs with the settlement: `result.choices` are complete, and paid for."""
 
-    def claim(self, connection: sa.Connection, at: datetime) -> None:
-        """With the hold. What it raises refuses the request, and nothing is held."""
-
-    def keep(self, connection: sa.Connection, generation: "Generation") -> None:
-        """With the settlement: `generation.answer` is complete, and paid for."""
-
-    def release(self, connection: sa.Connection) -> None:
-        """With the void, and with the settlement of what was cut short or could not be kept."""
+    def on_void(self, connection: sa.Connection) -> None:
+        """Runs with the void, and with the settlement of an answer that was cut short or not stored."""
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """What a client asked for, validated and bounded, in the gateway's own terms.
+class InferenceRequest:
+    """Holds what a client asked for, validated and bounded, in the gateway's own terms.
 
-    With `whole` the answer is gathered (`Generation.answer`), which a `keeper` needs. A `persistent` one goes
-    on when its client leaves, who will come back for the answer. `tier` is default or batch: at which of the
-    plan's prices.
+    collect: gather the choices into `GenerationResult.choices`, which a `commit_hook` needs.
+    survives_disconnect: go on when the client leaves, because it will come back for the answer.
+    tier: "default" or "batch", which of the plan's prices apply.
     """
 
     request_id: str
@@ -127,12 +124,26 @@ class Call:
     length_param: str
     toolbox: Toolbox | None = None
     reasoning_effort: str | None = None
-    whole: bool = False
-    keeper: Keeper | None = None
-    persistent: bool = False
+    collect: bool = False
+    commit_hook: CommitHook | None = None
+    survives_disconnect: bool = False
     tier: str = "default"
 
     @property
     def choices(self) -> int:
         prompts = len(self.prompt.prompts) if isinstance(self.prompt, Texts) else 1
         return prompts * self.sampling.n
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """Holds what a generation has come to: plain values for formats and commit hooks.
+
+    `model` is the name that the client gave. `choices` are empty unless the request collects them.
+    """
+
+    request: InferenceRequest
+    model: str
+    created_at: datetime
+    tokens: Tokens
+    choices: Sequence[Choice] = ()

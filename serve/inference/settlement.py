@@ -4,18 +4,15 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from itertools import chain, repeat
-from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from serve.billing.ledger.checkpoints import Journal
-from serve.billing.ledger.ledger import Closing
-from serve.billing.ledger.writer import Books
-from serve.billing.metering.events import Status
+from serve.billing.ledger.checkpoints import UsageCheckpoints
+from serve.billing.ledger.ledger import Resolution
+from serve.billing.ledger.writer import CommitQueue
+from serve.billing.metering.events import UsageStatus
 from serve.errors import BespokeError, StoreUnavailable
-
-if TYPE_CHECKING:
-    from serve.inference.generation import Generation
+from serve.inference.request import CommitHook, GenerationResult
 
 log = logging.getLogger(__name__)
 
@@ -27,40 +24,42 @@ _REASON_CHARS_MAX = 32
 
 def outcome(
     failure: BespokeError | None, stopped: str | None, reasons: Sequence[str], choices: int
-) -> tuple[Status, str | None]:
+) -> tuple[UsageStatus, str | None]:
     """The usage event's status and finish reason; `reasons` has one for each choice that came to its end."""
     if failure is not None:
-        return Status.FAILED, stopped or "error"
+        return UsageStatus.FAILED, stopped or "error"
     if stopped and len(reasons) < choices:
-        return Status.DISCONNECTED, "abort"
-    return Status.COMPLETE, reasons[0][:_REASON_CHARS_MAX] if reasons else None
+        return UsageStatus.DISCONNECTED, "abort"
+    return UsageStatus.COMPLETE, reasons[0][:_REASON_CHARS_MAX] if reasons else None
 
 
-def keeping(generation: "Generation", status: Status) -> Callable[[sa.Connection], None] | None:
-    """What the call's keeper does in the settling transaction.
+def commit_outcome(
+    hook: CommitHook | None, result: GenerationResult, status: UsageStatus
+) -> Callable[[sa.Connection], None] | None:
+    """Returns what the request's commit hook does in the settling transaction, if it has one.
 
-    What was cut short is billed, and is no answer to give again. A bug in keeping must not unsettle it.
+    An answer that was cut short is billed, and is no answer to give again. A bug in the hook must not undo
+    the settlement.
     """
-    keeper = generation.call.keeper
-    if keeper is None:
+    if hook is None:
         return None
-    if status is not Status.COMPLETE:
-        return keeper.release
+    if status is not UsageStatus.COMPLETE:
+        return hook.on_void
 
-    def keep_or_release(connection: sa.Connection) -> None:
+    def settle_or_void(connection: sa.Connection) -> None:
         try:
             with connection.begin_nested():
-                keeper.keep(connection, generation)
+                hook.on_settle(connection, result)
         except sa.exc.OperationalError:
             raise  # the store is away: the whole settlement is tried again
         except Exception:
-            log.exception("the outcome of request %s could not be kept", generation.call.request_id)
-            keeper.release(connection)
+            log.exception("the outcome of request %s could not be kept", result.request.request_id)
+            hook.on_void(connection)
 
-    return keep_or_release
+    return settle_or_void
 
 
-async def close(books: Books, journal: Journal | None, closing: Closing) -> None:
+async def close(commit_queue: CommitQueue, checkpoints: UsageCheckpoints | None, closing: Resolution) -> None:
     """Close the hold, however long the store is away.
 
     What cannot be closed for another reason is left to the steward, which finds the journal's record when the
@@ -69,10 +68,10 @@ async def close(books: Books, journal: Journal | None, closing: Closing) -> None
     failures = 0
     for delay_s in chain(_RETRY_S, repeat(_RETRY_LATER_S)):
         try:
-            if not await books.close(closing):
+            if not await commit_queue.close(closing):
                 log.warning("request %s was closed by somebody else", closing.request_id)
-            if journal is not None:
-                journal.forget(closing.request_id)
+            if checkpoints is not None:
+                checkpoints.forget(closing.request_id)
             return
         except StoreUnavailable:
             await asyncio.sleep(delay_s)

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from serve.billing.credits.charges import adapter_hour, charge, charges_table, residency_reference
 from serve.billing.pricing.plans import Prices
-from serve.registry.versions import State, adapters_table
+from serve.registry.versions import VersionState, adapters_table
 from serve.storage.database import Store
 
 HOURS_MAX = 72
@@ -27,7 +27,7 @@ def charge_residency(store: Store, at: datetime) -> int:
     begin = until - HOURS_MAX * HOUR
     c, made = adapters_table.c, 0
     ready = sa.select(adapters_table).where(
-        c.state == State.READY, sa.or_(c.retired_at.is_(None), c.retired_at > begin)
+        c.state == VersionState.READY, sa.or_(c.retired_at.is_(None), c.retired_at > begin)
     )
     with store.read() as connection:
         rows = connection.execute(ready.order_by(c.tenant_id, c.id)).all()

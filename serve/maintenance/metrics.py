@@ -7,11 +7,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from serve.maintenance.steward import Measurements
+from serve.maintenance.steward import StewardStatus
 
 
 class StewardCollector(Collector):
-    def __init__(self, measured: Measurements | None) -> None:
+    def __init__(self, measured: StewardStatus | None) -> None:
         self._measured = measured
 
     def collect(self) -> Iterable[Metric]:
@@ -20,10 +20,10 @@ class StewardCollector(Collector):
         if self._measured is None:
             return [up]
         measured = self._measured
-        return [up, *_holds(measured), *_chores(measured), *_notices(measured), *_drift(measured)]
+        return [up, *_holds(measured), *_jobs(measured), *_notices(measured), *_drift(measured)]
 
 
-def _holds(measured: Measurements) -> Iterable[Metric]:
+def _holds(measured: StewardStatus) -> Iterable[Metric]:
     held = GaugeMetricFamily("bespoke_open_holds", "Requests that are neither settled nor voided.")
     held.add_metric([], measured.open_holds)
     oldest = GaugeMetricFamily("bespoke_oldest_hold_seconds", "Age of the oldest of them.")
@@ -36,7 +36,7 @@ def _holds(measured: Measurements) -> Iterable[Metric]:
     return [held, oldest, recovered]
 
 
-def _chores(measured: Measurements) -> Iterable[Metric]:
+def _jobs(measured: StewardStatus) -> Iterable[Metric]:
     ages = GaugeMetricFamily(
         "bespoke_steward_chore_age_seconds", "How long ago each chore was last done.", labels=["chore"]
     )
@@ -47,7 +47,7 @@ def _chores(measured: Measurements) -> Iterable[Metric]:
         "bespoke_steward_chore_failures", "Rounds of a chore that failed.", labels=["chore"]
     )
     for family, values in (
-        (ages, measured.chores),
+        (ages, measured.jobs),
         (intervals, measured.intervals),
         (failures, measured.failures),
     ):
@@ -56,7 +56,7 @@ def _chores(measured: Measurements) -> Iterable[Metric]:
     return [ages, intervals, failures]
 
 
-def _notices(measured: Measurements) -> Iterable[Metric]:
+def _notices(measured: StewardStatus) -> Iterable[Metric]:
     told = measured.notices
     by_state = GaugeMetricFamily(
         "bespoke_notices", "Notices for webhooks that are not taken yet.", labels=["state"]
@@ -73,7 +73,7 @@ def _notices(measured: Measurements) -> Iterable[Metric]:
     return [by_state, oldest, done]
 
 
-def _drift(measured: Measurements) -> Iterable[Metric]:
+def _drift(measured: StewardStatus) -> Iterable[Metric]:
     drift = GaugeMetricFamily(
         "bespoke_ledger_drift_tokens",
         "Tokens that an engine process counted and the ledger did not, when nothing was under way.",
@@ -90,7 +90,7 @@ def _drift(measured: Measurements) -> Iterable[Metric]:
     return [drift, at]
 
 
-def render(measured: Measurements | None) -> bytes:
+def render(measured: StewardStatus | None) -> bytes:
     registry = CollectorRegistry()
     registry.register(StewardCollector(measured))
     return generate_latest(registry)

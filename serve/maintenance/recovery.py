@@ -10,19 +10,19 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 import sqlalchemy as sa
 
-from serve.billing.ledger.checkpoints import End, Record, journals, later, remove, taken
-from serve.billing.ledger.ledger import Closing, Ledger, OpenHold
-from serve.billing.ledger.writer import Books
-from serve.billing.metering.events import FailedAttempt, Status, UsageEvent
-from serve.billing.metering.terms import Sale, Served
-from serve.billing.pricing.plans import Tokens
-from serve.engine.protocol import Engine, Final
+from serve.billing.ledger.checkpoints import Checkpoint, RequestEnd, checkpoint_files, later, locked, remove
+from serve.billing.ledger.ledger import Ledger, OpenHold, Resolution
+from serve.billing.ledger.writer import CommitQueue
+from serve.billing.metering.events import FailedAttempt, UsageEvent, UsageStatus
+from serve.billing.metering.terms import BillingTerms, RequestUsage
+from serve.engine.protocol import Engine
 from serve.errors import EngineUnavailable
 
 log = logging.getLogger(__name__)
@@ -46,17 +46,17 @@ class Recovery:
     def __init__(
         self,
         ledger: Ledger,
-        books: Books,
+        commit_queue: CommitQueue,
         engines: Mapping[str, Engine],
-        journals_dir: Path,
+        checkpoints_dir: Path,
         release: Release,
         *,
         now: Callable[[], datetime],
     ) -> None:
         self._ledger = ledger
-        self._books = books
+        self._commit_queue = commit_queue
         self._engines = engines
-        self._journals_dir = journals_dir
+        self._checkpoints_dir = checkpoints_dir
         self._release = release
         self._now = now
         self._asked: dict[str, datetime] = {}
@@ -66,8 +66,8 @@ class Recovery:
     async def run(self) -> None:
         """Close what can be closed now. Raises StoreUnavailable."""
         alive = set()
-        for path in await asyncio.to_thread(journals, self._journals_dir):
-            with taken(path) as records:
+        for path in await asyncio.to_thread(checkpoint_files, self._checkpoints_dir):
+            with locked(path) as records:
                 if records is None:
                     alive.add(path.stem)
                     continue
@@ -83,7 +83,7 @@ class Recovery:
         ]
         await self._close_all(lost, {})
 
-    async def _close_all(self, holds: list[OpenHold], records: Mapping[str, Record]) -> bool:
+    async def _close_all(self, holds: list[OpenHold], records: Mapping[str, Checkpoint]) -> bool:
         """Whether all of `holds` are closed."""
         done = True
         for start in range(0, len(holds), AT_ONCE):
@@ -94,12 +94,12 @@ class Recovery:
             done = done and all(closed)
         return done
 
-    async def _close(self, held: OpenHold, record: Record | None) -> bool:
+    async def _close(self, held: OpenHold, record: Checkpoint | None) -> bool:
         request_id = held.hold.request_id
-        sale = Sale.from_json(held.hold.sale) if held.hold.sale else None
+        sale = BillingTerms.from_json(held.hold.terms) if held.hold.terms else None
         if sale is None:
             return await self._finish(
-                Closing(request_id, held.hold.tenant, self._now(), reason="lease expired")
+                Resolution(request_id, held.hold.tenant, self._now(), reason="lease expired")
             )
         try:
             found = await self._finals(sale.base, request_id)
@@ -112,19 +112,21 @@ class Recovery:
             found = []
         self._asked.pop(request_id, None)
         for served in found:
-            record = Record(served) if record is None else later(record, Record(served))
+            record = Checkpoint(served) if record is None else later(record, Checkpoint(served))
         return await self._finish(self._closing(held, sale, record, found))
 
-    async def _finals(self, base: str, request_id: str) -> list[Served]:
+    async def _finals(self, base: str, request_id: str) -> list[RequestUsage]:
         engine = self._engines.get(base)
         if engine is None:
             return []
         found = []
         for attempt, name in ((1, request_id), (2, f"{request_id}-2")):  # as `Generation` names them
-            found += [_served(final, attempt) for final in await engine.finals(name)]
+            found += [replace(usage, attempt=attempt) for usage in await engine.final_usage(name)]
         return found
 
-    def _closing(self, held: OpenHold, sale: Sale, record: Record | None, found: list[Served]) -> Closing:
+    def _closing(
+        self, held: OpenHold, sale: BillingTerms, record: Checkpoint | None, found: list[RequestUsage]
+    ) -> Resolution:
         request_id, tenant, at = held.hold.request_id, sale.tenant, self._now()
         failed = [
             _failed(request_id, sale, other, at)
@@ -132,16 +134,18 @@ class Recovery:
             if record is not None and other.attempt != record.served.attempt
         ]
         if record is None or not record.served.tokens.completion:
-            return Closing(request_id, tenant, at, reason="gateway died", failed=tuple(failed))
-        if sale.again:
+            return Resolution(request_id, tenant, at, reason="gateway died", failed=tuple(failed))
+        if sale.rerun_if_lost:
             failed.append(_failed(request_id, sale, record.served, at))
             also = partial(self._release, request_id)
-            return Closing(request_id, tenant, at, reason="gateway died", failed=tuple(failed), also=also)
+            return Resolution(
+                request_id, tenant, at, reason="gateway died", failed=tuple(failed), in_transaction=also
+            )
         event = _event(held, sale, record, at)
-        return Closing(request_id, tenant, at, event=event, failed=tuple(failed))
+        return Resolution(request_id, tenant, at, event=event, failed=tuple(failed))
 
-    async def _finish(self, closing: Closing) -> bool:
-        if await self._books.close(closing):
+    async def _finish(self, closing: Resolution) -> bool:
+        if await self._commit_queue.close(closing):
             if closing.event is None:
                 self.voided += 1
             else:
@@ -154,10 +158,10 @@ class Recovery:
         return True
 
 
-def _event(held: OpenHold, sale: Sale, record: Record, at: datetime) -> UsageEvent:
+def _event(held: OpenHold, sale: BillingTerms, record: Checkpoint, at: datetime) -> UsageEvent:
     waited_ms = max(round((at - held.created_at).total_seconds() * 1000), 0)
     # What its gateway was about to settle is settled so; else nobody knows how it would have ended.
-    end = record.end or End(Status.INCOMPLETE, None, waited_ms, waited_ms, at)
+    end = record.end or RequestEnd(UsageStatus.INCOMPLETE, None, waited_ms, waited_ms, at)
     return sale.event(
         held.hold.request_id,
         record.served,
@@ -169,12 +173,7 @@ def _event(held: OpenHold, sale: Sale, record: Record, at: datetime) -> UsageEve
     )
 
 
-def _served(final: Final, attempt: int) -> Served:
-    tokens = Tokens(final.prompt_tokens, final.cached_tokens, final.completion_tokens)
-    return Served(final.replica, final.boot, tokens, attempt, final.cold_loads)
-
-
-def _failed(request_id: str, sale: Sale, served: Served, at: datetime) -> FailedAttempt:
+def _failed(request_id: str, sale: BillingTerms, served: RequestUsage, at: datetime) -> FailedAttempt:
     return FailedAttempt(
         request_id,
         served.attempt,

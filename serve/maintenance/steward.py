@@ -14,31 +14,28 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-import sqlalchemy as sa
-
-from serve.batches.lines import release_line
 from serve.billing.budgets.alerts import BudgetFigures, figures
 from serve.billing.ledger.ledger import Ledger
-from serve.billing.ledger.writer import Books
-from serve.billing.metering.queries import Usage
+from serve.billing.ledger.writer import CommitQueue
+from serve.billing.metering.queries import UsageQueries
 from serve.billing.metering.reconciliation import EngineCount, Reconciliation, reconcile
 from serve.billing.webhooks import outbox
 from serve.billing.webhooks.outbox import NoticeFigures
-from serve.client_data.idempotency import Idempotency, release_key
-from serve.client_data.stored_responses import Responses
+from serve.client_data.idempotency import Idempotency
+from serve.client_data.stored_responses import StoredResponses
 from serve.engine.protocol import Counters, Engine
 from serve.errors import EngineUnavailable, StoreUnavailable
-from serve.maintenance.recovery import Recovery
+from serve.maintenance.recovery import Recovery, Release
 from serve.storage.database import Store
 
 log = logging.getLogger(__name__)
 
-Chore = Callable[[], Awaitable[None]]
+Job = Callable[[], Awaitable[None]]
 NO_BUDGETS, NO_NOTICES = BudgetFigures((), 0), NoticeFigures()
 
 
 @dataclass(frozen=True, slots=True)
-class Measurements:
+class StewardStatus:
     """What the steward sees. `drift` is of `drift_at` (Unix time): when nothing was under way.
 
     `chores` says for each chore how many seconds ago it was last done.
@@ -50,7 +47,7 @@ class Measurements:
     recovered_voided: int = 0
     drift: tuple[Reconciliation, ...] = ()
     drift_at: float | None = None
-    chores: Mapping[str, float] = field(default_factory=dict)
+    jobs: Mapping[str, float] = field(default_factory=dict)
     budgets: BudgetFigures = NO_BUDGETS
     intervals: Mapping[str, float] = field(default_factory=dict)  # of the chores, in seconds
     failures: Mapping[str, int] = field(default_factory=dict)  # of the chores
@@ -58,10 +55,10 @@ class Measurements:
     oldest_notice_s: float = 0.0
 
 
-class Watched(Protocol):
+class StewardClient(Protocol):
     """A steward, as gateways see it."""
 
-    async def measurements(self) -> Measurements:
+    async def measurements(self) -> StewardStatus:
         """Raises EngineUnavailable if the steward is away."""
 
 
@@ -72,42 +69,45 @@ class Steward:
         self,
         store: Store,
         engines: Mapping[str, Engine],
-        journals_dir: Path,
+        checkpoints_dir: Path,
+        release: Release,
         *,
         lease: timedelta,
-        chores: Mapping[str, tuple[float, Callable[[datetime], object]]] | None = None,
+        jobs: Mapping[str, tuple[float, Callable[[datetime], object]]] | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._store = store
         self._engines = engines
         self._now = now
         self._ledger = Ledger(store)
-        self._books = Books(self._ledger)
-        self._recovery = Recovery(self._ledger, self._books, engines, journals_dir, _release, now=now)
+        self._commit_queue = CommitQueue(self._ledger)
+        self._recovery = Recovery(
+            self._ledger, self._commit_queue, engines, checkpoints_dir, release, now=now
+        )
         self._idempotency = Idempotency(store, lease=lease)
-        self._responses = Responses(store)
+        self._responses = StoredResponses(store)
         self._drift: tuple[Reconciliation, ...] = ()
         self._drift_at: float | None = None
         self._done_s: dict[str, float] = {}
-        self._chores: dict[str, tuple[float, Chore]] = {
+        self._jobs: dict[str, tuple[float, Job]] = {
             "recover": (1.0, self._recovery.run),
             "reconcile": (5.0, self._reconcile),
             "sweep": (30.0, self._sweep),
         }
-        for name, (interval_s, chore) in (chores or {}).items():
-            self._chores[name] = (interval_s, self._threaded(chore))
-        self._failures = dict.fromkeys(self._chores, 0)
+        for name, (interval_s, chore) in (jobs or {}).items():
+            self._jobs[name] = (interval_s, self._threaded(chore))
+        self._failures = dict.fromkeys(self._jobs, 0)
 
     async def run(self) -> None:
         """Until cancelled."""
-        await asyncio.gather(*(self._repeat(name, *chore) for name, chore in self._chores.items()))
+        await asyncio.gather(*(self._repeat(name, *chore) for name, chore in self._jobs.items()))
 
-    async def measurements(self) -> Measurements:
+    async def measurements(self) -> StewardStatus:
         """Raises StoreUnavailable."""
         open_holds, oldest_at = await asyncio.to_thread(self._ledger.count_open)
         budgets = await asyncio.to_thread(figures, self._store, self._now())
         told = await asyncio.to_thread(outbox.figures, self._store)
-        return Measurements(
+        return StewardStatus(
             open_holds,
             self._age_s(oldest_at),
             self._recovery.settled,
@@ -116,7 +116,7 @@ class Steward:
             self._drift_at,
             {name: time.monotonic() - done_s for name, done_s in self._done_s.items()},
             budgets,
-            {name: interval_s for name, (interval_s, _) in self._chores.items()},
+            {name: interval_s for name, (interval_s, _) in self._jobs.items()},
             dict(self._failures),
             told,
             self._age_s(told.oldest_pending_at),
@@ -125,7 +125,7 @@ class Steward:
     def _age_s(self, since: datetime | None) -> float:
         return 0.0 if since is None else max((self._now() - since).total_seconds(), 0.0)
 
-    async def _repeat(self, name: str, interval_s: float, chore: Chore) -> None:
+    async def _repeat(self, name: str, interval_s: float, chore: Job) -> None:
         while True:
             try:
                 await chore()
@@ -138,7 +138,7 @@ class Steward:
                 log.exception("%s failed", name)
             await asyncio.sleep(interval_s)
 
-    def _threaded(self, chore: Callable[[datetime], object]) -> Chore:
+    def _threaded(self, chore: Callable[[datetime], object]) -> Job:
         async def threaded() -> None:
             await asyncio.to_thread(chore, self._now())
 
@@ -150,7 +150,7 @@ class Steward:
 
     async def _reconcile(self) -> None:
         """Compare in a moment in which nothing was under way: the engine counts before anybody can settle."""
-        usage = Usage(self._store)
+        usage = UsageQueries(self._store)
         before = await asyncio.to_thread(usage.by_engine)
         counters: list[Counters] = []
         for engine in self._engines.values():
@@ -178,9 +178,3 @@ def engine_count(one: Counters) -> EngineCount:
         one.probe_prompt_tokens,
         one.probe_completion_tokens,
     )
-
-
-def _release(request_id: str, connection: sa.Connection) -> None:
-    """What was claimed for the client of a request that is lost is free again."""
-    release_key(connection, request_id)
-    release_line(connection, request_id)

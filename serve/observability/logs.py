@@ -68,7 +68,7 @@ _SECRETS = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Handling:
+class LogContext:
     """On whose behalf something is done: a request's id, its trace's, the span that new ones are under."""
 
     request_id: str | None = None
@@ -76,21 +76,21 @@ class Handling:
     span: object | None = None  # an opentelemetry.context.Context, if tracing is on
 
 
-NOBODY = Handling()
-_handling: contextvars.ContextVar[Handling] = contextvars.ContextVar("handling", default=NOBODY)
+NOBODY = LogContext()
+_handling: contextvars.ContextVar[LogContext] = contextvars.ContextVar("handling", default=NOBODY)
 
 
-def handling() -> Handling:
+def log_context() -> LogContext:
     return _handling.get()
 
 
-def handle(request_id: str | None = None, **trace: object) -> None:
+def set_log_context(request_id: str | None = None, **trace: object) -> None:
     """What this task does from now on, it does for this request; tasks and threads that it starts do too."""
     now = _handling.get()
     _handling.set(replace(now, request_id=request_id or now.request_id, **trace))  # type: ignore[arg-type]
 
 
-def context_of(whose: Handling) -> contextvars.Context:
+def context_of(whose: LogContext) -> contextvars.Context:
     """A context that holds nothing else."""
     context = contextvars.Context()
     context.run(_handling.set, whose)

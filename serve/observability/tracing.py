@@ -15,17 +15,32 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from serve.billing.metering.events import Status, UsageEvent
-from serve.engine.protocol import Sampling
+from serve.billing.metering.events import UsageEvent, UsageStatus
 from serve.observability import logs
 
 log = logging.getLogger(__name__)
 
 
-class Course:
-    """Logs the end of a generation. `_TracedCourse` makes spans of the steps as well."""
+class Sampled(Protocol):
+    """Says how a request's tokens are chosen, as far as spans tell it."""
+
+    @property
+    def completion_tokens_max(self) -> int | None: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def top_p(self) -> float: ...
+
+    @property
+    def n(self) -> int: ...
+
+
+class GenerationTelemetry:
+    """Logs the end of a generation. `_TracedGeneration` makes spans of the steps as well."""
 
     def __init__(self, model: str, base: str) -> None:
         self.headers: Mapping[str, str] | None = None
@@ -79,9 +94,11 @@ class Tracing:
         """A step of the request that this task handles."""
         return nullcontext()
 
-    def course(self, operation: str, model: str, base: str, sampling: Sampling, request_id: str) -> Course:
+    def generation(
+        self, operation: str, model: str, base: str, sampling: Sampled, request_id: str
+    ) -> GenerationTelemetry:
         """Of a generation that begins now."""
-        return Course(model, base)
+        return GenerationTelemetry(model, base)
 
     def close(self) -> None:
         """Send what is left, for a few seconds at most. Blocks."""
@@ -156,7 +173,7 @@ class _Otlp(Tracing):
 
     @contextmanager
     def step(self, name: str) -> Iterator[object]:
-        if logs.handling().span is None:  # nobody's: a batch's line has no request around it
+        if logs.log_context().span is None:  # nobody's: a batch's line has no request around it
             yield None
             return
         span = self._tracer.start_span(name, _parent())
@@ -168,7 +185,9 @@ class _Otlp(Tracing):
         finally:
             span.end()
 
-    def course(self, operation: str, model: str, base: str, sampling: Sampling, request_id: str) -> Course:
+    def telemetry(
+        self, operation: str, model: str, base: str, sampling: Sampled, request_id: str
+    ) -> GenerationTelemetry:
         from opentelemetry import trace
 
         asked: dict[str, str | int | float | None] = {
@@ -186,7 +205,7 @@ class _Otlp(Tracing):
         _under(span)
         headers: dict[str, str] = {}
         self._propagator.inject(headers, _parent())
-        return _TracedCourse(model, base, span, self._tracer, headers)
+        return _TracedGeneration(model, base, span, self._tracer, headers)
 
     def close(self) -> None:
         # The library's own bound is 30 s, and what it waits for is the collector.
@@ -212,7 +231,7 @@ class _TracedExchange(Exchange):
             _failed(self._span, str(status))
 
 
-class _TracedCourse(Course):
+class _TracedGeneration(GenerationTelemetry):
     """One span for the generation, and under it one for each step, without gaps."""
 
     def __init__(self, model: str, base: str, span: "Span", tracer: Any, headers: Mapping[str, str]) -> None:
@@ -245,7 +264,7 @@ class _TracedCourse(Course):
                 "bespoke.replica": event.replica,
             }
         )
-        if event.status is Status.FAILED:
+        if event.status is UsageStatus.FAILED:
             _failed(self._span, event.finish_reason or "error")
 
     def voided(self, reason: str, attempt: int) -> None:
@@ -262,7 +281,7 @@ class _TracedCourse(Course):
 
 def _parent() -> "Context":
     """Never OpenTelemetry's own current one: Ray or vLLM may trace in this process, too."""
-    span: Any = logs.handling().span
+    span: Any = logs.log_context().span
     return _empty() if span is None else span
 
 
@@ -271,7 +290,7 @@ def _under(span: "Span") -> None:
     from opentelemetry import trace
 
     trace_id = trace.format_trace_id(span.get_span_context().trace_id)
-    logs.handle(trace_id=trace_id, span=trace.set_span_in_context(span, _empty()))
+    logs.set_log_context(trace_id=trace_id, span=trace.set_span_in_context(span, _empty()))
 
 
 def _empty() -> "Context":

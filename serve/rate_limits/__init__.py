@@ -1,6 +1,6 @@
 """Admission: limits that hold across gateways. `docs/limits.md` says what holds, and what it costs."""
 
-from serve.rate_limits.limiter import Admission, Ticket
-from serve.rate_limits.quota_cache import Quota, Standing
+from serve.rate_limits.limiter import Permit, RateLimiter
+from serve.rate_limits.quota_cache import Quota, RateLimitStatus
 
-__all__ = ["Admission", "Quota", "Standing", "Ticket"]
+__all__ = ["Permit", "Quota", "RateLimitStatus", "RateLimiter"]

@@ -57,7 +57,7 @@ places_table = sa.Table(
 )
 
 
-class Pot(NamedTuple):
+class Bucket(NamedTuple):
     """One limited thing: a subject's requests, tokens or concurrent requests."""
 
     kind: str
@@ -65,7 +65,7 @@ class Pot(NamedTuple):
     what: str
 
 
-class Report(NamedTuple):
+class LeaseReport(NamedTuple):
     """What a grant has come to: absolute, so that saying it twice does no harm."""
 
     id: str
@@ -74,7 +74,7 @@ class Report(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Availability:
     """What the store said about a pot: `free` at `at`, and when more of it will be."""
 
     at: float
@@ -97,18 +97,18 @@ class Room:
 
 
 @dataclass(slots=True)
-class Answer:
+class LeaseReply:
     """What one trip to the store brought."""
 
     at: float
     granted: list[bool] = field(default_factory=list)
     """For each demand: all of it, or nothing of it."""
-    rooms: dict[Pot, Room] = field(default_factory=dict)
-    grants: dict[Pot, tuple[str, int]] = field(default_factory=dict)
+    availabilities: dict[Bucket, Availability] = field(default_factory=dict)
+    grants: dict[Bucket, tuple[str, int]] = field(default_factory=dict)
     """Grant and units; places have no grant's id."""
 
 
-class Leases:
+class LeaseStore:
     """One gateway's dealings with the store. Methods block and raise StoreUnavailable.
 
     `gateway` must be another one after every start of a gateway: a dead one's places end with its lease.
@@ -125,48 +125,50 @@ class Leases:
 
     def exchange(
         self,
-        reports: Iterable[Report],
-        demands: Sequence[Mapping[Pot, int]],
-        limits: Mapping[Pot, int],
-        held: Mapping[Pot, int],
-    ) -> Answer:
+        reports: Iterable[LeaseReport],
+        demands: Sequence[Mapping[Bucket, int]],
+        limits: Mapping[Bucket, int],
+        held: Mapping[Bucket, int],
+    ) -> LeaseReply:
         """Report, then lease what `demands` need: one transaction, each demand wholly or not at all.
 
         limits: of every pot that a demand names. held: places that the gateway has or uses, per pot.
         """
-        pots = sorted({pot for demand in demands for pot in demand})
+        buckets = sorted({bucket for demand in demands for bucket in demand})
         with self._store.write() as connection:
             # In one order everywhere, or two gateways could wait for each other.
-            for subject in sorted({pot[:2] for pot in pots}):
+            for subject in sorted({bucket[:2] for bucket in buckets}):
                 _lock(connection, *subject)
             now = self._clock()  # after the lock: times of one subject's grants follow their order
             _report(connection, reports)
-            answer = Answer(now)
-            free = {pot: self._free(connection, pot, limits[pot], held, now) for pot in pots}
-            taken = dict.fromkeys(pots, 0)
+            answer = LeaseReply(now)
+            free = {bucket: self._free(connection, bucket, limits[bucket], held, now) for bucket in buckets}
+            taken = dict.fromkeys(buckets, 0)
             for demand in demands:
-                fits = all(free[pot] - taken[pot] >= units for pot, units in demand.items())
+                fits = all(free[bucket] - taken[bucket] >= units for bucket, units in demand.items())
                 answer.granted.append(fits)
                 if fits:
-                    for pot, units in demand.items():
-                        taken[pot] += units
-            for pot in pots:
-                units = taken[pot]
+                    for bucket, units in demand.items():
+                        taken[bucket] += units
+            for bucket in buckets:
+                units = taken[bucket]
                 if units:
-                    share = min(limits[pot] // SLICES_PER_LIMIT, free[pot] // SLICES_PER_FREE)
+                    share = min(limits[bucket] // SLICES_PER_LIMIT, free[bucket] // SLICES_PER_FREE)
                     units = max(units, share)
-                    answer.grants[pot] = self._grant(connection, pot, units, held, now)
-                frees = self._frees(connection, pot, now) if not all(answer.granted) else ()
-                answer.rooms[pot] = Room(now, limits[pot], free[pot] - units, frees)
+                    answer.grants[bucket] = self._grant(connection, bucket, units, held, now)
+                frees = self._frees(connection, bucket, now) if not all(answer.granted) else ()
+                answer.availabilities[bucket] = Availability(now, limits[bucket], free[bucket] - units, frees)
         return answer
 
-    def settle(self, reports: Iterable[Report], places: Mapping[Pot, int], *, sweep: bool = False) -> float:
+    def settle(
+        self, reports: Iterable[LeaseReport], places: Mapping[Bucket, int], *, sweep: bool = False
+    ) -> float:
         """Report, set and renew the gateway's places, drop old rows if asked. Returns the time it did."""
         with self._store.write() as connection:
             now = self._clock()
             _report(connection, reports)
-            for pot in sorted(places):
-                self._set_places(connection, pot, places[pot], now)
+            for bucket in sorted(places):
+                self._set_places(connection, bucket, places[bucket], now)
             if sweep:
                 # Long expired only: no gateway reports on those any more, so no two wait for each other.
                 for table in (grants_table, places_table):
@@ -174,53 +176,53 @@ class Leases:
         return now
 
     def _free(
-        self, connection: sa.Connection, pot: Pot, limit: int, held: Mapping[Pot, int], now: float
+        self, connection: sa.Connection, bucket: Bucket, limit: int, held: Mapping[Bucket, int], now: float
     ) -> int:
-        if pot.what == CONCURRENT:
+        if bucket.what == CONCURRENT:
             c = places_table.c
             others = sa.select(sa.func.coalesce(sa.func.sum(c.places), 0)).where(
-                c.kind == pot.kind,
-                c.subject == pot.subject,
+                c.kind == bucket.kind,
+                c.subject == bucket.subject,
                 c.gateway != self._gateway,
                 c.expires_at > now,
             )
-            return limit - held.get(pot, 0) - int(connection.execute(others).scalar_one())
-        spent = sa.select(sa.func.coalesce(sa.func.sum(grants_table.c.units), 0)).where(*_living(pot, now))
+            return limit - held.get(bucket, 0) - int(connection.execute(others).scalar_one())
+        spent = sa.select(sa.func.coalesce(sa.func.sum(grants_table.c.units), 0)).where(*_living(bucket, now))
         return limit - int(connection.execute(spent).scalar_one())
 
-    def _frees(self, connection: sa.Connection, pot: Pot, now: float) -> tuple[tuple[float, int], ...]:
-        if pot.what == CONCURRENT:
+    def _frees(self, connection: sa.Connection, bucket: Bucket, now: float) -> tuple[tuple[float, int], ...]:
+        if bucket.what == CONCURRENT:
             return ()
         c = grants_table.c
-        rows = sa.select(c.expires_at, c.units).where(*_living(pot, now)).order_by(c.expires_at)
+        rows = sa.select(c.expires_at, c.units).where(*_living(bucket, now)).order_by(c.expires_at)
         return tuple((row.expires_at, row.units) for row in connection.execute(rows))
 
     def _grant(
-        self, connection: sa.Connection, pot: Pot, units: int, held: Mapping[Pot, int], now: float
+        self, connection: sa.Connection, bucket: Bucket, units: int, held: Mapping[Bucket, int], now: float
     ) -> tuple[str, int]:
-        if pot.what == CONCURRENT:
-            self._set_places(connection, pot, held.get(pot, 0) + units, now)
+        if bucket.what == CONCURRENT:
+            self._set_places(connection, bucket, held.get(bucket, 0) + units, now)
             return "", units
         made = secrets.token_hex(16)
-        row = pot._asdict() | {"id": made, "units": units, "expires_at": now + self._slice_s + WINDOW_S}
+        row = bucket._asdict() | {"id": made, "units": units, "expires_at": now + self._slice_s + WINDOW_S}
         connection.execute(grants_table.insert().values(row))
         return made, units
 
-    def _set_places(self, connection: sa.Connection, pot: Pot, places: int, now: float) -> None:
+    def _set_places(self, connection: sa.Connection, bucket: Bucket, places: int, now: float) -> None:
         c = places_table.c
-        mine = (c.kind == pot.kind, c.subject == pot.subject, c.gateway == self._gateway)
+        mine = (c.kind == bucket.kind, c.subject == bucket.subject, c.gateway == self._gateway)
         if places == 0:
             connection.execute(places_table.delete().where(*mine))
             return
         values = {"places": places, "expires_at": now + self._places_s}
         if connection.execute(places_table.update().where(*mine).values(values)).rowcount == 0:
-            row = {"kind": pot.kind, "subject": pot.subject, "gateway": self._gateway}
+            row = {"kind": bucket.kind, "subject": bucket.subject, "gateway": self._gateway}
             connection.execute(places_table.insert().values(row | values))
 
 
-def _living(pot: Pot, now: float) -> tuple[sa.ColumnElement[bool], ...]:
+def _living(bucket: Bucket, now: float) -> tuple[sa.ColumnElement[bool], ...]:
     c = grants_table.c
-    return c.kind == pot.kind, c.subject == pot.subject, c.what == pot.what, c.expires_at > now
+    return c.kind == bucket.kind, c.subject == bucket.subject, c.what == bucket.what, c.expires_at > now
 
 
 def _lock(connection: sa.Connection, kind: str, subject: str) -> None:
@@ -235,7 +237,7 @@ def _lock(connection: sa.Connection, kind: str, subject: str) -> None:
         connection.execute(query)
 
 
-def _report(connection: sa.Connection, reports: Iterable[Report]) -> None:
+def _report(connection: sa.Connection, reports: Iterable[LeaseReport]) -> None:
     c = grants_table.c
     rows = [
         {"grant": report.id, "spent": report.units, "until": report.expires_at} for report in sorted(reports)

@@ -15,9 +15,17 @@ from contextlib import suppress
 from typing import TypeVar
 
 from serve.errors import RateLimited, StoreUnavailable
-from serve.rate_limits.leases import CONCURRENT, TOKENS, Answer, Leases, Pot
+from serve.rate_limits.leases import CONCURRENT, TOKENS, Bucket, LeaseReply, LeaseStore
 from serve.rate_limits.limits import Subject
-from serve.rate_limits.quota_cache import Needs, Part, Places, Purse, Slice, Standing, needs_of
+from serve.rate_limits.quota_cache import (
+    ConcurrencyLease,
+    Lease,
+    Needs,
+    Part,
+    QuotaCache,
+    RateLimitStatus,
+    needs_of,
+)
 from serve.storage.database import Store
 
 log = logging.getLogger(__name__)
@@ -30,13 +38,13 @@ _SWEEP_INTERVAL_S = 30.0
 T = TypeVar("T")
 
 
-class Ticket:
+class Permit:
     """One admitted request. Must be released once it has ended."""
 
     __slots__ = ("_admission", "_parts", "_tokens", "standing")
 
     def __init__(
-        self, admission: "Admission", parts: list[Part], tokens: int, standing: Standing | None
+        self, admission: "RateLimiter", parts: list[Part], tokens: int, standing: RateLimitStatus | None
     ) -> None:
         self._admission = admission
         self._parts = parts
@@ -53,7 +61,7 @@ class Ticket:
             self._admission._end(parts, max(self._tokens - max(tokens_used, 0), 0))
 
 
-class _Ask:
+class _PendingPermit:
     """A request that needs a trip to the store."""
 
     __slots__ = ("answered", "attempts", "needs", "parts", "tokens")
@@ -63,10 +71,10 @@ class _Ask:
         self.tokens = tokens
         self.parts: list[Part] = []
         self.attempts = 0
-        self.answered: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
+        self.answered: asyncio.Future[Permit] = asyncio.get_running_loop().create_future()
 
 
-class Admission:
+class RateLimiter:
     """The limits of all subjects, as one gateway keeps them. One event loop uses it.
 
     gateway: this gateway's name; a dead process's places are told apart by a part that is added here.
@@ -94,16 +102,16 @@ class Admission:
         self._follow_s = follow_s
         self._grace_s = grace_s
         name = f"{gateway[:63]}/{secrets.token_hex(8)}"
-        self._leases = Leases(store, name, clock, slice_s=lease_s, places_s=places_lease_s)
-        self._purse = Purse(lease_s, refusal_s)
-        self._asks: list[_Ask] = []
+        self._leases = LeaseStore(store, name, clock, slice_s=lease_s, places_s=places_lease_s)
+        self._quota_cache = QuotaCache(lease_s, refusal_s)
+        self._asks: list[_PendingPermit] = []
         self._asking: asyncio.Task[None] | None = None
         # One trip at a time: places are absolute numbers in the store, and a late one would undo a newer.
         self._trip = asyncio.Lock()
         self._idle = asyncio.Event()
         self._swept_at = clock()
 
-    async def admit(self, subjects: Sequence[Subject], *, tokens: int) -> Ticket:
+    async def admit(self, subjects: Sequence[Subject], *, tokens: int) -> Permit:
         """Take a request, a place and `tokens` from all `subjects` together, or nothing from any.
 
         tokens: the upper bound of prompt + completion tokens. Raises RateLimited; and StoreUnavailable,
@@ -111,7 +119,7 @@ class Admission:
         """
         needs = needs_of(subjects, tokens)
         if not needs:
-            return Ticket(self, [], 0, None)
+            return Permit(self, [], 0, None)
         for pot, (units, limit) in needs.items():
             if units > limit:
                 raise RateLimited(pot.what, limit, 0, units, None)
@@ -151,11 +159,11 @@ class Admission:
         except Exception:
             log.warning("limits were not given back: the store is away; they come back with their leases")
 
-    async def _admit(self, needs: Needs, tokens: int) -> Ticket:
-        ask = _Ask(needs, tokens)
-        if not self._asks and (ticket := self._from_here(ask)):
-            return ticket
-        self._purse.refuse_if_known(ask.needs, self._clock())
+    async def _admit(self, needs: Needs, tokens: int) -> Permit:
+        ask = _PendingPermit(needs, tokens)
+        if not self._asks and (permit := self._from_here(ask)):
+            return permit
+        self._quota_cache.refuse_if_known(ask.needs, self._clock())
         self._asks.append(ask)
         if self._asking is None or self._asking.done():
             # A context of its own: the trip serves other requests than the one that starts it.
@@ -167,19 +175,19 @@ class Admission:
                 self._put_back(ask.answered.result()._parts)
             raise
 
-    def _from_here(self, ask: _Ask) -> Ticket | None:
+    def _from_here(self, ask: _PendingPermit) -> Permit | None:
         """The ticket, if what is leased covers the request."""
         now = self._clock()
         for pot, (units, limit) in ask.needs.items():
-            if self._purse.source(pot, limit).left(now) < units:
+            if self._quota_cache.source(pot, limit).left(now) < units:
                 return None
         for pot, (units, limit) in ask.needs.items():
-            ask.parts += self._purse.source(pot, limit).draw(units, now)
+            ask.parts += self._quota_cache.source(pot, limit).draw(units, now)
         return self._start(ask)
 
-    def _start(self, ask: _Ask) -> Ticket:
+    def _start(self, ask: _PendingPermit) -> Permit:
         parts, ask.parts = ask.parts, []
-        return Ticket(self, parts, ask.tokens, self._purse.standing(ask.needs, self._clock()))
+        return Permit(self, parts, ask.tokens, self._quota_cache.standing(ask.needs, self._clock()))
 
     async def _serve_asks(self) -> None:
         while self._asks:
@@ -198,62 +206,66 @@ class Admission:
                     if not isinstance(error, Exception):
                         raise
 
-    async def _serve(self, batch: Sequence[_Ask]) -> None:
+    async def _serve(self, batch: Sequence[_PendingPermit]) -> None:
         """Answer, or queue again, every request of `batch`."""
         now = self._clock()
-        pots = {pot: limit for ask in batch for pot, (_, limit) in ask.needs.items()}
-        reports = self._purse.close_used(pots, now)
-        asking: list[tuple[_Ask, dict[Pot, int]]] = []
+        buckets = {pot: limit for ask in batch for pot, (_, limit) in ask.needs.items()}
+        reports = self._quota_cache.close_used(buckets, now)
+        asking: list[tuple[_PendingPermit, dict[Bucket, int]]] = []
         for ask in batch:
             if ask.answered.cancelled():
                 continue
-            if ticket := self._from_here(ask):
-                ask.answered.set_result(ticket)
+            if permit := self._from_here(ask):
+                ask.answered.set_result(permit)
                 continue
             try:
-                self._purse.refuse_if_known(ask.needs, self._clock())
+                self._quota_cache.refuse_if_known(ask.needs, self._clock())
             except RateLimited as refused:
                 ask.answered.set_exception(refused)
                 continue
             missing = {}
             for pot, (units, limit) in ask.needs.items():
-                source = self._purse.source(pot, limit)
+                source = self._quota_cache.source(pot, limit)
                 here = min(source.left(now), units)
                 ask.parts += source.draw(here, now)
                 if here < units:
                     missing[pot] = units - here
             asking.append((ask, missing))
         if not asking:
-            self._purse.tell(reports)
+            self._quota_cache.tell(reports)
             return
-        held = {pot: one.claimed(now) for pot, one in self._purse.places.items() if pot in pots}
+        held = {pot: one.claimed(now) for pot, one in self._quota_cache.places.items() if pot in buckets}
         demands = [missing for _, missing in asking]
         try:
             answer = await _in_thread(
-                self._leases.exchange, [one.report() for one in reports], demands, pots, held
+                self._leases.exchange, [one.report() for one in reports], demands, buckets, held
             )
         except BaseException:
-            self._purse.tell(reports)
+            self._quota_cache.tell(reports)
             raise
         self._take_in(answer, held)
         for (ask, missing), granted in zip(asking, answer.granted, strict=True):
             self._answer(ask, missing, granted, answer)
 
-    def _take_in(self, answer: Answer, held: Mapping[Pot, int]) -> None:
+    def _take_in(self, answer: LeaseReply, held: Mapping[Bucket, int]) -> None:
         for pot, (grant, units) in answer.grants.items():
             if pot.what == CONCURRENT:
-                self._purse.places[pot].lease(held[pot] + units, answer.at + self._places_lease_s)
+                self._quota_cache.places[pot].lease(held[pot] + units, answer.at + self._places_lease_s)
             else:
-                self._purse.windows[pot].slices.append(Slice(pot, grant, units, answer.at + self._lease_s))
-        for pot, room in answer.rooms.items():
-            self._purse.source(pot, room.limit).room = room
+                self._quota_cache.windows[pot].leases.append(
+                    Lease(pot, grant, units, answer.at + self._lease_s)
+                )
+        for pot, room in answer.availabilities.items():
+            self._quota_cache.source(pot, room.limit).availability = room
 
-    def _answer(self, ask: _Ask, missing: Mapping[Pot, int], granted: bool, answer: Answer) -> None:
+    def _answer(
+        self, ask: _PendingPermit, missing: Mapping[Bucket, int], granted: bool, answer: LeaseReply
+    ) -> None:
         now = self._clock()
         lapsed = False
         if granted:
             # Between the store's clock reading and now a lease may have ended: the trip was slow.
-            sources = {pot: self._purse.source(pot, ask.needs[pot][1]) for pot in missing}
+            sources = {pot: self._quota_cache.source(pot, ask.needs[pot][1]) for pot in missing}
             lapsed = any(sources[pot].left(now) < units for pot, units in missing.items())
             if not lapsed:
                 for pot, units in missing.items():
@@ -267,8 +279,8 @@ class Admission:
         if ask.answered.done():
             return
         if not granted:
-            short = {pot: units for pot, units in missing.items() if answer.rooms[pot].free < units}
-            ask.answered.set_exception(self._purse.refusal(ask.needs, short or missing, now))
+            short = {pot: units for pot, units in missing.items() if answer.availabilities[pot].free < units}
+            ask.answered.set_exception(self._quota_cache.refusal(ask.needs, short or missing, now))
             return
         ask.attempts += 1
         if ask.attempts < _ATTEMPTS_MAX:
@@ -278,39 +290,39 @@ class Admission:
 
     def _end(self, parts: Sequence[Part], unused_tokens: int) -> None:
         now = self._clock()
-        unused: dict[Pot, int] = {}
+        unused: dict[Bucket, int] = {}
         for source, units in reversed(parts):  # the youngest slice first: it may be spent the longest
-            if isinstance(source, Places):
+            if isinstance(source, ConcurrencyLease):
                 source.put_back(1)
                 if source.kept(now, self._follow_s) < source.held:
                     self._idle.set()
-            elif source.pot.what == TOKENS:
-                back = min(units, unused.setdefault(source.pot, unused_tokens))
-                unused[source.pot] -= back
+            elif source.bucket.what == TOKENS:
+                back = min(units, unused.setdefault(source.bucket, unused_tokens))
+                unused[source.bucket] -= back
                 self._return(source, back)
 
     def _put_back(self, parts: Sequence[Part]) -> None:
         """Undo a request that never started."""
         for source, units in parts:
-            if isinstance(source, Places):
+            if isinstance(source, ConcurrencyLease):
                 source.put_back(units)
             else:
                 self._return(source, units)
 
-    def _return(self, source: Slice, units: int) -> None:
+    def _return(self, source: Lease, units: int) -> None:
         if units and source.put_back(units):
-            self._purse.tell([source])
+            self._quota_cache.tell([source])
 
     async def _settle(self, *, stopping: bool) -> None:
         async with self._trip:
             self._idle.clear()
             now = self._clock()
-            reports = self._purse.close(now, everything=stopping)
+            reports = self._quota_cache.close(now, everything=stopping)
             idle_s = -1.0 if stopping else self._follow_s
             renew_at = now + self._places_lease_s * 2 / 3
             places = {
                 pot: one.shrink(now, idle_s)
-                for pot, one in self._purse.places.items()
+                for pot, one in self._quota_cache.places.items()
                 if one.due(now, idle_s, renew_at)
             }
             sweep = now - self._swept_at >= _SWEEP_INTERVAL_S
@@ -319,14 +331,14 @@ class Admission:
                     said = [one.report() for one in reports]
                     at = await _in_thread(self._leases.settle, said, places, sweep=sweep)
                 except BaseException:
-                    self._purse.tell(reports)
+                    self._quota_cache.tell(reports)
                     raise
                 for pot, count in places.items():
-                    self._purse.places[pot].lease(count, at + self._places_lease_s)
+                    self._quota_cache.places[pot].lease(count, at + self._places_lease_s)
                 for one in reports:
-                    self._purse.windows[one.pot].outdate()
+                    self._quota_cache.windows[one.bucket].outdate()
             self._swept_at = now if sweep else self._swept_at
-            self._purse.prune(now)
+            self._quota_cache.prune(now)
 
 
 async def _in_thread(call: Callable[..., T], *args: object, **kwargs: object) -> T:

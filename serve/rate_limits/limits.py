@@ -80,7 +80,7 @@ class Subject:
     limits: Limits
 
 
-class LimitBook:
+class LimitStore:
     """The limits of one store. Its methods run inside the caller's transaction."""
 
     def __init__(self, store: Store) -> None:

@@ -17,20 +17,20 @@ from serve.rate_limits.leases import (
     SLICES_PER_LIMIT,
     TOKENS,
     WINDOW_S,
-    Pot,
-    Report,
-    Room,
+    Availability,
+    Bucket,
+    LeaseReport,
 )
 from serve.rate_limits.limits import Subject
 
 
-class Slice:
+class Lease:
     """A grant of the store, partly spent. `ends`: the first instant at which it may not be spent."""
 
-    __slots__ = ("closed", "ends", "id", "last_start", "left", "pot", "spent")
+    __slots__ = ("bucket", "closed", "ends", "id", "last_start", "left", "spent")
 
-    def __init__(self, pot: Pot, grant: str, units: int, ends: float) -> None:
-        self.pot = pot
+    def __init__(self, pot: Bucket, grant: str, units: int, ends: float) -> None:
+        self.bucket = pot
         self.id = grant
         self.left = units
         self.spent = 0
@@ -58,31 +58,31 @@ class Slice:
         """Whether the store still counts it."""
         return not self.closed or now < self.last_start + WINDOW_S
 
-    def report(self) -> Report:
-        return Report(self.id, self.spent, self.last_start + WINDOW_S if self.spent else 0.0)
+    def report(self) -> LeaseReport:
+        return LeaseReport(self.id, self.spent, self.last_start + WINDOW_S if self.spent else 0.0)
 
 
-class Window:
+class RateWindow:
     """One subject's slices of one window."""
 
-    __slots__ = ("_dirty", "room", "slices")
+    __slots__ = ("_dirty", "availability", "leases")
 
     def __init__(self) -> None:
-        self.slices: list[Slice] = []
-        self.room: Room | None = None
-        self._dirty: set[Slice] = set()
+        self.leases: list[Lease] = []
+        self.availability: Availability | None = None
+        self._dirty: set[Lease] = set()
 
     def left(self, now: float) -> int:
-        return sum(one.left for one in self.slices if now < one.ends)
+        return sum(one.left for one in self.leases if now < one.ends)
 
     def unspent(self, now: float) -> int:
         """`left`, and what has lapsed but not gone back to the store."""
-        return sum(one.left for one in self.slices)
+        return sum(one.left for one in self.leases)
 
     def draw(self, units: int, now: float) -> "list[Part]":
         """Take `units`, of which there must be so many left, from the slices that end first."""
         parts: list[Part] = []
-        for one in self.slices:
+        for one in self.leases:
             taken = min(one.left, units) if now < one.ends else 0
             if taken:
                 one.draw(taken, now)
@@ -90,40 +90,44 @@ class Window:
                 units -= taken
         return parts
 
-    def close(self, now: float, *, used: bool = False, everything: bool = False) -> list[Slice]:
+    def close(self, now: float, *, used: bool = False, everything: bool = False) -> list[Lease]:
         """Close slices whose lease has ended; returns all that the store must be told of.
 
         used: also those of which nothing is left, so that they count no longer than they must.
         """
         told = [one for one in self._dirty if one.counts(now)]
         self._dirty.clear()
-        for one in self.slices:
+        for one in self.leases:
             # What is left of tokens may grow again, at a release.
-            spent = used and one.left == 0 and one.pot.what == REQUESTS
+            spent = used and one.left == 0 and one.bucket.what == REQUESTS
             if everything or spent or one.ends <= now:
                 one.closed = True
                 told.append(one)
-        self.slices = [one for one in self.slices if not one.closed]
+        self.leases = [one for one in self.leases if not one.closed]
         return told
 
-    def tell(self, closed: Slice) -> None:
+    def tell(self, closed: Lease) -> None:
         """Have `closed` among what the next `close` returns."""
         self._dirty.add(closed)
         self.outdate()
 
     def outdate(self) -> None:
         """What the store said is not to be refused by any more: it has been given something back."""
-        if self.room:
-            self.room = replace(self.room, at=0.0)
+        if self.availability:
+            self.availability = replace(self.availability, at=0.0)
 
     def idle(self, since: float) -> bool:
-        return not self.slices and not self._dirty and (self.room is None or self.room.at < since)
+        return (
+            not self.leases
+            and not self._dirty
+            and (self.availability is None or self.availability.at < since)
+        )
 
 
-class Places:
+class ConcurrencyLease:
     """One subject's places for concurrent requests: `held` until `ends`, of which some are `in_use`."""
 
-    __slots__ = ("_stale", "ends", "held", "in_use", "last_use", "limit", "room")
+    __slots__ = ("_stale", "availability", "ends", "held", "in_use", "last_use", "limit")
 
     def __init__(self) -> None:
         self.held = 0
@@ -131,7 +135,7 @@ class Places:
         self.ends = 0.0
         self.last_use = 0.0
         self.limit = 0
-        self.room: Room | None = None
+        self.availability: Availability | None = None
         self._stale = False
 
     def left(self, now: float) -> int:
@@ -180,10 +184,10 @@ class Places:
         return not (self.held or self.in_use or self._stale)
 
 
-Part = tuple[Slice | Places, int]
+Part = tuple[Lease | ConcurrencyLease, int]
 
 
-Needs = Mapping[Pot, tuple[int, int]]
+Needs = Mapping[Bucket, tuple[int, int]]
 """What a request takes of each limited pot: (units, limit)."""
 
 
@@ -197,7 +201,7 @@ class Quota:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RateLimitStatus:
     """What is left after a request, of the tightest subject; None: no such limit.
 
     `remaining` is what this gateway knows: as of its last trip to the store, less what it has spent since.
@@ -218,44 +222,44 @@ def needs_of(subjects: Sequence[Subject], tokens: int) -> Needs:
             (CONCURRENT, 1, limits.concurrent_requests),
         ):
             if limit is not None and units > 0:
-                needs[Pot(subject.kind, subject.id, what)] = (units, limit)
+                needs[Bucket(subject.kind, subject.id, what)] = (units, limit)
     return needs
 
 
-class Purse:
+class QuotaCache:
     """Windows and places by pot. Changes by its slices' and places' own methods, on one event loop."""
 
     def __init__(self, lease_s: float, refusal_s: float) -> None:
-        self.windows: dict[Pot, Window] = {}
-        self.places: dict[Pot, Places] = {}
+        self.windows: dict[Bucket, RateWindow] = {}
+        self.places: dict[Bucket, ConcurrencyLease] = {}
         self._lease_s = lease_s
         self._refusal_s = refusal_s
 
-    def source(self, pot: Pot, limit: int) -> Window | Places:
+    def source(self, pot: Bucket, limit: int) -> RateWindow | ConcurrencyLease:
         """Where `pot` is drawn from; made if it is not there."""
         if pot.what == CONCURRENT:
             places = self.places.get(pot)
             if places is None:
-                places = self.places[pot] = Places()
+                places = self.places[pot] = ConcurrencyLease()
             places.limit = limit
             return places
         window = self.windows.get(pot)
         if window is None:
-            window = self.windows[pot] = Window()
+            window = self.windows[pot] = RateWindow()
         return window
 
-    def tell(self, closed: Sequence[Slice]) -> None:
+    def tell(self, closed: Sequence[Lease]) -> None:
         """Have the next trip tell the store what `closed` slices have come to."""
         for one in closed:
-            self.windows.setdefault(one.pot, Window()).tell(one)
+            self.windows.setdefault(one.bucket, RateWindow()).tell(one)
 
-    def close(self, now: float, *, everything: bool) -> list[Slice]:
+    def close(self, now: float, *, everything: bool) -> list[Lease]:
         """Close what has ended. Returns what the store must be told of."""
         return [one for window in self.windows.values() for one in window.close(now, everything=everything)]
 
-    def close_used(self, pots: Iterable[Pot], now: float) -> list[Slice]:
+    def close_used(self, buckets: Iterable[Bucket], now: float) -> list[Lease]:
         """As `close`, of `pots` only, and what is used up."""
-        windows = [self.windows[pot] for pot in pots if pot in self.windows]
+        windows = [self.windows[pot] for pot in buckets if pot in self.windows]
         return [one for window in windows for one in window.close(now, used=True)]
 
     def prune(self, now: float) -> None:
@@ -270,7 +274,7 @@ class Purse:
         short = {}
         for pot, (units, limit) in needs.items():
             source = self.source(pot, limit)
-            room, missing = source.room, units - source.unspent(now)
+            room, missing = source.availability, units - source.unspent(now)
             if room is None or room.limit != limit or not 0 <= now - room.at < self._refusal_s:
                 continue
             tells_when = room.frees or pot.what == CONCURRENT
@@ -279,13 +283,13 @@ class Purse:
         if short:
             raise self.refusal(needs, short, now)
 
-    def refusal(self, needs: Needs, short: Mapping[Pot, int], now: float) -> RateLimited:
+    def refusal(self, needs: Needs, short: Mapping[Bucket, int], now: float) -> RateLimited:
         """The error for the limit that takes longest to have room."""
         refusals = []
         for pot, missing in short.items():
             units, limit = needs[pot]
             source = self.source(pot, limit)
-            room = source.room or Room(now, limit, 0)
+            room = source.availability or Availability(now, limit, 0)
             when = None if pot.what == CONCURRENT else room.when(missing)
             unknown_s = 1.0 if pot.what == CONCURRENT else WINDOW_S + self._lease_s
             wait_s = max(ceil(unknown_s if when is None else when - now), 1)
@@ -293,14 +297,14 @@ class Purse:
             refusals.append(RateLimited(pot.what, limit, used, units, wait_s))
         return max(refusals, key=lambda refused: refused.retry_after_s or 0)
 
-    def standing(self, needs: Needs, now: float) -> Standing | None:
+    def standing(self, needs: Needs, now: float) -> RateLimitStatus | None:
         quotas: dict[str, Quota] = {}
         for pot, (_, limit) in needs.items():
             if pot.what == CONCURRENT:
                 continue
             source = self.source(pot, limit)
-            known = source.room.free_at(now) if source.room else 0
+            known = source.availability.free_at(now) if source.availability else 0
             remaining = min(max(known, 0) + source.left(now), limit)
             if pot.what not in quotas or remaining < quotas[pot.what].remaining:
                 quotas[pot.what] = Quota(limit, remaining, WINDOW_S)
-        return Standing(quotas.get(REQUESTS), quotas.get(TOKENS)) if quotas else None
+        return RateLimitStatus(quotas.get(REQUESTS), quotas.get(TOKENS)) if quotas else None

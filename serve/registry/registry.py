@@ -20,16 +20,16 @@ import sqlalchemy as sa
 from finetune.card import AdapterCard, validate_name, verify
 from finetune.errors import FinetuneError
 from serve.billing.credits.charges import charge_training
-from serve.errors import CatalogueError, ModelNotFound, UnknownRecord
+from serve.errors import ModelNotFound, RegistryError, UnknownRecord
 from serve.registry.validation import inspect
 from serve.registry.versions import (
     REASON_CHARS_MAX,
-    AdapterRef,
+    AdapterVersion,
     Alias,
-    Desired,
-    Entry,
+    DesiredVersion,
     Model,
-    State,
+    VersionInfo,
+    VersionState,
     adapters_table,
     promotions_table,
 )
@@ -39,11 +39,11 @@ from serve.tenants.audit import SYSTEM, record
 
 VERSION_PATTERN = re.compile(r"^[0-9a-f]{16}$")
 
-_STANDING = sa.and_(adapters_table.c.state != State.REJECTED, adapters_table.c.retired_at.is_(None))
-_SERVED = sa.and_(adapters_table.c.state == State.READY, adapters_table.c.retired_at.is_(None))
+_STANDING = sa.and_(adapters_table.c.state != VersionState.REJECTED, adapters_table.c.retired_at.is_(None))
+_SERVED = sa.and_(adapters_table.c.state == VersionState.READY, adapters_table.c.retired_at.is_(None))
 
 
-class Catalogue:
+class AdapterRegistry:
     """The adapters of one store. Methods block."""
 
     def __init__(self, store: Store, bases: list[str]) -> None:
@@ -52,7 +52,7 @@ class Catalogue:
 
     def register(
         self, directory: Path, *, at: datetime, base_dir: Path, max_rank: int, actor: str = SYSTEM
-    ) -> AdapterRef:
+    ) -> AdapterVersion:
         """Enter the published adapter in `directory` (`…/<tenant>/<name>/<version>`) as pending.
 
         Idempotent: a version that is known stays as it is. Its training is billed if the plan has a price.
@@ -62,7 +62,7 @@ class Catalogue:
         """
         card = _verified(directory)
         if base_dir.name != card.base:
-            raise CatalogueError(f"{directory.name}: its base is '{card.base}', not '{base_dir.name}'")
+            raise RegistryError(f"{directory.name}: its base is '{card.base}', not '{base_dir.name}'")
         files = inspect(directory, base_dir, max_rank=max_rank)
         row = {"tenant_id": card.tenant, "name": card.adapter, "version": card.version, "base": card.base}
         found = {"registered_at": at, "rank": files.rank, "bytes": files.bytes}
@@ -73,7 +73,7 @@ class Catalogue:
                     return _ref(known)
                 inserted = connection.execute(adapters_table.insert().values(row | found))
                 assert inserted.inserted_primary_key is not None
-                adapter = AdapterRef(
+                adapter = AdapterVersion(
                     inserted.inserted_primary_key[0], card.tenant, card.adapter, card.version
                 )
                 revision.count_change(connection)
@@ -91,7 +91,7 @@ class Catalogue:
             raise UnknownRecord(f"There is no tenant '{card.tenant}'.") from error
         return adapter
 
-    def promote(self, adapter: AdapterRef, *, at: datetime, actor: str = SYSTEM) -> None:
+    def promote(self, adapter: AdapterVersion, *, at: datetime, actor: str = SYSTEM) -> None:
         """Let the alias `tenant/name` mean `adapter` from now on; requests in flight keep theirs.
 
         A version that is pending takes over when it becomes ready; until then the alias means what it did.
@@ -104,24 +104,26 @@ class Catalogue:
             revision.count_change(connection)
             _record(connection, "promote", adapter, actor, at)
 
-    def mark_ready(self, adapter: AdapterRef, at: datetime) -> bool:
+    def mark_ready(self, adapter: AdapterVersion, at: datetime) -> bool:
         """An engine has shown that `adapter` takes effect. False if its state was decided before."""
-        return self._decide(adapter, state=State.READY, probed_at=at)
+        return self._decide(adapter, state=VersionState.READY, probed_at=at)
 
-    def reject(self, adapter: AdapterRef, reason: str, at: datetime) -> bool:
+    def reject(self, adapter: AdapterVersion, reason: str, at: datetime) -> bool:
         """An engine has shown that `adapter` must not be served. False if its state was decided before."""
-        return self._decide(adapter, state=State.REJECTED, reason=reason[:REASON_CHARS_MAX], probed_at=at)
+        return self._decide(
+            adapter, state=VersionState.REJECTED, reason=reason[:REASON_CHARS_MAX], probed_at=at
+        )
 
-    def _decide(self, adapter: AdapterRef, **values: Any) -> bool:
+    def _decide(self, adapter: AdapterVersion, **values: Any) -> bool:
         c = adapters_table.c
-        pending = adapters_table.update().where(c.id == adapter.id, c.state == State.PENDING)
+        pending = adapters_table.update().where(c.id == adapter.id, c.state == VersionState.PENDING)
         with self._change() as connection:
             decided = connection.execute(pending.values(values)).rowcount == 1
             if decided:
                 revision.count_change(connection)
         return decided
 
-    def pin(self, adapter: AdapterRef, pinned: bool, *, actor: str = SYSTEM) -> None:
+    def pin(self, adapter: AdapterVersion, pinned: bool, *, actor: str = SYSTEM) -> None:
         """Let every replica keep `adapter` loaded, or no longer. Idempotent.
 
         Raises CatalogueError for pinning a rejected or retired version, UnknownRecord for an unknown one.
@@ -134,7 +136,7 @@ class Catalogue:
                 _update(connection, adapter, pinned=pinned)
                 _record(connection, "pin" if pinned else "unpin", adapter, actor)
 
-    def retire(self, adapter: AdapterRef, at: datetime, *, actor: str = SYSTEM) -> None:
+    def retire(self, adapter: AdapterVersion, at: datetime, *, actor: str = SYSTEM) -> None:
         """Serve `adapter` no longer, for good. Idempotent.
 
         Raises CatalogueError if its alias means it, or will once its probe has passed; UnknownRecord.
@@ -145,13 +147,13 @@ class Catalogue:
                 return
             if adapter.id in _aliases(connection, c.tenant_id == adapter.tenant, c.name == adapter.name):
                 alias = f"{adapter.tenant}/{adapter.name}"
-                raise CatalogueError(
+                raise RegistryError(
                     f"The alias '{alias}' points to {adapter.model}: promote another version first."
                 )
             _update(connection, adapter, retired_at=at)
             _record(connection, "retire", adapter, actor, at)
 
-    def find(self, tenant: str, name: str, version: str) -> AdapterRef:
+    def find(self, tenant: str, name: str, version: str) -> AdapterVersion:
         """The registered version, whatever its state. Raises UnknownRecord."""
         with self._store.read() as connection:
             row = connection.execute(_select(tenant, name, version)).first()
@@ -159,19 +161,19 @@ class Catalogue:
             raise UnknownRecord(f"There is no registered version '{tenant}/{name}@{version}'.")
         return _ref(row)
 
-    def state(self, adapter: AdapterRef) -> State:
+    def state(self, adapter: AdapterVersion) -> VersionState:
         """Raises UnknownRecord."""
         with self._store.read() as connection:
-            return State(_row(connection, adapter).state)
+            return VersionState(_row(connection, adapter).state)
 
-    def entry(self, adapter: AdapterRef) -> Entry:
+    def entry(self, adapter: AdapterVersion) -> VersionInfo:
         """Raises UnknownRecord."""
         for entry in self.entries(adapter.tenant):
             if entry.ref == adapter:
                 return entry
         raise _unknown(adapter)
 
-    def entries(self, tenant: str | None = None) -> list[Entry]:
+    def entries(self, tenant: str | None = None) -> list[VersionInfo]:
         """Every version ever registered, of one tenant or of all, by tenant, name and age."""
         c = adapters_table.c
         whose = sa.true() if tenant is None else c.tenant_id == tenant
@@ -181,13 +183,13 @@ class Catalogue:
             aliases = _aliases(connection, whose)
         return [_entry(row, aliases.get(row.id)) for row in rows]
 
-    def desired(self, base: str) -> list[Desired]:
+    def desired(self, base: str) -> list[DesiredVersion]:
         """What the engines of `base` should have, in the order of registration."""
         c = adapters_table.c
         query = sa.select(adapters_table).where(c.base == base, _STANDING).order_by(c.id)
         with self._store.read() as connection:
             rows = connection.execute(query).all()
-        return [Desired(_ref(row), State(row.state), row.pinned) for row in rows]
+        return [DesiredVersion(_ref(row), VersionState(row.state), row.pinned) for row in rows]
 
     def revision(self) -> int:
         """A number that grows with every change of the catalogue, visible together with the change."""
@@ -255,11 +257,11 @@ def _verified(directory: Path) -> AdapterCard:
     try:
         card = verify(directory)
     except (FinetuneError, OSError) as error:
-        raise CatalogueError(f"{directory.name}: {error}") from error
+        raise RegistryError(f"{directory.name}: {error}") from error
     if not card.gate.passed:
-        raise CatalogueError(f"{directory.name}: its gate did not pass: {card.gate.reason}")
+        raise RegistryError(f"{directory.name}: its gate did not pass: {card.gate.reason}")
     if directory.resolve().parts[-3:] != (card.tenant, card.adapter, card.version):
-        raise CatalogueError(f"{directory.name}: its place contradicts its card")
+        raise RegistryError(f"{directory.name}: its place contradicts its card")
     return card
 
 
@@ -268,33 +270,33 @@ def _select(tenant: str, name: str, version: str) -> sa.Select[Any]:
     return sa.select(adapters_table).where(c.tenant_id == tenant, c.name == name, c.version == version)
 
 
-def _row(connection: sa.Connection, adapter: AdapterRef) -> sa.Row[Any]:
+def _row(connection: sa.Connection, adapter: AdapterVersion) -> sa.Row[Any]:
     row = connection.execute(sa.select(adapters_table).where(adapters_table.c.id == adapter.id)).first()
     if row is None:
         raise _unknown(adapter)
     return row
 
 
-def _unknown(adapter: AdapterRef) -> UnknownRecord:
+def _unknown(adapter: AdapterVersion) -> UnknownRecord:
     return UnknownRecord(f"There is no registered version '{adapter.model}'.")
 
 
-def _update(connection: sa.Connection, adapter: AdapterRef, **values: Any) -> None:
+def _update(connection: sa.Connection, adapter: AdapterVersion, **values: Any) -> None:
     connection.execute(adapters_table.update().where(adapters_table.c.id == adapter.id).values(values))
     revision.count_change(connection)
 
 
 def _record(
-    connection: sa.Connection, verb: str, adapter: AdapterRef, actor: str, at: datetime | None = None
+    connection: sa.Connection, verb: str, adapter: AdapterVersion, actor: str, at: datetime | None = None
 ) -> None:
     record(connection, f"adapter.{verb}", adapter.model, actor=actor, tenant=adapter.tenant, at=at)
 
 
-def _require_standing(row: sa.Row[Any], adapter: AdapterRef) -> None:
+def _require_standing(row: sa.Row[Any], adapter: AdapterVersion) -> None:
     if row.retired_at is not None:
-        raise CatalogueError(f"{adapter.model} is retired.")
-    if row.state == State.REJECTED:
-        raise CatalogueError(f"{adapter.model} was rejected: {row.reason}")
+        raise RegistryError(f"{adapter.model} is retired.")
+    if row.state == VersionState.REJECTED:
+        raise RegistryError(f"{adapter.model} was rejected: {row.reason}")
 
 
 def _aliases(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> dict[int, Alias]:
@@ -306,22 +308,22 @@ def _aliases(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> dict[
     coming: dict[tuple[str, str], int] = {}
     for row in connection.execute(query.order_by(sa.func.max(promotions_table.c.id).desc())):
         alias = (row.tenant_id, row.name)
-        if row.state == State.READY:
+        if row.state == VersionState.READY:
             now.setdefault(alias, row.id)
         elif alias not in now:
             coming.setdefault(alias, row.id)
     return {**dict.fromkeys(now.values(), "now"), **dict.fromkeys(coming.values(), "next")}
 
 
-def _ref(row: sa.Row[Any]) -> AdapterRef:
-    return AdapterRef(row.id, row.tenant_id, row.name, row.version)
+def _ref(row: sa.Row[Any]) -> AdapterVersion:
+    return AdapterVersion(row.id, row.tenant_id, row.name, row.version)
 
 
-def _entry(row: sa.Row[Any], alias: Alias | None) -> Entry:
-    return Entry(
+def _entry(row: sa.Row[Any], alias: Alias | None) -> VersionInfo:
+    return VersionInfo(
         ref=_ref(row),
         base=row.base,
-        state=State(row.state),
+        state=VersionState(row.state),
         reason=row.reason,
         pinned=row.pinned,
         alias=alias,

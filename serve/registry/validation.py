@@ -20,7 +20,7 @@ import numpy as np
 import regex  # type: ignore[import-untyped]  # unlike re, it can be told when to stop
 
 from finetune.card import ADAPTER_CONFIG_NAME, WEIGHTS_NAME
-from serve.errors import CatalogueError
+from serve.errors import RegistryError
 
 _CONFIG_BYTES_MAX = 1 << 20
 _HEADER_BYTES_MAX = 8 << 20
@@ -94,7 +94,7 @@ def inspect(directory: Path, base_dir: Path, *, max_rank: int) -> LoraFiles:
             _require_targets(config, modules)
             _require_finite_effect(file, tensors, modules)
     except (OSError, RecursionError) as error:
-        raise CatalogueError(f"{directory.name}: cannot be read: {error}") from error
+        raise RegistryError(f"{directory.name}: cannot be read: {error}") from error
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     return LoraFiles(config["r"], float(config["lora_alpha"]), tuple(modules), count, parameters, size)
 
@@ -134,7 +134,7 @@ def target_suffixes(base_dir: Path) -> list[str]:
 
 def _require(holds: object, where: str, problem: str) -> None:
     if not holds:
-        raise CatalogueError(f"{where}: {problem}")
+        raise RegistryError(f"{where}: {problem}")
 
 
 def _require_plain_files(directory: Path) -> None:
@@ -208,10 +208,10 @@ def _require_fitting_pairs(
     modules = set()
     for name, tensor in tensors.items():
         if _NOT_ADAPTABLE.search(name):
-            raise CatalogueError(f"{_shown(name)}: only linear layers of the decoder layers may be adapted")
+            raise RegistryError(f"{_shown(name)}: only linear layers of the decoder layers may be adapted")
         key = _KEY.fullmatch(name)
         if key is None:
-            raise CatalogueError(f"{_shown(name)}: expected {_name('<module>', 'A')} or lora_B.weight")
+            raise RegistryError(f"{_shown(name)}: expected {_name('<module>', 'A')} or lora_B.weight")
         module, half = key.groups()
         _require(module in linears, name, f"the base has no linear layer {module}")
         other = _name(module, "B" if half == "A" else "A")
@@ -219,7 +219,7 @@ def _require_fitting_pairs(
         rows, columns = linears[module]
         needed = (rank, columns) if half == "A" else (rows, rank)
         if tensor.shape != needed:
-            raise CatalogueError(f"{name}: shape {tensor.shape}, but the base needs {needed} at rank {rank}")
+            raise RegistryError(f"{name}: shape {tensor.shape}, but the base needs {needed} at rank {rank}")
         _require(tensor.dtype in _FLOATS, name, f"dtype {tensor.dtype}, expected {' or '.join(_FLOATS)}")
         modules.add(module)
     return sorted(modules)
@@ -254,7 +254,7 @@ def _require_match(pattern: str, modules: list[str], where: str) -> None:
             matches = regex.fullmatch(pattern, module, timeout=max(deadline - time.monotonic(), 1e-3))
             _require(matches, where, f"{module}, which has weights, does not match")
     except (TimeoutError, regex.error, RecursionError, OverflowError, ValueError) as error:
-        raise CatalogueError(f"{where}: is no regular expression, or a slow one: {error}") from error
+        raise RegistryError(f"{where}: is no regular expression, or a slow one: {error}") from error
 
 
 def _require_finite_effect(file: BinaryIO, tensors: dict[str, _Tensor], modules: list[str]) -> None:
@@ -291,7 +291,7 @@ def _json_object(raw: bytes, where: str) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(raw.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CatalogueError(f"{where}: is not JSON: {error}") from error
+        raise RegistryError(f"{where}: is not JSON: {error}") from error
     _require(isinstance(value, dict), where, "is not a JSON object")
     return value
 

@@ -13,7 +13,7 @@ from serve.storage.database import UtcDateTime, metadata
 REASON_CHARS_MAX = 1000
 
 
-class State(StrEnum):
+class VersionState(StrEnum):
     """What is known of a version; it leaves PENDING once, for good."""
 
     PENDING = "pending"  # its files fit its base; no engine has probed it yet
@@ -30,7 +30,7 @@ adapters_table = sa.Table(
     sa.Column("version", sa.String(16), nullable=False),
     sa.Column("base", sa.String(63), nullable=False),
     sa.Column("registered_at", UtcDateTime, nullable=False),
-    sa.Column("state", sa.String(8), nullable=False, server_default=State.PENDING),
+    sa.Column("state", sa.String(8), nullable=False, server_default=VersionState.PENDING),
     sa.Column("reason", sa.String(REASON_CHARS_MAX)),
     sa.Column("probed_at", UtcDateTime),
     sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()),
@@ -53,7 +53,7 @@ Alias = Literal["now", "next"]
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterRef:
+class AdapterVersion:
     """One immutable adapter version; `id` is unique in the catalogue for ever, so in every engine."""
 
     id: int
@@ -76,29 +76,29 @@ class Model:
 
     name: str
     base: str
-    adapter: AdapterRef | None
+    adapter: AdapterVersion | None
     created_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Desired:
+class DesiredVersion:
     """A version that the engines of its base should have: to probe it, to keep it loaded, or to serve it."""
 
-    ref: AdapterRef
-    state: State
+    ref: AdapterVersion
+    state: VersionState
     pinned: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class VersionInfo:
     """All that the catalogue knows of a version. Before migration 0002 nobody wrote `rank` and `bytes` down.
 
     `alias` is "now" if the alias means this version, "next" if it will once its probe has passed.
     """
 
-    ref: AdapterRef
+    ref: AdapterVersion
     base: str
-    state: State
+    state: VersionState
     reason: str | None
     pinned: bool
     alias: Alias | None

@@ -26,7 +26,7 @@ Who = TypeVar("Who", bound=Keyed)
 Found = TypeVar("Found", bound=Keyed, covariant=True)
 
 
-class Book(Protocol[Found]):
+class KeyStore(Protocol[Found]):
     """Where the keys are written down."""
 
     def digest(self, key: str) -> str:
@@ -43,17 +43,17 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class Door(Generic[Who]):
+class KeyCache(Generic[Who]):
     """Thread-safe, but for `shared`, which is for one event loop. `known` never blocks; the others do."""
 
     def __init__(
         self,
-        book: Book[Who],
+        book: KeyStore[Who],
         *,
         clock_s: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
-        self._book = book
+        self._store = book
         self._clock_s = clock_s
         self._now = now
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class Door(Generic[Who]):
 
     def known(self, key: str) -> Who | None:
         """Whose key it is, if that is remembered. Raises Unauthenticated for what cannot be a key."""
-        digest = self._book.digest(key)
+        digest = self._store.digest(key)
         with self._lock:
             asked_s, who = self._remembered.get(digest, (0.0, None))
             if who is None or self._clock_s() - asked_s >= REMEMBERED_S:
@@ -73,9 +73,9 @@ class Door(Generic[Who]):
 
     def authenticate(self, key: str) -> Who:
         """Ask the store whose key it is; raises what `Book.find` raises."""
-        digest = self._book.digest(key)
+        digest = self._store.digest(key)
         asked_s, at = self._clock_s(), self._now()  # before the look-up: what it misses must not live longer
-        who = self._book.find(digest, at)
+        who = self._store.find(digest, at)
         with self._lock:
             self._remembered.pop(digest, None)
             if len(self._remembered) >= REMEMBERED_MAX:
@@ -86,7 +86,7 @@ class Door(Generic[Who]):
 
     async def shared(self, key: str, ask: Callable[[], Coroutine[Any, Any, Who]]) -> Who:
         """What `ask` answers, for all of an event loop who want to know it meanwhile."""
-        digest = self._book.digest(key)
+        digest = self._store.digest(key)
         asking = self._asking.get(digest)
         if asking is None:
             asking = self._asking[digest] = asyncio.create_task(ask())
@@ -105,7 +105,7 @@ class Door(Generic[Who]):
         if not used:
             return
         try:
-            self._book.note_used(used)
+            self._store.note_used(used)
         except BaseException:
             with self._lock:
                 self._used = used | self._used

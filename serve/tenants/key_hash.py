@@ -35,7 +35,7 @@ def server_secret(home: Path) -> bytes:
     return path.read_bytes()
 
 
-class Mint:
+class KeyHasher:
     """Makes keys that begin with `prefix`, and knows them again by their digest."""
 
     def __init__(self, prefix: str, server_secret: bytes) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import sqlalchemy as sa
 
 from serve.errors import Conflict, InvalidRequest, TenantSuspended, Unauthenticated, UnknownRecord
-from serve.rate_limits.limits import LimitBook, Limits, Subject
+from serve.rate_limits.limits import Limits, LimitStore, Subject
 from serve.storage.database import Store
 from serve.storage.pagination import Page, page
 from serve.tenants.audit import SYSTEM, record
-from serve.tenants.key_hash import Mint
+from serve.tenants.key_hash import KeyHasher
 from serve.tenants.platform_keys import is_live, note_used
 from serve.tenants.projects import project_row
 from serve.tenants.tables import keys_table, projects_table, tenants_table
@@ -80,8 +80,8 @@ class Keys:
 
     def __init__(self, store: Store, secret: bytes) -> None:
         self._store = store
-        self._mint = Mint(KEY_PREFIX, secret)
-        self._limits = LimitBook(store)
+        self._mint = KeyHasher(KEY_PREFIX, secret)
+        self._limits = LimitStore(store)
 
     def create(
         self,

@@ -12,7 +12,7 @@ from serve.errors import InvalidRequest, Unauthenticated, UnknownRecord
 from serve.storage.database import Store
 from serve.storage.pagination import Page, page
 from serve.tenants.audit import SYSTEM, record
-from serve.tenants.key_hash import Mint
+from serve.tenants.key_hash import KeyHasher
 from serve.tenants.tables import platform_keys_table
 
 PLATFORM_PREFIX = "bsp-"
@@ -47,7 +47,7 @@ class PlatformKeys:
 
     def __init__(self, store: Store, secret: bytes) -> None:
         self._store = store
-        self._mint = Mint(PLATFORM_PREFIX, secret)
+        self._mint = KeyHasher(PLATFORM_PREFIX, secret)
 
     def create(
         self, name: str, *, at: datetime, expires_at: datetime | None = None, actor: str = SYSTEM

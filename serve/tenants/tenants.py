@@ -10,11 +10,11 @@ import sqlalchemy as sa
 
 from finetune.card import validate_name
 from serve.errors import AlreadyExists, UnknownRecord
-from serve.rate_limits.limits import LimitBook, Limits
+from serve.rate_limits.limits import Limits, LimitStore
 from serve.storage.database import Store
 from serve.storage.pagination import Page, page
 from serve.tenants.audit import SYSTEM, record
-from serve.tenants.key_cache import Door, utc_now
+from serve.tenants.key_cache import KeyCache, utc_now
 from serve.tenants.keys import SCOPES, ApiKey, Keys, Principal, read_scopes
 from serve.tenants.platform_keys import Operator, PlatformKeys
 from serve.tenants.projects import Projects
@@ -47,12 +47,12 @@ class Tenants:
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._store = store
-        self._limits = LimitBook(store)
+        self._limits = LimitStore(store)
         self.projects = Projects(store)
         self.keys = Keys(store, secret)
         self.platform_keys = PlatformKeys(store, secret)
-        self.door: Door[Principal] = Door(self.keys, clock_s=clock_s, now=now)
-        self.platform_door: Door[Operator] = Door(self.platform_keys, clock_s=clock_s, now=now)
+        self.key_cache: KeyCache[Principal] = KeyCache(self.keys, clock_s=clock_s, now=now)
+        self.platform_door: KeyCache[Operator] = KeyCache(self.platform_keys, clock_s=clock_s, now=now)
 
     def create(self, tenant: str, *, at: datetime, actor: str = SYSTEM) -> None:
         """Raises InvalidName for a bad name, AlreadyExists for a taken one."""

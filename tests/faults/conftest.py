@@ -21,13 +21,13 @@ from serve.billing.ledger.accounts import CLOSING, OPENING, transfers_table
 from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.verification import verify
 from serve.billing.metering.events import usage_table
-from serve.billing.metering.queries import Usage
+from serve.billing.metering.queries import UsageQueries
 from serve.billing.metering.reconciliation import Reconciliation, reconcile
 from serve.commands.usage import engine_counts
 from serve.errors import OperatorError
 from serve.settings import EngineSettings, Settings
 from serve.storage.database import Store
-from tests.faults.failpoints import FaultyEngine, FaultyGateway, FaultySteward, Hit, Traps
+from tests.faults.failpoints import FailPoints, FaultyEngine, FaultyGateway, FaultySteward, Hit
 from tests.serve.conftest import (
     TENANTS,
     TINY,
@@ -81,7 +81,7 @@ class Ask:
         self.code: str | None = None
         self.request_id = ""
         self.tokens = 0
-        self.arrivals: list[tuple[float, int]] = []  # when (time.monotonic) how many tokens had come
+        self.pending: list[tuple[float, int]] = []  # when (time.monotonic) how many tokens had come
         self.finish_reason: str | None = None
         self.broken: str | None = None
         self._site = site
@@ -110,7 +110,7 @@ class Ask:
 
     def tokens_at(self, moment_s: float) -> int:
         """How many had come by then."""
-        return max((tokens for at_s, tokens in self.arrivals if at_s <= moment_s), default=0)
+        return max((tokens for at_s, tokens in self.pending if at_s <= moment_s), default=0)
 
     def _read(self) -> None:
         url, key = f"{self._site.url}/v1/chat/completions", self._site.keys[TENANT]
@@ -134,7 +134,7 @@ class Ask:
         for choice in event.get("choices", ()):
             self.finish_reason = choice["finish_reason"]
             self.tokens += len((choice.get("logprobs") or {}).get("content") or ())
-            self.arrivals.append((time.monotonic(), self.tokens))
+            self.pending.append((time.monotonic(), self.tokens))
             if self.tokens:
                 self._begun.set()
 
@@ -146,7 +146,7 @@ class Ask:
 @dataclass(frozen=True)
 class Site(Live):
     postgres: Postgres
-    traps: Traps
+    traps: FailPoints
     seen: list[Seen]
 
     def pids(self, deployment: str) -> set[int]:
@@ -245,7 +245,7 @@ class Site(Live):
         accounts = [Ledger(self.store).account(tenant) for tenant in self.keys]
         assert [account.held_nanos for account in accounts] == [0] * len(accounts)
         assert sums == [sum(account.spent_nanos for account in accounts)] * 2
-        assert [check for check in verify(self.store) if check.differences] == []
+        assert [check for check in verify(self.store) if check.mismatches] == []
         drifts = [(one.prompt_drift, one.completion_drift) for one in self.drift()]
         assert drifts == [(0, 0)]
 
@@ -255,7 +255,7 @@ class Site(Live):
 
         def told() -> bool:
             try:
-                found[:] = reconcile(engine_counts(self.url), Usage(self.store).by_engine())
+                found[:] = reconcile(engine_counts(self.url), UsageQueries(self.store).by_engine())
             except OperatorError:
                 return False
             return bool(found)
@@ -267,7 +267,7 @@ class Site(Live):
 @pytest.fixture(scope="package")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     from serve.deployment import ray_app as deployment
-    from serve.deployment.local import Service
+    from serve.deployment.local import LocalService
 
     home = tmp_path_factory.mktemp("faults")
     import_tiny(home)
@@ -288,10 +288,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         )
         with contextlib.closing(Store(settings.store_url)) as store:
             keys = onboard(store, home, TENANTS)
-            with Service(settings) as service:
-                yield Site(service.url, settings, store, keys, postgres, Traps(home), seen)
+            with LocalService(settings) as service:
+                yield Site(service.url, settings, store, keys, postgres, FailPoints(home), seen)
             # What the service did not start, it does not end.
-            assert [check for check in verify(store) if check.differences] == []
+            assert [check for check in verify(store) if check.mismatches] == []
     if path := os.environ.get(OBSERVATIONS):
         Path(path).write_text(json.dumps([asdict(one) for one in seen], indent=1))
 

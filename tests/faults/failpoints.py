@@ -56,7 +56,7 @@ class Hit:
     request_id: str
 
 
-class Traps:
+class FailPoints:
     """The traps of one running application: a folder that its processes look into."""
 
     def __init__(self, home: Path) -> None:
@@ -123,7 +123,7 @@ class FaultyGateway(GatewayDeployment):
     async def __init__(  # type: ignore[misc] # Serve awaits it
         self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any], steward: Any
     ) -> None:
-        traps = Traps(settings.home)
+        traps = FailPoints(settings.home)
         markers: dict[str, str | None] = {}
         _watch_generations(traps, markers)
         _watch_engines(traps)
@@ -135,7 +135,7 @@ class FaultyGateway(GatewayDeployment):
 
 class FaultyEngine(EngineDeployment):
     async def __init__(self, settings: Settings, base: str) -> None:  # type: ignore[misc] # Serve awaits it
-        traps = Traps(settings.home)
+        traps = FailPoints(settings.home)
         await super().__init__(settings, base)  # type: ignore[misc]
         generate = self._engine.generate
 
@@ -152,10 +152,10 @@ class FaultyEngine(EngineDeployment):
 
 class FaultySteward(StewardDeployment):
     def __init__(self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> None:
-        traps = Traps(settings.home)
+        traps = FailPoints(settings.home)
         finish = recovery.Recovery._finish
 
-        async def _finish(self: recovery.Recovery, closing: ledger.Closing) -> bool:
+        async def _finish(self: recovery.Recovery, closing: ledger.Resolution) -> bool:
             await traps.come(at("steward", BEFORE_SETTLE), ANY, closing.request_id)
             return await finish(self, closing)
 
@@ -164,7 +164,7 @@ class FaultySteward(StewardDeployment):
         super().__init__(settings, contexts, handles)
 
 
-def _watch_generations(traps: Traps, markers: dict[str, str | None]) -> None:
+def _watch_generations(traps: FailPoints, markers: dict[str, str | None]) -> None:
     init, close = generation.Generation.__init__, generation.Generation._settle_or_void
 
     def __init__(self: generation.Generation, terms: Any, principal: Any, call: Any, *rest: Any) -> None:
@@ -172,7 +172,7 @@ def _watch_generations(traps: Traps, markers: dict[str, str | None]) -> None:
         init(self, terms, principal, call, *rest)
 
     async def _settle_or_void(self: generation.Generation, failure: Any) -> None:
-        request_id = self.call.request_id
+        request_id = self.request.request_id
         await traps.come(at("gateway", BEFORE_SETTLE), markers[request_id], request_id)
         await close(self, failure)
         markers.pop(request_id)
@@ -181,7 +181,7 @@ def _watch_generations(traps: Traps, markers: dict[str, str | None]) -> None:
     generation.Generation._settle_or_void = _settle_or_void  # type: ignore[method-assign]
 
 
-def _watch_engines(traps: Traps) -> None:
+def _watch_engines(traps: FailPoints) -> None:
     ask = RemoteEngine.generate
 
     async def generate(self: RemoteEngine, request: GenerationRequest, take: Take) -> None:
@@ -224,22 +224,22 @@ async def _held_up(
         await asyncio.wait({giving})
 
 
-def _watch_ledger(traps: Traps, who: str, marker_of: Callable[[str], str | None]) -> None:
-    record, close = ledger._record, writer.Books.close
+def _watch_ledger(traps: FailPoints, who: str, marker_of: Callable[[str], str | None]) -> None:
+    record, close = ledger._record, writer.CommitQueue.close
 
-    def _record(connection: Any, closed: list[ledger.Closing], held: Any) -> None:
+    def _record(connection: Any, closed: list[ledger.Resolution], held: Any) -> None:
         record(connection, closed, held)
         for one in closed:  # in the transaction, with all rows written and locked
             traps.come_blocking(at(who, DURING_SETTLE), marker_of(one.request_id), one.request_id)
 
-    async def _close(self: writer.Books, closing: ledger.Closing) -> bool:
+    async def _close(self: writer.CommitQueue, closing: ledger.Resolution) -> bool:
         outcome = await close(self, closing)
         request_id = closing.request_id
         await traps.come(at(who, AFTER_SETTLE), marker_of(request_id), request_id)
         return outcome
 
     ledger._record = _record
-    writer.Books.close = _close  # type: ignore[method-assign]
+    writer.CommitQueue.close = _close  # type: ignore[method-assign]
 
 
 def _marker_of(prompt: Any) -> str | None:

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from serve.billing.budgets.budgets import spend_table
-from serve.billing.budgets.service import Budgets
+from serve.billing.budgets.service import BudgetService
 from serve.billing.ledger.accounts import OPENING, transfers_table
 from serve.billing.metering.events import attempts_table, usage_table
 from tests.faults.conftest import Site, body, since
@@ -122,7 +122,7 @@ def test_a_hard_budget_is_not_overshot_by_200_requests_at_three_gateways(whole: 
         of = sa.select(c.amount_nanos).where(c.request_id == event["request_id"], c.phase == OPENING)
         held_nanos = connection.execute(of).scalar_one()
     limit_nanos = 40 * event["cost_nanos"] + held_nanos
-    made = Budgets(whole.store).create(tenant, "tenant", tenant, "total", limit_nanos, at=NOON)
+    made = BudgetService(whole.store).create(tenant, "tenant", tenant, "total", limit_nanos, at=NOON)
 
     started_s = time.monotonic()
     headers = {"Authorization": f"Bearer {whole.keys[tenant]}"}

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from serve.billing.ledger.ledger import Closing, Hold, Ledger
+from serve.billing.ledger.ledger import Hold, Ledger, Resolution
 from serve.billing.ledger.verification import verify
 from serve.billing.metering.events import UsageEvent
 from serve.errors import StoreUnavailable
 from serve.maintenance.recovery import ENGINE_PATIENCE
 from serve.storage.database import Store
-from tests.serve.conftest import NOON, Shop, onboard
+from tests.serve.conftest import NOON, BillingFixture, onboard
 from tests.serve.maintenance.test_recovery import Scene
 from tests.support.disks import small_disk
 from tests.support.usage_events import COST_NANOS, usage_event
@@ -25,7 +25,7 @@ from tests.support.usage_events import COST_NANOS, usage_event
 LEASE = timedelta(minutes=10)
 
 
-def event(shop: Shop, request_id: str) -> UsageEvent:
+def event(shop: BillingFixture, request_id: str) -> UsageEvent:
     return usage_event(request_id, key_id=shop.principal.key_id, plan_id=shop.price.id)
 
 
@@ -47,7 +47,9 @@ print(closed, flush=True)
 """
 
 
-def test_a_settlement_that_two_processes_deliver_at_once_counts_once(shop: Shop, tmp_path: Path) -> None:
+def test_a_settlement_that_two_processes_deliver_at_once_counts_once(
+    shop: BillingFixture, tmp_path: Path
+) -> None:
     holds = [Hold(f"req_{number}", "acme", 1000) for number in range(100)]
     for hold in holds:
         shop.ledger.hold(hold, at=NOON, lease=LEASE)
@@ -77,18 +79,18 @@ def test_a_settlement_that_two_processes_deliver_at_once_counts_once(shop: Shop,
     assert sum(closed) == len(holds)
     account = shop.ledger.account("acme")
     assert (account.spent_nanos, account.held_nanos) == (len(holds) * COST_NANOS, 0)
-    assert [check for check in verify(shop.store) if check.differences] == []
+    assert [check for check in verify(shop.store) if check.mismatches] == []
 
 
-def test_a_settlement_delivered_twice_in_one_transaction_counts_once(shop: Shop) -> None:
+def test_a_settlement_delivered_twice_in_one_transaction_counts_once(shop: BillingFixture) -> None:
     shop.ledger.hold(Hold("req_1", "acme", 1000), at=NOON, lease=LEASE)
-    delivered = Closing("req_1", "acme", NOON, event=event(shop, "req_1"))
+    delivered = Resolution("req_1", "acme", NOON, event=event(shop, "req_1"))
     assert shop.ledger.apply([delivered, delivered]) == [True, False]
     assert shop.ledger.apply([delivered]) == [False]
     assert shop.ledger.account("acme").spent_nanos == COST_NANOS
 
 
-def test_a_clock_that_steps_back_neither_frees_a_hold_early_nor_leaks_one(shop: Shop) -> None:
+def test_a_clock_that_steps_back_neither_frees_a_hold_early_nor_leaks_one(shop: BillingFixture) -> None:
     """Leases are of the wall clock; what happens while it is wrong is late at most."""
     earlier = NOON - timedelta(hours=1)
     shop.ledger.hold(Hold("req_before", "acme", 1000), at=NOON, lease=LEASE)
@@ -103,13 +105,13 @@ def test_a_clock_that_steps_back_neither_frees_a_hold_early_nor_leaks_one(shop: 
     assert not shop.ledger.settle(Hold("req_before", "acme", 1000), event(shop, "req_before"), at=NOON)
     account = shop.ledger.account("acme")
     assert (account.spent_nanos, account.held_nanos) == (COST_NANOS, 0)
-    assert [check for check in verify(shop.store) if check.differences] == []
+    assert [check for check in verify(shop.store) if check.mismatches] == []
 
 
 def test_a_clock_that_steps_back_does_not_prolong_the_patience_with_an_engine_that_is_away(
-    shop: Shop, tmp_path: Path
+    shop: BillingFixture, tmp_path: Path
 ) -> None:
-    scene = Scene(shop, tmp_path / "journals")
+    scene = Scene(shop, tmp_path / "checkpoints")
     scene.hold("a gateway elsewhere")
     scene.engine.away = True
     scene.now = NOON + LEASE * 2
@@ -120,7 +122,7 @@ def test_a_clock_that_steps_back_does_not_prolong_the_patience_with_an_engine_th
     scene.now += ENGINE_PATIENCE
     scene.run()
     assert scene.closings() == ["void"]
-    scene.books.stop()
+    scene.commit_queue.stop()
 
 
 @pytest.mark.parametrize("full", ["the disk", "the database"])
@@ -140,7 +142,7 @@ def test_a_full_disk_refuses_what_is_new_and_loses_nothing(tmp_path: Path, full:
 
             def hold_more() -> None:
                 for number in range(10_000):
-                    hold = Hold(f"req_{number:04}", "acme", 1000, sale="x" * 500)
+                    hold = Hold(f"req_{number:04}", "acme", 1000, terms="x" * 500)
                     ledger.hold(hold, at=NOON, lease=LEASE)
                     held.append(hold)
 
@@ -159,7 +161,7 @@ def test_a_full_disk_refuses_what_is_new_and_loses_nothing(tmp_path: Path, full:
             for hold in held:
                 assert ledger.void(hold, "there is room again", at=NOON)
             assert ledger.account("acme").held_nanos == 0
-            assert [check for check in verify(store) if check.differences] == []
+            assert [check for check in verify(store) if check.mismatches] == []
 
 
 def _fill(ballast: Path, *, leaving: int) -> None:

@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests.synthetic import publish_random
 from serve.billing.metering.events import usage_table
-from serve.registry.registry import Catalogue
-from serve.registry.versions import AdapterRef, State
+from serve.registry.registry import AdapterRegistry
+from serve.registry.versions import AdapterVersion, VersionState
 from serve.settings import EngineSettings, Settings
 from serve.storage.database import Store
 from tests.serve.conftest import (
@@ -80,7 +80,7 @@ class Stream:
 class Pair(Live):
     """The two replicas, told apart by the ids that usage events bear."""
 
-    adapters: tuple[AdapterRef, ...]
+    adapters: tuple[AdapterVersion, ...]
 
     def publish(self, name: str, seed: int) -> Path:
         base_dir = self.settings.bases_dir / TINY
@@ -126,7 +126,7 @@ class Pair(Live):
 
 @pytest.fixture(scope="package")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    from serve.deployment.local import Service
+    from serve.deployment.local import LocalService
 
     home = tmp_path_factory.mktemp("pair")
     import_tiny(home)
@@ -142,8 +142,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with contextlib.closing(Store(settings.store_url)) as store:
         keys = onboard(store, home, [TENANT])
         pair = Pair(f"http://127.0.0.1:{settings.port}", settings, store, keys, ())
-        catalogue = Catalogue(store, [TINY])
-        adapters = tuple(enter(catalogue, pair.publish(name, seed), home) for seed, name in enumerate(NAMES))
-        with Service(settings):
-            assert {catalogue.state(adapter) for adapter in adapters} == {State.READY}
+        registry = AdapterRegistry(store, [TINY])
+        adapters = tuple(enter(registry, pair.publish(name, seed), home) for seed, name in enumerate(NAMES))
+        with LocalService(settings):
+            assert {registry.state(adapter) for adapter in adapters} == {VersionState.READY}
             yield Pair(pair.url, settings, store, pair.keys, adapters)

@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from serve.engine.router import SLACK_REQUESTS, choose
-from serve.registry.registry import Catalogue
-from serve.registry.versions import AdapterRef, State
+from serve.registry.registry import AdapterRegistry
+from serve.registry.versions import AdapterVersion, VersionState
 from tests.replicas.conftest import SEQUENCES, TENANT, Pair, Stream
 from tests.serve.conftest import NOON, TINY, enter, wait_until
 from tests.serve.engine.test_router import Candidate
@@ -65,7 +65,7 @@ def test_a_hot_adapter_is_served_by_both_replicas_alike(pair: Pair) -> None:
     assert list(resident.values()) == [len(pair.adapters)] * 2
 
 
-def place(pair: Pair, adapter: AdapterRef) -> str:
+def place(pair: Pair, adapter: AdapterVersion) -> str:
     """The replica that all requests for `adapter` go to from now on, until it has more than its share.
 
     Where both hold it, that is the rendezvous hash's choice; the gateway hears every 2 s what they hold.
@@ -104,11 +104,11 @@ def test_a_client_that_leaves_stops_the_engine_and_pays_for_a_few_steps_more_at_
 
 
 def test_a_new_version_is_served_by_both_once_it_is_probed_and_a_retired_one_by_none(pair: Pair) -> None:
-    catalogue, old = Catalogue(pair.store, [TINY]), pair.adapters[3]
+    registry, old = AdapterRegistry(pair.store, [TINY]), pair.adapters[3]
     alias = f"{old.tenant}/{old.name}"
     before, _ = ask(pair, alias)
-    new = enter(catalogue, pair.publish(old.name, 99), pair.settings.home)
-    wait_until(lambda: catalogue.state(new) == State.READY, 15)
+    new = enter(registry, pair.publish(old.name, 99), pair.settings.home)
+    wait_until(lambda: registry.state(new) == VersionState.READY, 15)
     after, event = ask(pair, alias)
     assert after != before
     assert event["adapter_version"] == new.model
@@ -116,7 +116,7 @@ def test_a_new_version_is_served_by_both_once_it_is_probed_and_a_retired_one_by_
     wait_until(lambda: list(pair.on_disk().values()) == [len(pair.adapters) + 1] * 2, 15)
     assert ask(pair, old.model)[0] == before
 
-    catalogue.retire(old, NOON)
+    registry.retire(old, NOON)
     assert pair.post(body(old.model, 1)).status_code == 404
     assert ask(pair, alias)[0] == after
     wait_until(lambda: list(pair.on_disk().values()) == [len(pair.adapters)] * 2, 15)

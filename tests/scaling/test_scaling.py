@@ -29,7 +29,7 @@ BODY = {
 
 @pytest.fixture(scope="module")
 def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    from serve.deployment.local import Service
+    from serve.deployment.local import LocalService
 
     home = tmp_path_factory.mktemp("elastic")
     import_tiny(home)
@@ -45,7 +45,7 @@ def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     )
     with contextlib.closing(Store(settings.store_url)) as store:
         keys = onboard(store, home, [TENANT])
-        with Service(settings) as service:
+        with LocalService(settings) as service:
             yield Live(service.url, settings, store, keys)
 
 

@@ -19,8 +19,8 @@ import sqlalchemy as sa
 from serve.billing.ledger.ledger import Ledger
 from serve.billing.metering.events import usage_table
 from serve.billing.pricing.plans import PricePlan, Prices, PriceVersion, Rates
-from serve.registry.registry import Catalogue
-from serve.registry.versions import AdapterRef
+from serve.registry.registry import AdapterRegistry
+from serve.registry.versions import AdapterVersion
 from serve.settings import EngineSettings, Settings
 from serve.storage.database import Store
 from serve.tenants import Principal, Tenants, server_secret
@@ -84,7 +84,7 @@ def store(new_database: NewDatabase) -> Iterator[Store]:
 
 
 @dataclass(frozen=True)
-class Shop:
+class BillingFixture:
     """A store with one tenant that may buy."""
 
     store: Store
@@ -96,7 +96,7 @@ class Shop:
 
 
 @pytest.fixture
-def shop(store: Store, tmp_path: Path) -> Shop:
+def shop(store: Store, tmp_path: Path) -> BillingFixture:
     tenants = Tenants(store, server_secret(tmp_path))
     tenants.create("acme", at=NOON)
     key, secret = tenants.create_key("acme", at=NOON)
@@ -105,7 +105,7 @@ def shop(store: Store, tmp_path: Path) -> Shop:
     prices.subscribe("acme", "standard", at=NOON)
     ledger = Ledger(store)
     ledger.open_account("acme", 1_000_000_000)
-    return Shop(store, tenants, ledger, Principal("acme", key.id, key.scopes), secret, price)
+    return BillingFixture(store, tenants, ledger, Principal("acme", key.id, key.scopes), secret, price)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60, interval_s: float = 0.05) -> None:
@@ -202,17 +202,17 @@ def onboard(store: Store, home: Path, names: Iterable[str]) -> dict[str, str]:
     return keys
 
 
-def enter(catalogue: Catalogue, directory: Path, home: Path) -> AdapterRef:
+def enter(registry: AdapterRegistry, directory: Path, home: Path) -> AdapterVersion:
     """Register and promote what is published in `directory`, as `bespoke adapter promote` does."""
-    adapter = catalogue.register(directory, at=NOON, base_dir=home / "bases" / TINY, max_rank=16)
-    catalogue.promote(adapter, at=NOON)
+    adapter = registry.register(directory, at=NOON, base_dir=home / "bases" / TINY, max_rank=16)
+    registry.promote(adapter, at=NOON)
     return adapter
 
 
 @pytest.fixture(scope="package")
 def live(home: Path) -> Iterator[Live]:
     """One gateway and one engine for all tests of this folder, on a free port."""
-    from serve.deployment.local import Service
+    from serve.deployment.local import LocalService
     from serve.registry.registry import newest_published
 
     settings = Settings(
@@ -227,9 +227,9 @@ def live(home: Path) -> Iterator[Live]:
     store = Store(settings.store_url)
     keys = onboard(store, home, TENANTS)
     for tenant in TENANTS:
-        catalogue = Catalogue(store, settings.bases)
-        enter(catalogue, newest_published(settings.adapters_dir, tenant, "support"), home)
-    with Service(settings) as service:
+        registry = AdapterRegistry(store, settings.bases)
+        enter(registry, newest_published(settings.adapters_dir, tenant, "support"), home)
+    with LocalService(settings) as service:
         metrics = httpx.get(f"{service.url}/metrics", timeout=60).text.splitlines()
         yield Live(service.url, settings, store, keys, metrics_at_start=tuple(metrics))
     store.close()

@@ -21,7 +21,7 @@ def test_what_is_filled_agrees_with_itself_and_can_be_asked(
     with closing(Store(Settings(home=tmp_path).store_url)) as store:
         (hours,) = (one for one in verify(store) if one.name == "hours = usage events")
     assert hours.compared > 1000
-    assert hours.differences == ()
+    assert hours.mismatches == ()
 
 
 def test_settlements_are_counted_and_timed(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from serve.billing.ledger.ledger import Ledger
-from serve.billing.metering.queries import Usage
+from serve.billing.metering.queries import UsageQueries
 from serve.billing.metering.reconciliation import reconcile
 from serve.commands.usage import engine_counts
-from serve.registry.registry import Catalogue, newest_published
-from serve.registry.versions import State
+from serve.registry.registry import AdapterRegistry, newest_published
+from serve.registry.versions import VersionState
 from serve.tenants import Tenants, server_secret
 from tests.serve.conftest import NOON, TENANTS, TINY, TINY_TWO, Live, enter, wait_until
 
@@ -304,19 +304,19 @@ def test_many_clients_at_once_leave_nothing_open_and_every_token_billed(live: Li
 
 def test_a_new_version_under_the_alias_is_served_at_once(live: Live) -> None:
     """The alias moves; the immutable name keeps its bytes (vLLM 42125 is about a reused name)."""
-    catalogue = Catalogue(live.store, [TINY])
+    registry = AdapterRegistry(live.store, [TINY])
     old = newest_published(live.settings.adapters_dir, LUMEN, "support")
     before = ask(live, LUMEN, f"{LUMEN}/support")
     new = retrained(live)
-    adapter = enter(catalogue, new, live.settings.home)
-    wait_until(lambda: catalogue.state(adapter) == State.READY)
+    adapter = enter(registry, new, live.settings.home)
+    wait_until(lambda: registry.state(adapter) == VersionState.READY)
     try:
         after = ask(live, LUMEN, f"{LUMEN}/support")
         assert after != before
         assert ask(live, LUMEN, f"{LUMEN}/support@{old.name}") == before
         assert ask(live, LUMEN, f"{LUMEN}/support@{new.name}") == after
     finally:
-        enter(catalogue, old, live.settings.home)
+        enter(registry, old, live.settings.home)
     assert ask(live, LUMEN, f"{LUMEN}/support") == before
 
 
@@ -359,7 +359,7 @@ def test_a_gateway_process_loads_neither_torch_nor_vllm(live: Live) -> None:
 
 
 def assert_reconciled(live: Live) -> None:
-    entries = reconcile(engine_counts(live.url), Usage(live.store).by_engine())
+    entries = reconcile(engine_counts(live.url), UsageQueries(live.store).by_engine())
     assert entries
     assert [(entry.prompt_drift, entry.completion_drift) for entry in entries] == [(0, 0)] * len(entries)
 

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from serve.billing.metering.events import usage_table
-from serve.rate_limits.limits import LimitBook, Limits
+from serve.rate_limits.limits import Limits, LimitStore
 from tests.serve.conftest import NOON, TENANTS, TINY, Live, wait_until
 from tests.serve.test_live import HELLO, replicas
 
@@ -24,7 +24,7 @@ def limited(live: Live, limits: Limits) -> tuple[str, str]:
     """A new key's id and secret."""
     key, secret = live.tenants.create_key(TENANTS[0], at=NOON)
     with live.store.write() as connection:
-        LimitBook(live.store).set(connection, "key", key.id, limits, at=NOON)
+        LimitStore(live.store).set(connection, "key", key.id, limits, at=NOON)
     return key.id, secret
 
 

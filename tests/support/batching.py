@@ -17,8 +17,9 @@ from serve.batches.input import InputBounds
 from serve.batches.lines import Lines
 from serve.batches.worker import BatchWorker
 from serve.billing.ledger.ledger import Ledger
-from serve.billing.ledger.writer import Books
+from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import usage_table
+from serve.billing.metering.terms import RequestUsage
 from serve.billing.pricing.plans import BatchRates, Prices, Rates
 from serve.client_data.files import FileBounds, Files
 from serve.engine.protocol import (
@@ -26,18 +27,17 @@ from serve.engine.protocol import (
     Counters,
     Delta,
     Event,
-    Final,
     Finished,
     GenerationRequest,
     Message,
     Take,
 )
 from serve.errors import EngineFailed
-from serve.formats.sampling import Limits
+from serve.formats.sampling import RequestBounds
 from serve.inference.gateway import Gateway
 from serve.observability.metrics import Metrics
-from serve.rate_limits import Admission
-from serve.registry.registry import Catalogue
+from serve.rate_limits import RateLimiter
+from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
 from tests.serve.conftest import NOON, PLAN, TINY
@@ -52,7 +52,7 @@ HALF = Rates(
 COST_NANOS = 10 * 50 + 2 * 200  # of one line at HALF
 LEASE = timedelta(seconds=60)
 BOUNDS = FileBounds(file_bytes=1 << 20, files_per_tenant=10, bytes_per_tenant=1 << 21)
-FIELDS = Limits(messages=8, n=4, stop_sequences=4, completion_tokens=100, tools=4, prompts=4)
+FIELDS = RequestBounds(messages=8, n=4, stop_sequences=4, completion_tokens=100, tools=4, prompts=4)
 INPUT = InputBounds(lines=50, body_bytes=10_000, fields=FIELDS)
 
 
@@ -134,7 +134,7 @@ class EchoEngine:
     async def abort(self, request_id: str) -> None:
         pass
 
-    async def finals(self, request_id: str) -> list[Final]:
+    async def final_usage(self, request_id: str) -> list[RequestUsage]:
         return []
 
     async def counters(self) -> list[Counters]:
@@ -188,11 +188,11 @@ class Floor:
         store = store or self.store
         gateway = Gateway(
             store=store,
-            catalogue=Catalogue(store, [TINY]),
+            registry=AdapterRegistry(store, [TINY]),
             engines={TINY: self.engine},
-            admission=Admission(store, "g"),
-            books=Books(Ledger(store)),
-            journal=None,
+            admission=RateLimiter(store, "g"),
+            commit_queue=CommitQueue(Ledger(store)),
+            checkpoints=None,
             metrics=Metrics(adapters_max=0),
             request_timeout_s=60,
             first_token_timeout_s=60,

@@ -12,14 +12,14 @@ from serve.billing.webhooks.outbox import NoticeFigures
 from serve.engine.protocol import Counters, Delta
 from serve.errors import RateLimited
 from serve.maintenance import metrics as steward_metrics
-from serve.maintenance.steward import Measurements
+from serve.maintenance.steward import StewardStatus
 from serve.observability.metrics import (
     Metrics,
-    Pace,
+    TokenLatency,
     merge,
+    render_aggregate,
     render_budgets,
     render_engines,
-    render_fleet,
 )
 
 Names = Mapping[str, frozenset[str]]
@@ -37,7 +37,7 @@ def names(text: str) -> Names:
 def busy() -> Metrics:
     """A gateway to which everything has happened that it counts."""
     metrics = Metrics(adapters_max=1, gateway="busy")
-    pace = Pace(1)
+    pace = TokenLatency(1)
     for _ in range(2):
         pace.note([Delta(0, "x", 1)])
     metrics.request("/v1/chat/completions", 429, 0.1)
@@ -51,12 +51,12 @@ def busy() -> Metrics:
     return metrics
 
 
-def measured() -> Measurements:
+def measured() -> StewardStatus:
     count = EngineCount("tiny", "r", "b", 10, 5, 0, 0)
-    return Measurements(
+    return StewardStatus(
         drift=tuple(reconcile([count], {})),
         drift_at=1.0,
-        chores={"recover": 1.0},
+        jobs={"recover": 1.0},
         budgets=BudgetFigures((("bud_1", "tenant", "month", 0.5),), 1),
         intervals={"recover": 1.0},
         failures={"recover": 1},
@@ -68,7 +68,7 @@ def declared() -> Names:
     """From an exposition in which nothing is missing."""
     everything: Iterable[bytes] = (
         busy().exposition().text,
-        render_fleet(1, 1, {"tiny": 1}),
+        render_aggregate(1, 1, {"tiny": 1}),
         render_engines([Counters("tiny", "r", "b", 1, 1, 1, 1, 0)]),
         steward_metrics.render(measured()),
         render_budgets(measured().budgets),

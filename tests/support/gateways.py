@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from serve.errors import RateLimited, StoreUnavailable
-from serve.rate_limits import Admission, Ticket
+from serve.rate_limits import Permit, RateLimiter
 from serve.rate_limits.limits import Limits, Subject
 from serve.storage.database import Store
 
@@ -51,8 +51,8 @@ class Gateways:
         self.stores = [CountedStore(url) for _ in range(count)]
         self.all = [self.start(number) for number in range(count)]
 
-    def start(self, number: int) -> Admission:
-        return Admission(
+    def start(self, number: int) -> RateLimiter:
+        return RateLimiter(
             self.stores[number],
             f"g{number}",
             clock=self.clock,
@@ -75,19 +75,19 @@ def tenant(**limits: int) -> list[Subject]:
     return [Subject("tenant", "acme", Limits(**limits))]  # type: ignore[arg-type]
 
 
-async def attempt(gateway: Admission, subjects: Sequence[Subject], tokens: int = 1) -> Ticket | RateLimited:
+async def attempt(gateway: RateLimiter, subjects: Sequence[Subject], tokens: int = 1) -> Permit | RateLimited:
     try:
         return await gateway.admit(subjects, tokens=tokens)
     except RateLimited as refused:
         return refused
 
 
-async def burst(gateways: Gateways, subjects: Sequence[Subject], count: int, tokens: int = 1) -> list[Ticket]:
+async def burst(gateways: Gateways, subjects: Sequence[Subject], count: int, tokens: int = 1) -> list[Permit]:
     """`count` requests at once, spread evenly; those that passed."""
     answers = await asyncio.gather(
         *(attempt(gateways.all[number % len(gateways.all)], subjects, tokens) for number in range(count))
     )
-    return [answer for answer in answers if isinstance(answer, Ticket)]
+    return [answer for answer in answers if isinstance(answer, Permit)]
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 Record = dict[str, Any]
 
 
-class Logbook:
+class LogFiles:
     """All files of a folder of logs, rotated ones too."""
 
     def __init__(self, directory: Path) -> None:

@@ -10,13 +10,13 @@ import httpx
 import sqlalchemy as sa
 
 from serve.billing.metering.events import usage_table
+from serve.billing.metering.terms import RequestUsage
 from serve.deployment.app import build_app
 from serve.engine.protocol import (
     Accepted,
     Counters,
     Delta,
     Event,
-    Final,
     Finished,
     GenerationRequest,
     Take,
@@ -80,14 +80,14 @@ class ScriptedEngine:
         self.aborts.append(request_id)
         self.aborted.set()
 
-    async def finals(self, request_id: str) -> list[Final]:
+    async def final_usage(self, request_id: str) -> list[RequestUsage]:
         return []
 
     async def counters(self) -> list[Counters]:
         return []
 
 
-class Played:
+class ScriptedApp:
     """A gateway with the tenants acme and rival, whose engine plays `scripts`."""
 
     def __init__(self, home: Path, *scripts: Script, **settings: Any) -> None:

@@ -5,28 +5,28 @@ from dataclasses import replace
 import sqlalchemy as sa
 
 from serve.billing.ledger.accounts import CLOSING, transfers_table
-from serve.billing.ledger.writer import Books
+from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import usage_table
 from serve.engine.protocol import Message, Sampling
 from serve.inference.gateway import Gateway
 from serve.inference.generation import Generation
-from serve.inference.request import Call
+from serve.inference.request import InferenceRequest
 from serve.observability.metrics import Metrics
-from serve.rate_limits import Admission
-from serve.registry.registry import Catalogue
+from serve.rate_limits import RateLimiter
+from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
-from tests.serve.conftest import NOON, Shop
+from tests.serve.conftest import NOON, BillingFixture
 from tests.support.scripted_app import Script, ScriptedEngine
 
 
-def gateway_of(shop: Shop, engine: ScriptedEngine, **settings: float) -> Gateway:
+def gateway_of(shop: BillingFixture, engine: ScriptedEngine, **settings: float) -> Gateway:
     return Gateway(
         store=shop.store,
-        catalogue=Catalogue(shop.store, ["tiny"]),
+        catalogue=AdapterRegistry(shop.store, ["tiny"]),
         engines={"tiny": engine},
-        admission=Admission(shop.store, "test"),
-        books=Books(shop.ledger),
-        journal=None,
+        admission=RateLimiter(shop.store, "test"),
+        commit_queue=CommitQueue(shop.ledger),
+        checkpoints=None,
         metrics=Metrics(adapters_max=1),
         request_timeout_s=settings.get("request_timeout_s", 60),
         first_token_timeout_s=settings.get("first_token_timeout_s", 60),
@@ -34,9 +34,9 @@ def gateway_of(shop: Shop, engine: ScriptedEngine, **settings: float) -> Gateway
     )
 
 
-def call(model: str = "tiny") -> Call:
+def call(model: str = "tiny") -> InferenceRequest:
     hello = (Message("user", "Hello"),)
-    return Call("req_1", model, hello, Sampling(completion_tokens_max=5), "max_tokens")
+    return InferenceRequest("req_1", model, hello, Sampling(completion_tokens_max=5), "max_tokens")
 
 
 async def collect(generation: Generation) -> str:
@@ -59,7 +59,7 @@ def metric(gateway: Gateway, name: str, **labels: str) -> float | None:
     return gateway.terms.metrics.registry.get_sample_value(name, labels)
 
 
-async def play(shop: Shop, script: Script, request_id: str = "req_1") -> str:
+async def play(shop: BillingFixture, script: Script, request_id: str = "req_1") -> str:
     gateway = gateway_of(shop, ScriptedEngine(script))
     try:
         asked = replace(call(), request_id=request_id)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from serve.billing.metering.events import Status, UsageEvent
+from serve.billing.metering.events import UsageEvent, UsageStatus
 from serve.billing.pricing.plans import Tokens
 from tests.serve.conftest import NOON
 
@@ -22,7 +22,7 @@ _EVENT = UsageEvent(
     samples=1,
     tokens=Tokens(10, 4, 5),
     cost_nanos=COST_NANOS,
-    status=Status.COMPLETE,
+    status=UsageStatus.COMPLETE,
     finish_reason="stop",
     ttft_ms=1,
     latency_ms=2,

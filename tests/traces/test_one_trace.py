@@ -10,7 +10,7 @@ from serve.settings import EngineSettings, Settings
 from serve.storage.database import Store
 from tests.serve.conftest import TENANTS, TINY, free_port, import_tiny, onboard
 from tests.support.collector import Collector
-from tests.support.logs import Logbook
+from tests.support.logs import LogFiles
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 MARKER = "the-customer-s-own-words"
@@ -28,7 +28,7 @@ def collector() -> Iterator[Collector]:
 @pytest.mark.slow
 def test_gateway_and_vllm_tell_one_trace(tmp_path: Path, collector: Collector) -> None:
     """Real Ray Serve and vLLM. And what all their processes log, Ray's own files included."""
-    from serve.deployment.local import Service
+    from serve.deployment.local import LocalService
 
     import_tiny(tmp_path)
     settings = Settings(
@@ -42,7 +42,7 @@ def test_gateway_and_vllm_tell_one_trace(tmp_path: Path, collector: Collector) -
     keys = onboard(store, tmp_path, TENANTS[:1])
     key = keys[TENANTS[0]]
     headers = {"authorization": f"Bearer {key}", "traceparent": f"00-{TRACE}-{PARENT}-01"}
-    with Service(settings) as service:
+    with LocalService(settings) as service:
         good = httpx.post(f"{service.url}{CHAT}", json=BODY, headers=headers, timeout=120)
         long = BODY | {"messages": [{"role": "user", "content": f"{MARKER} " * 900}]}
         refused = httpx.post(f"{service.url}{CHAT}", json=long, headers=headers, timeout=120)
@@ -64,7 +64,7 @@ def test_gateway_and_vllm_tell_one_trace(tmp_path: Path, collector: Collector) -
     request_id = good.headers["x-request-id"]
     assert llm.attributes["gen_ai.request.id"] == request_id
     assert rays
-    logbook = Logbook(settings.logs_dir)
+    logbook = LogFiles(settings.logs_dir)
     assert {name.rstrip("0123456789-") for name in logbook.files} >= {"gateway", "engine-tiny", "steward"}
     answered = [record for record in logbook.of(request_id) if record["message"] == "answered"]
     assert [(record["status"], record["trace_id"]) for record in answered] == [(200, TRACE)]

@@ -49,7 +49,7 @@ async def _caller(request: Request, own_tenant: bool) -> Caller:
     if key.startswith(PLATFORM_PREFIX):
         caller = await admit(tenants.platform_door, key)
     else:
-        caller = await admit(tenants.door, key)
+        caller = await admit(tenants.key_cache, key)
         if "admin" not in caller.scopes:
             raise PermissionDenied("admin")
         if not own_tenant or request.path_params.get("tenant") != caller.tenant:

@@ -19,7 +19,7 @@ from serve.api.pagination import (
     seconds,
     slice_page,
 )
-from serve.registry.versions import AdapterRef, Entry, State
+from serve.registry.versions import AdapterVersion, VersionInfo, VersionState
 
 router: APIRouter = admin_router("adapters")
 
@@ -30,7 +30,7 @@ class AdapterWire(Identified):
     object: Literal["adapter"] = "adapter"
     id: str = Field(description="The model name of this version: tenant/name@version.")
     base: str
-    state: State
+    state: VersionState
     reason: str | None = Field(description="Why it was rejected.")
     pinned: bool
     alias: Literal["now", "next"] | None = Field(
@@ -47,47 +47,47 @@ class AdapterWire(Identified):
 def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[AdapterWire]:
     """Every version ever registered, by name and age."""
     ctx.tenants.get(tenant)
-    entries = ctx.catalogue.entries(tenant)
+    entries = ctx.registry.entries(tenant)
     return listing(slice_page(entries, lambda entry: entry.ref.model, after, limit), _wire)
 
 
 @router.post(VERSION + "/promote")
 def promote(tenant: str, name: str, version: str, by: By, ctx: Ctx) -> AdapterWire:
     """Let the alias mean this version from now on, or once it is probed."""
-    adapter = ctx.catalogue.find(tenant, name, version)
-    ctx.catalogue.promote(adapter, at=now(), actor=by.actor)
+    adapter = ctx.registry.find(tenant, name, version)
+    ctx.registry.promote(adapter, at=now(), actor=by.actor)
     return _now(ctx, adapter)
 
 
 @router.post(VERSION + "/pin")
 def pin(tenant: str, name: str, version: str, by: By, ctx: Ctx) -> AdapterWire:
     """Let every replica keep it loaded."""
-    adapter = ctx.catalogue.find(tenant, name, version)
-    ctx.catalogue.pin(adapter, True, actor=by.actor)
+    adapter = ctx.registry.find(tenant, name, version)
+    ctx.registry.pin(adapter, True, actor=by.actor)
     return _now(ctx, adapter)
 
 
 @router.post(VERSION + "/unpin")
 def unpin(tenant: str, name: str, version: str, by: By, ctx: Ctx) -> AdapterWire:
     """Let replicas unload it when others need its place."""
-    adapter = ctx.catalogue.find(tenant, name, version)
-    ctx.catalogue.pin(adapter, False, actor=by.actor)
+    adapter = ctx.registry.find(tenant, name, version)
+    ctx.registry.pin(adapter, False, actor=by.actor)
     return _now(ctx, adapter)
 
 
 @router.post(VERSION + "/retire")
 def retire(tenant: str, name: str, version: str, by: By, ctx: Ctx) -> AdapterWire:
     """Serve it no longer, for good. Not while its alias points to it."""
-    adapter = ctx.catalogue.find(tenant, name, version)
-    ctx.catalogue.retire(adapter, now(), actor=by.actor)
+    adapter = ctx.registry.find(tenant, name, version)
+    ctx.registry.retire(adapter, now(), actor=by.actor)
     return _now(ctx, adapter)
 
 
-def _now(ctx: Context, adapter: AdapterRef) -> AdapterWire:
-    return _wire(ctx.catalogue.entry(adapter))
+def _now(ctx: Context, adapter: AdapterVersion) -> AdapterWire:
+    return _wire(ctx.registry.entry(adapter))
 
 
-def _wire(entry: Entry) -> AdapterWire:
+def _wire(entry: VersionInfo) -> AdapterWire:
     return AdapterWire(
         id=entry.ref.model,
         base=entry.base,

@@ -28,8 +28,8 @@ from serve.billing.budgets.service import (
     NOTIFY_PCTS,
     PCT_MAX,
     PCTS_MAX,
-    Budgets,
-    Standing,
+    BudgetService,
+    BudgetUsage,
 )
 from serve.billing.webhooks.delivery import URL_LENGTH_MAX, check_url, is_loopback
 from serve.errors import InvalidRequest, PermissionDenied
@@ -107,7 +107,7 @@ def create(tenant: str, body: NewBudget, by: By, ctx: Ctx) -> BudgetWire:
     elif body.key is not None:
         level, subject = "key", body.key
     _require_right(by, level, body.webhook_url)
-    standing = Budgets(ctx.store).create(
+    standing = BudgetService(ctx.store).create(
         tenant,
         level,
         subject,
@@ -125,18 +125,18 @@ def create(tenant: str, body: NewBudget, by: By, ctx: Ctx) -> BudgetWire:
 @router.get("/tenants/{tenant}/budgets")
 def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[BudgetWire]:
     ctx.tenants.get(tenant)
-    return listing(Budgets(ctx.store).page(tenant, at=now(), after=after, limit=limit), _wire)
+    return listing(BudgetService(ctx.store).page(tenant, at=now(), after=after, limit=limit), _wire)
 
 
 @router.get("/tenants/{tenant}/budgets/{budget}")
 def show(tenant: str, budget: str, ctx: Ctx) -> BudgetWire:
-    return _wire(Budgets(ctx.store).get(tenant, budget, at=now()))
+    return _wire(BudgetService(ctx.store).get(tenant, budget, at=now()))
 
 
 @router.patch("/tenants/{tenant}/budgets/{budget}")
 def change(tenant: str, budget: str, body: BudgetChange, by: By, ctx: Ctx) -> BudgetWire:
     """Change what is named. A lower limit binds the next request; what is held already stays held."""
-    budgets = Budgets(ctx.store)
+    budgets = BudgetService(ctx.store)
     level = budgets.get(tenant, budget, at=now()).budget.scope
     _require_right(by, level, body.webhook_url)
     return _wire(budgets.change(tenant, budget, body.named(), at=now(), actor=by.actor))
@@ -145,7 +145,7 @@ def change(tenant: str, budget: str, body: BudgetChange, by: By, ctx: Ctx) -> Bu
 @router.delete("/tenants/{tenant}/budgets/{budget}")
 def retire(tenant: str, budget: str, by: By, ctx: Ctx) -> BudgetWire:
     """It binds no longer, for good. The record of it stays."""
-    budgets = Budgets(ctx.store)
+    budgets = BudgetService(ctx.store)
     _require_right(by, budgets.get(tenant, budget, at=now()).budget.scope, None)
     return _wire(budgets.retire(tenant, budget, at=now(), actor=by.actor))
 
@@ -162,7 +162,7 @@ def _require_right(by: Caller, level: str, webhook_url: str | None) -> None:
             raise InvalidRequest("'webhook_url' names the server itself.", "webhook_url", "invalid_value")
 
 
-def _wire(standing: Standing) -> BudgetWire:
+def _wire(standing: BudgetUsage) -> BudgetWire:
     budget = standing.budget
     return BudgetWire.model_validate(
         {

@@ -22,7 +22,7 @@ from serve.api.pagination import (
     now,
     seconds,
 )
-from serve.billing.invoicing.billing_details import SELLER, Parties
+from serve.billing.invoicing.billing_details import SELLER, BillingDetails
 from serve.billing.invoicing.breakdown import InvoiceUsage, UsageRequest, UsageSum, Within
 from serve.billing.invoicing.credit_notes import LINES_MAX, CreditNote, CreditNotes
 from serve.billing.invoicing.document import InvoiceDocument, Party
@@ -232,26 +232,26 @@ def credit_notes(invoice: str, ctx: Ctx) -> Listing[CreditNoteWire]:
 @router.put("/seller")
 def put_seller(body: Party, by: By, ctx: Ctx) -> PartyWire:
     """Who sells, on documents from now on."""
-    Parties(ctx.store).put(SELLER, body, actor=by.actor)
+    BillingDetails(ctx.store).put(SELLER, body, actor=by.actor)
     return PartyWire(details=body)
 
 
 @router.get("/seller")
 def get_seller(ctx: Ctx) -> PartyWire:
-    return PartyWire(details=Parties(ctx.store).get(SELLER))
+    return PartyWire(details=BillingDetails(ctx.store).get(SELLER))
 
 
 @router.put("/tenants/{tenant}/billing-details")
 def put_buyer(tenant: str, body: Party, by: By, ctx: Ctx) -> PartyWire:
     """Who the tenant is, on documents from now on."""
-    Parties(ctx.store).put(tenant, body, actor=by.actor)
+    BillingDetails(ctx.store).put(tenant, body, actor=by.actor)
     return PartyWire(details=body)
 
 
 @router.get("/tenants/{tenant}/billing-details")
 def get_buyer(tenant: str, ctx: Ctx) -> PartyWire:
     ctx.tenants.get(tenant)
-    return PartyWire(details=Parties(ctx.store).get(tenant))
+    return PartyWire(details=BillingDetails(ctx.store).get(tenant))
 
 
 def within(line: int | None, day: str | None, key: str | None) -> Within:

@@ -15,7 +15,7 @@ async def _reader(request: Request, _documented: Annotated[object, KEY_REQUIRED]
     tenants, key = context(request).tenants, bearer(request)
     if key.startswith(PLATFORM_PREFIX):
         return await admit(tenants.platform_door, key)
-    who = await admit(tenants.door, key)
+    who = await admit(tenants.key_cache, key)
     if "billing-read" not in who.scopes:
         raise PermissionDenied("billing-read")
     return who

@@ -14,7 +14,7 @@ from serve.api.organization.access import Reader, tenants_of
 from serve.api.organization.access import router as organization_router
 from serve.api.organization.window import GROUPS_MAX, Page, Window, in_buckets, span
 from serve.api.pagination import now
-from serve.billing.metering.queries import DAY, Cost, Costs, Question
+from serve.billing.metering.queries import DAY, CostBucket, CostQueries, UsageQuery
 from serve.billing.money import NANOS
 
 router: APIRouter = organization_router()
@@ -54,7 +54,7 @@ def costs(query: Annotated[CostsQuery, Query()], reader: Reader, ctx: Ctx) -> Pa
     groups = query.names("group_by")
     tenants = tenants_of(reader, query.names("tenant_ids"), grouped="tenant" in groups)
     page = span(query, DAY, query.limit, now=now())
-    question = Question(
+    question = UsageQuery(
         page.start,
         page.end,
         tenants=tenants,
@@ -63,12 +63,12 @@ def costs(query: Annotated[CostsQuery, Query()], reader: Reader, ctx: Ctx) -> Pa
         by=frozenset(BY[group] for group in groups if group in BY),
         groups_max=GROUPS_MAX,
     )
-    found = Costs(ctx.store).ask(question, line_items="line_item" in groups)
+    found = CostQueries(ctx.store).query(question, line_items="line_item" in groups)
     data, has_more, next_page = in_buckets(page, DAY, ((cost.bucket, _result(cost)) for cost in found))
     return Page(data=data, has_more=has_more, next_page=next_page)
 
 
-def _result(cost: Cost) -> CostsResult:
+def _result(cost: CostBucket) -> CostsResult:
     return CostsResult(
         amount=Amount(value=cost.nanos / NANOS),
         amount_nanos=cost.nanos,

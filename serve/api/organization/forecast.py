@@ -9,7 +9,7 @@ from serve.api.dependencies import Ctx
 from serve.api.organization.access import Reader, TenantName, tenant_of
 from serve.api.organization.access import router as organization_router
 from serve.api.pagination import now, seconds
-from serve.billing.budgets.service import Budgets, Standing
+from serve.billing.budgets.service import BudgetService, BudgetUsage
 from serve.billing.ledger.ledger import Ledger
 from serve.billing.metering.forecast import Projection, forecast
 from serve.errors import InvalidRequest
@@ -91,7 +91,7 @@ def balance(reader: Reader, ctx: Ctx, tenant: TenantName = None) -> BalanceWire:
         raise InvalidRequest("tenant: a platform key names one.", "tenant", "missing_required_parameter")
     at = now()
     account = Ledger(ctx.store).account(who)
-    budgets = Budgets(ctx.store).page(who, at=at).items
+    budgets = BudgetService(ctx.store).page(who, at=at).items
     return BalanceWire(
         tenant=who,
         credit_nanos=account.credit_nanos,
@@ -112,7 +112,7 @@ def _projection(one: Projection) -> ProjectionWire:
     )
 
 
-def _budget(standing: Standing) -> BudgetWire:
+def _budget(standing: BudgetUsage) -> BudgetWire:
     budget = standing.budget
     return BudgetWire(
         id=budget.id,

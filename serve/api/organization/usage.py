@@ -23,7 +23,7 @@ from serve.api.organization.window import (
     span,
 )
 from serve.api.pagination import now
-from serve.billing.metering.queries import Question, Usage, Used
+from serve.billing.metering.queries import UsageBucket, UsageQueries, UsageQuery
 from serve.errors import InvalidRequest
 
 router: APIRouter = organization_router()
@@ -35,7 +35,7 @@ Groups = Annotated[list[Group], Field(max_length=5)]
 BY = {"tenant": "tenant", "project_id": "project", "api_key_id": "key", "model": "model", "batch": "tier"}
 
 
-class UsageQuery(Window):
+class CompletionsUsageParams(Window):
     bucket_width: Width = "1d"
     limit: int | None = Field(
         None,
@@ -70,7 +70,9 @@ class CompletionsResult(BaseModel):
 
 
 @router.get("/usage/completions")
-def completions(query: Annotated[UsageQuery, Query()], reader: Reader, ctx: Ctx) -> Page[CompletionsResult]:
+def completions(
+    query: Annotated[CompletionsUsageParams, Query()], reader: Reader, ctx: Ctx
+) -> Page[CompletionsResult]:
     """Tokens and requests in buckets of a minute, an hour or a day."""
     width = WIDTHS[query.bucket_width]
     default, highest = LIMITS[query.bucket_width]
@@ -81,7 +83,7 @@ def completions(query: Annotated[UsageQuery, Query()], reader: Reader, ctx: Ctx)
     by = frozenset(BY[group] for group in query.names("group_by"))
     tenants = tenants_of(reader, query.names("tenant_ids"), grouped="tenant" in by)
     page = span(query, width, limit, now=now())
-    question = Question(
+    question = UsageQuery(
         page.start,
         page.end,
         width,
@@ -93,12 +95,12 @@ def completions(query: Annotated[UsageQuery, Query()], reader: Reader, ctx: Ctx)
         by=by,
         groups_max=GROUPS_MAX,
     )
-    found = ((used.bucket, _result(used)) for used in Usage(ctx.store).ask(question))
+    found = ((used.bucket, _result(used)) for used in UsageQueries(ctx.store).query(question))
     data, has_more, next_page = in_buckets(page, width, found)
     return Page(data=data, has_more=has_more, next_page=next_page)
 
 
-def _result(used: Used) -> CompletionsResult:
+def _result(used: UsageBucket) -> CompletionsResult:
     return CompletionsResult(
         input_tokens=used.tokens.prompt,
         input_cached_tokens=used.tokens.cached,

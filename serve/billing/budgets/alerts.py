@@ -41,7 +41,7 @@ class BudgetFigures:
     notices: int
 
 
-def notify_due(store: Store, at: datetime) -> list[Told]:
+def send_due_alerts(store: Store, at: datetime) -> list[Told]:
     """Tell of each budget that has reached a threshold which was not told in this period.
 
     If several were passed at once, of the highest. Two stewards may do it at a time.

@@ -46,7 +46,7 @@ _SUBJECTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class BudgetUsage:
     """A budget, and what is spent and held of it in the period `span` (2026-11-24, 2026-11, total)."""
 
     budget: Budget
@@ -59,7 +59,7 @@ class Standing:
         return max(self.budget.limit_nanos - self.spent_nanos - self.held_nanos, 0)
 
 
-class Budgets:
+class BudgetService:
     """Methods block. One that is given a tenant finds that tenant's budgets only."""
 
     def __init__(self, store: Store) -> None:
@@ -78,7 +78,7 @@ class Budgets:
         notify_pcts: Sequence[int] = NOTIFY_PCTS,
         webhook_url: str | None = None,
         actor: str = SYSTEM,
-    ) -> Standing:
+    ) -> BudgetUsage:
         """A budget of `subject` that binds from now on and counts what the current period has spent already.
 
         Raises UnknownRecord for an unknown tenant or subject (another tenant's is one), AlreadyExists if the
@@ -110,7 +110,7 @@ class Budgets:
 
     def change(
         self, tenant: str, budget_id: str, changes: Mapping[str, Any], *, at: datetime, actor: str = SYSTEM
-    ) -> Standing:
+    ) -> BudgetUsage:
         """Change what `changes` names of limit_nanos, hard, notify_pcts and webhook_url.
 
         A threshold that is no longer reached, because the limit was raised, is told again when it is. Raises
@@ -131,7 +131,7 @@ class Budgets:
             record(connection, "budget.change", budget_id, said, actor=actor, tenant=tenant, at=at)
             return _standings(connection, [changed], at=at)[0]
 
-    def retire(self, tenant: str, budget_id: str, *, at: datetime, actor: str = SYSTEM) -> Standing:
+    def retire(self, tenant: str, budget_id: str, *, at: datetime, actor: str = SYSTEM) -> BudgetUsage:
         """Let it bind no longer, for good. What requests hold of it they give back. Raises UnknownRecord."""
         with self._store.write() as connection:
             lock_account(connection, tenant)
@@ -142,14 +142,14 @@ class Budgets:
                 record(connection, "budget.retire", budget_id, actor=actor, tenant=tenant, at=at)
             return _standings(connection, [_get(connection, tenant, budget_id)], at=at)[0]
 
-    def get(self, tenant: str, budget_id: str, *, at: datetime) -> Standing:
+    def get(self, tenant: str, budget_id: str, *, at: datetime) -> BudgetUsage:
         """Raises UnknownRecord, the same for another tenant's."""
         with self._store.read() as connection:
             return _standings(connection, [_get(connection, tenant, budget_id)], at=at)[0]
 
     def page(
         self, tenant: str, *, at: datetime, after: str | None = None, limit: int | None = None
-    ) -> Page[Standing]:
+    ) -> Page[BudgetUsage]:
         """Oldest first, retired ones too. Raises InvalidRequest if `after` is none of them."""
         with self._store.read() as connection:
             whose = budgets_table.c.tenant_id == tenant
@@ -209,8 +209,8 @@ def _begin(connection: sa.Connection, budget: Budget, *, at: datetime) -> None:
     c = holds_table.c
     marks = []
     for row in connection.execute(sa.select(holds_table).where(c.tenant_id == budget.tenant)):
-        sale = json.loads(row.sale) if row.sale else {}
-        if budget.binds(row.tenant_id, sale.get("project"), sale.get("key_id")):
+        terms = json.loads(row.terms) if row.terms else {}
+        if budget.binds(row.tenant_id, terms.get("project"), terms.get("key_id")):
             span = budget.period_at(row.created_at)
             held[span] += row.amount_nanos
             reservations = [*json.loads(row.budgets or "[]"), (budget.id, span)]
@@ -257,7 +257,7 @@ def _forget_unreached(connection: sa.Connection, budget: Budget, *, at: datetime
     connection.execute(lowering.values(notified_pct=reached))
 
 
-def _standings(connection: sa.Connection, found: Sequence[Budget], *, at: datetime) -> list[Standing]:
+def _standings(connection: sa.Connection, found: Sequence[Budget], *, at: datetime) -> list[BudgetUsage]:
     c = spend_table.c
     query = sa.select(spend_table).where(
         c.budget_id.in_([budget.id for budget in found]),
@@ -268,7 +268,9 @@ def _standings(connection: sa.Connection, found: Sequence[Budget], *, at: dateti
     for budget in found:
         span = budget.period_at(at)
         row = spend.get((budget.id, span))
-        standings.append(Standing(budget, span, row.spent_nanos if row else 0, row.held_nanos if row else 0))
+        standings.append(
+            BudgetUsage(budget, span, row.spent_nanos if row else 0, row.held_nanos if row else 0)
+        )
     return standings
 
 

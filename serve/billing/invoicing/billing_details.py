@@ -20,7 +20,7 @@ parties_table = sa.Table(
 )
 
 
-class Parties:
+class BillingDetails:
     """The seller and the buyers of one store. Methods block."""
 
     def __init__(self, store: Store) -> None:

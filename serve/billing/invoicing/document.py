@@ -33,7 +33,7 @@ class Party(_Part):
     payment: Annotated[Lines, Field(description="How to pay: a bank account, say. The seller's.")] = ""
 
 
-class Item(_Part):
+class LineItem(_Part):
     """`quantity` of `what`, at `nanos` for each `per` of them; `included` more were free."""
 
     what: str
@@ -56,7 +56,7 @@ class InvoiceLine(_Part):
     adapter: bool = False
     tier: str = "default"
     requests: int = 0
-    items: tuple[Item, ...] = ()
+    items: tuple[LineItem, ...] = ()
     list_nanos: int
     amount_nanos: int
     late: str | None = None

@@ -13,7 +13,7 @@ from fpdf.enums import TableBordersLayout
 from fpdf.fonts import FontFace
 
 from serve.billing.invoicing.credit_notes import CreditNote
-from serve.billing.invoicing.document import InvoiceDocument, InvoiceLine, Item, Party
+from serve.billing.invoicing.document import InvoiceDocument, InvoiceLine, LineItem, Party
 from serve.billing.invoicing.periods import period_bounds, period_name
 from serve.billing.invoicing.store import Invoice, State
 from serve.billing.money import cents, usd
@@ -181,7 +181,7 @@ def _facts(sheet: _Sheet, document: InvoiceDocument, facts: Sequence[tuple[str, 
 def _line_items(sheet: _Sheet, document: InvoiceDocument) -> None:
     currency, rows = document.currency, []
     for number, line in enumerate(document.lines, 1):
-        items = line.items or (Item(what="", quantity=0, nanos=0, per=1),)
+        items = line.items or (LineItem(what="", quantity=0, nanos=0, per=1),)
         for position, item in enumerate(items):
             last = position == len(items) - 1
             what = _described(number, line) if position == 0 else ""
@@ -198,7 +198,7 @@ def _described(number: int, line: InvoiceLine) -> str:
     return f"{line.label}\nLine {number}, {line.price}{counts}"
 
 
-def _cells(item: Item) -> list[str]:
+def _cells(item: LineItem) -> list[str]:
     per = {1_000_000: " / 1M", 1: ""}[item.per]
     what = f"{item.what}\n({item.included:,} more included)" if item.included else item.what
     return [what, f"{item.quantity:,}", f"{usd(item.nanos)}{per}"]

@@ -5,9 +5,9 @@ process, however it ends, so whoever gets the lock knows that the gateway is dea
 counts, so reading one twice, or two out of order, changes nothing: the highest count holds.
 
 Counts are written every `FLUSH_S` by a thread, and nothing waits for it: what a dead gateway had counted
-later than that is known to the engine (`Engine.finals`), and lost only if both die within it. A request's
-end is written before its settlement begins. A write survives the process at once, the machine after the
-next flush.
+later than that is known to the engine (`Engine.final_usage`), and lost only if both die within it. A
+request's end is written before its settlement begins. A write survives the process at once, the machine
+after the next flush.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from typing import Any
 
 import msgspec
 
-from serve.billing.metering.events import Status, UsageEvent
-from serve.billing.metering.terms import Served
+from serve.billing.metering.events import UsageEvent, UsageStatus
+from serve.billing.metering.terms import RequestUsage
 from serve.billing.pricing.plans import Tokens
 
 log = logging.getLogger(__name__)
@@ -37,10 +37,10 @@ SIZE_BYTES_MAX = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class RequestEnd:
     """How a request ended, as its gateway was about to settle it."""
 
-    status: Status
+    status: UsageStatus
     finish_reason: str | None
     ttft_ms: int
     latency_ms: int
@@ -48,14 +48,14 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class Checkpoint:
     """The last that a journal says of a request."""
 
-    served: Served
-    end: End | None = None
+    served: RequestUsage
+    end: RequestEnd | None = None
 
 
-class Journal:
+class UsageCheckpoints:
     """Make it in the process whose requests it records. Only `flush` and `close` block; none raises."""
 
     def __init__(self, directory: Path, *, failed: Callable[[], None] = lambda: None) -> None:
@@ -70,26 +70,26 @@ class Journal:
         beside.rename(self._path)
         self._size = 0
         self._beside: _Beside | None = None
-        self._followed: dict[str, Callable[[], Served | None]] = {}
-        self._records: dict[str, Record] = {}
+        self._followed: dict[str, Callable[[], RequestUsage | None]] = {}
+        self._records: dict[str, Checkpoint] = {}
         self._dirty: set[str] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._flusher = threading.Thread(target=self._follow, name="journal", daemon=True)
         self._flusher.start()
 
-    def follow(self, request_id: str, used: Callable[[], Served | None]) -> None:
+    def track(self, request_id: str, used: Callable[[], RequestUsage | None]) -> None:
         """Ask `used` at each flush what has been counted for a request until then, from any thread."""
         with self._lock:
             self._followed[request_id] = used
 
     def note_end(self, event: UsageEvent) -> None:
         """`event` is about to be settled; in the file when this returns."""
-        served = Served(event.replica, event.boot, event.tokens, event.attempt, event.cold_loads)
-        end = End(event.status, event.finish_reason, event.ttft_ms, event.latency_ms, event.created_at)
+        served = RequestUsage(event.replica, event.boot, event.tokens, event.attempt, event.cold_loads)
+        end = RequestEnd(event.status, event.finish_reason, event.ttft_ms, event.latency_ms, event.created_at)
         with self._lock:
             self._followed.pop(event.request_id, None)
-            self._records[event.request_id] = record = Record(served, end)
+            self._records[event.request_id] = record = Checkpoint(served, end)
             if self._append({event.request_id: record}):
                 self._dirty.discard(event.request_id)
             else:
@@ -125,7 +125,7 @@ class Journal:
         for request_id, used in self._followed.items():
             served, before = used(), self._records.get(request_id)
             if served is not None and (before is None or before.served != served):
-                self._records[request_id] = Record(served)
+                self._records[request_id] = Checkpoint(served)
                 self._dirty.add(request_id)
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ class Journal:
             except Exception:
                 log.exception("the journal could not be flushed")
 
-    def _append(self, records: dict[str, Record]) -> bool:
+    def _append(self, records: dict[str, Checkpoint]) -> bool:
         """Whether they are in the file, and in the one that is to be in its place."""
         data = b"".join(_line(request_id, record) for request_id, record in records.items())
         with self._telling():
@@ -218,7 +218,7 @@ def _write(file: int, data: bytes, size: int) -> None:
 
 
 @contextlib.contextmanager
-def taken(path: Path) -> Iterator[dict[str, Record] | None]:
+def locked(path: Path) -> Iterator[dict[str, Checkpoint] | None]:
     """The records of a journal whose gateway is dead, and the lock on it; None if the gateway lives.
 
     `remove` it inside, once all of it is settled.
@@ -246,7 +246,7 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def journals(directory: Path) -> list[Path]:
+def checkpoint_files(directory: Path) -> list[Path]:
     return sorted(directory.glob(f"*{SUFFIX}"))
 
 
@@ -256,15 +256,15 @@ def _locked(path: Path) -> int:
     return file
 
 
-def _line(request_id: str, record: Record) -> bytes:
+def _line(request_id: str, record: Checkpoint) -> bytes:
     said: dict[str, Any] = {"request_id": request_id, "served": record.served}
     if record.end is not None:
         said["end"] = record.end
     return msgspec.json.encode(said) + b"\n"
 
 
-def _read(path: Path) -> dict[str, Record]:
-    records: dict[str, Record] = {}
+def _read(path: Path) -> dict[str, Checkpoint]:
+    records: dict[str, Checkpoint] = {}
     for line in path.read_bytes().split(b"\n"):
         try:
             said = json.loads(line)
@@ -276,20 +276,20 @@ def _read(path: Path) -> dict[str, Record]:
     return records
 
 
-def later(one: Record, other: Record) -> Record:
+def later(one: Checkpoint, other: Checkpoint) -> Checkpoint:
     """What both say together: the last attempt, its highest counts, its end if either knows it."""
     first, last = sorted((one, other), key=lambda record: record.served.attempt)
     if first.served.attempt < last.served.attempt:
         return last
     a, b = first.served.tokens, last.served.tokens
     tokens = Tokens(max(a.prompt, b.prompt), max(a.cached, b.cached), max(a.completion, b.completion))
-    return Record(replace(last.served, tokens=tokens), last.end or first.end)
+    return Checkpoint(replace(last.served, tokens=tokens), last.end or first.end)
 
 
-def _record(said: dict[str, Any]) -> Record:
-    served = Served(**said["served"] | {"tokens": Tokens(**said["served"]["tokens"])})
+def _record(said: dict[str, Any]) -> Checkpoint:
+    served = RequestUsage(**said["served"] | {"tokens": Tokens(**said["served"]["tokens"])})
     end = said.get("end")
     if end is None:
-        return Record(served)
+        return Checkpoint(served)
     moment = datetime.fromisoformat(end["at"])
-    return Record(served, End(**end | {"status": Status(end["status"]), "at": moment}))
+    return Checkpoint(served, RequestEnd(**end | {"status": UsageStatus(end["status"]), "at": moment}))

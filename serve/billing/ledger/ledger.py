@@ -41,7 +41,7 @@ from serve.storage import revision
 from serve.storage.database import Store, insert
 from serve.tenants.audit import SYSTEM, record
 
-Also = Callable[[sa.Connection], None]
+InTransaction = Callable[[sa.Connection], None]
 
 # The statements of each request, built once: to build them and to know them again took half of a hold's time.
 _ACCOUNT = accounts_table.c
@@ -82,7 +82,7 @@ class Hold:
     amount_nanos: int
     project: str | None = None
     key_id: str | None = None
-    sale: str | None = None
+    terms: str | None = None
     owner: str | None = None
 
 
@@ -96,7 +96,7 @@ class OpenHold:
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class HoldRequest:
     """A hold to be taken. `also` is done with it or refuses it by what it raises.
 
     `revision` (`serve.storage.revision`) is the one at which its price was read;
@@ -106,12 +106,12 @@ class Opening:
     hold: Hold
     at: datetime
     lease: timedelta
-    also: Also | None = None
+    in_transaction: InTransaction | None = None
     revision: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Closing:
+class Resolution:
     """A settlement, if there is an event, else a void. `also` is done with it, if it closes the request."""
 
     request_id: str
@@ -119,7 +119,7 @@ class Closing:
     at: datetime
     event: UsageEvent | None = None
     reason: str | None = None
-    also: Also | None = None
+    in_transaction: InTransaction | None = None
     failed: tuple[FailedAttempt, ...] = ()
 
     @property
@@ -130,7 +130,7 @@ class Closing:
 Outcome = bool | Exception
 
 
-class Outdated(Exception):
+class StaleQuote(Exception):
     """A price or a model has changed since a hold was made out; it is to be made out again."""
 
 
@@ -175,7 +175,7 @@ class Ledger:
             raise UnknownRecord(f"The tenant '{tenant}' has no account.")
         return account
 
-    def apply(self, entries: Sequence[Opening | Closing]) -> list[Outcome]:
+    def apply(self, entries: Sequence[HoldRequest | Resolution]) -> list[Outcome]:
         """Do all of `entries` in one transaction; one outcome each.
 
         An opening's is True, or what refused it: Outdated, InsufficientCredit, BudgetExceeded, what `also`
@@ -187,31 +187,33 @@ class Ledger:
         with self._store.write() as connection:
             # First and in one order: two gateways never wait for each other's accounts in a circle.
             lock(connection, {_tenant_of(entry) for entry in entries})
-            openings = [(i, entry) for i, entry in enumerate(entries) if isinstance(entry, Opening)]
+            openings = [(i, entry) for i, entry in enumerate(entries) if isinstance(entry, HoldRequest)]
             if openings:
                 outcomes |= _open_all(connection, openings)
-            closings = [(i, entry) for i, entry in enumerate(entries) if isinstance(entry, Closing)]
+            closings = [(i, entry) for i, entry in enumerate(entries) if isinstance(entry, Resolution)]
             if closings:
                 outcomes |= _close_all(connection, closings)
         return [outcomes[i] for i in range(len(entries))]
 
     def hold(self, hold: Hold, *, at: datetime, lease: timedelta) -> None:
         """Reserve `hold.amount_nanos`. Raises InsufficientCredit, BudgetExceeded, leaving nothing behind."""
-        (outcome,) = self.apply([Opening(hold, at, lease)])
+        (outcome,) = self.apply([HoldRequest(hold, at, lease)])
         if isinstance(outcome, Exception):
             raise outcome
 
-    def settle(self, hold: Hold, event: UsageEvent, *, at: datetime, also: Also | None = None) -> bool:
+    def settle(
+        self, hold: Hold, event: UsageEvent, *, at: datetime, also: InTransaction | None = None
+    ) -> bool:
         """Charge `event.cost_nanos`, give back the rest of the hold, record the event: one transaction.
 
         `also` is what else the transaction does. False if the request was closed before, by whomever; then
         nothing changes.
         """
-        return self._close(Closing(hold.request_id, hold.tenant, at, event=event, also=also))
+        return self._close(Resolution(hold.request_id, hold.tenant, at, event=event, in_transaction=also))
 
-    def void(self, hold: Hold, reason: str, *, at: datetime, also: Also | None = None) -> bool:
+    def void(self, hold: Hold, reason: str, *, at: datetime, also: InTransaction | None = None) -> bool:
         """Give back the whole hold. False if the request was closed before; then nothing changes."""
-        return self._close(Closing(hold.request_id, hold.tenant, at, reason=reason, also=also))
+        return self._close(Resolution(hold.request_id, hold.tenant, at, reason=reason, in_transaction=also))
 
     def open_holds(self, *, expired_at: datetime | None = None, limit: int | None = None) -> list[OpenHold]:
         """What is neither settled nor voided, oldest first; only what has expired by `expired_at`."""
@@ -236,18 +238,18 @@ class Ledger:
         with self._store.read() as connection:
             return [_open_hold(row) for row in connection.execute(query)]
 
-    def _close(self, closing: Closing) -> bool:
+    def _close(self, closing: Resolution) -> bool:
         (outcome,) = self.apply([closing])
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
 
-def _tenant_of(entry: Opening | Closing) -> str:
-    return entry.hold.tenant if isinstance(entry, Opening) else entry.tenant
+def _tenant_of(entry: HoldRequest | Resolution) -> str:
+    return entry.hold.tenant if isinstance(entry, HoldRequest) else entry.tenant
 
 
-def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) -> dict[int, Outcome]:
+def _open_all(connection: sa.Connection, openings: list[tuple[int, HoldRequest]]) -> dict[int, Outcome]:
     outcomes = _outdated(connection, openings)
     openings = [(i, opening) for i, opening in openings if i not in outcomes]
     tenants = {opening.hold.tenant for _, opening in openings}
@@ -259,9 +261,9 @@ def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) ->
         hold = opening.hold
         own = [b for b in bound if b.binds(hold.tenant, hold.project, hold.key_id)]
         try:
-            with connection.begin_nested() if opening.also or own else contextlib.nullcontext():
-                if opening.also is not None:
-                    opening.also(connection)
+            with connection.begin_nested() if opening.in_transaction or own else contextlib.nullcontext():
+                if opening.in_transaction is not None:
+                    opening.in_transaction(connection)
                 if hold.tenant not in together:
                     _take(connection, hold)
                 reserved = budgets.reserve(connection, own, hold.amount_nanos, at=opening.at)
@@ -280,7 +282,7 @@ def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) ->
                 "tenant_id": hold.tenant,
                 "amount_nanos": hold.amount_nanos,
                 "budgets": json.dumps(reserved) if reserved else None,
-                "sale": hold.sale,
+                "sale": hold.terms,
                 "owner": hold.owner,
                 "lease_expires_at": opening.at + opening.lease,
                 "created_at": opening.at,
@@ -292,22 +294,22 @@ def _open_all(connection: sa.Connection, openings: list[tuple[int, Opening]]) ->
     return outcomes
 
 
-def _outdated(connection: sa.Connection, openings: list[tuple[int, Opening]]) -> dict[int, Outcome]:
+def _outdated(connection: sa.Connection, openings: list[tuple[int, HoldRequest]]) -> dict[int, Outcome]:
     if all(opening.revision is None for _, opening in openings):
         return {}
     now = revision.current(connection)
-    return {i: Outdated() for i, opening in openings if opening.revision not in (None, now)}
+    return {i: StaleQuote() for i, opening in openings if opening.revision not in (None, now)}
 
 
 def _take_together(
-    connection: sa.Connection, openings: list[tuple[int, Opening]], bound: set[str]
+    connection: sa.Connection, openings: list[tuple[int, HoldRequest]], bound: set[str]
 ) -> set[str]:
     """The tenants whose holds are taken by one update: they have enough, and nothing else may refuse."""
     sums: dict[str, int] = defaultdict(int)
     alone = set(bound)
     for _, opening in openings:
         sums[opening.hold.tenant] += opening.hold.amount_nanos
-        if opening.also is not None:
+        if opening.in_transaction is not None:
             alone.add(opening.hold.tenant)
     return {t for t, amount in sorted(sums.items()) if t not in alone and _reserved(connection, t, amount)}
 
@@ -323,11 +325,11 @@ def _take(connection: sa.Connection, hold: Hold) -> None:
         raise InsufficientCredit(hold.tenant, hold.amount_nanos, account.available_nanos if account else 0)
 
 
-def _close_all(connection: sa.Connection, closings: list[tuple[int, Closing]]) -> dict[int, Outcome]:
+def _close_all(connection: sa.Connection, closings: list[tuple[int, Resolution]]) -> dict[int, Outcome]:
     wanted = [closing.request_id for _, closing in closings]
     held = {row.request_id: row for row in connection.execute(_DELETE_HOLDS, {"wanted": wanted})}
     outcomes: dict[int, Outcome] = {}
-    closed: dict[str, Closing] = {}
+    closed: dict[str, Resolution] = {}
     for i, closing in closings:
         # Of two deliveries of one settlement in the same transaction the first counts.
         outcomes[i] = closing.request_id in held and closing.request_id not in closed
@@ -338,7 +340,7 @@ def _close_all(connection: sa.Connection, closings: list[tuple[int, Closing]]) -
     return outcomes
 
 
-def _record(connection: sa.Connection, closed: list[Closing], held: dict[str, Any]) -> None:
+def _record(connection: sa.Connection, closed: list[Resolution], held: dict[str, Any]) -> None:
     """The transfers, events, sums and balances of requests whose holds are released."""
     transfers = [
         transfer_row(
@@ -374,8 +376,8 @@ def _record(connection: sa.Connection, closed: list[Closing], held: dict[str, An
         connection.execute(insert(connection, attempts_table).on_conflict_do_nothing(), rows)
     rollups.add(connection, zip(events, periods, strict=True), failed, at=closed[0].at)
     for one in closed:
-        if one.also is not None:
-            one.also(connection)
+        if one.in_transaction is not None:
+            one.in_transaction(connection)
 
 
 def _release(connection: sa.Connection, moves: dict[str, list[int]]) -> None:
@@ -384,5 +386,5 @@ def _release(connection: sa.Connection, moves: dict[str, list[int]]) -> None:
 
 
 def _open_hold(row: "sa.Row[Any]") -> OpenHold:
-    hold = Hold(row.request_id, row.tenant_id, row.amount_nanos, sale=row.sale, owner=row.owner)
+    hold = Hold(row.request_id, row.tenant_id, row.amount_nanos, terms=row.sale, owner=row.owner)
     return OpenHold(hold, row.created_at, row.lease_expires_at)

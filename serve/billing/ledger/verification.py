@@ -26,12 +26,12 @@ Sums = Mapping[tuple[Any, ...], int]
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class Mismatch:
     """`kept` is what the ledger keeps as a sum, `said` what its rows say it must be."""
 
     subject: str
-    kept: int
-    said: int
+    stored: int
+    expected: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Check:
 
     name: str
     compared: int
-    differences: tuple[Difference, ...]
+    mismatches: tuple[Mismatch, ...]
 
 
 def verify(store: Store) -> list[Check]:
@@ -94,7 +94,7 @@ def _settlements(connection: sa.Connection) -> Iterator[Check]:
     differ = sa.or_(e.id.is_(None), e.cost_nanos != t.amount_nanos, e.tenant_id != t.tenant_id)
     query = sa.select(t.request_id, t.amount_nanos, sa.func.coalesce(e.cost_nanos, -1)).select_from(pairs)
     found = connection.execute(query.where(settled, differ).limit(DIFFERENCES_MAX))
-    wrong = tuple(Difference(request_id, kept, said) for request_id, kept, said in found)
+    wrong = tuple(Mismatch(request_id, kept, said) for request_id, kept, said in found)
     yield Check("a settlement's amount = its event's cost (-1: it has none)", sum(counted.values()), wrong)
 
 
@@ -156,7 +156,7 @@ def _budgets(connection: sa.Connection) -> Iterator[Check]:
         )
         said = int(connection.execute(billed).scalar_one())
         if spent > said:
-            over.append(Difference(f"{budget_id} {period}", spent, said))
+            over.append(Mismatch(f"{budget_id} {period}", spent, said))
     yield Check("budgets spent no more than was billed", len(spends), tuple(over[:DIFFERENCES_MAX]))
 
 
@@ -182,8 +182,8 @@ def _check(name: str, kept: Sums, said: Sums) -> Check:
     """What is in one of them only is 0 in the other."""
     subjects = sorted(kept.keys() | said.keys(), key=str)
     differences = (
-        Difference(" ".join(str(part) for part in subject), kept.get(subject, 0), said.get(subject, 0))
+        Mismatch(" ".join(str(part) for part in subject), kept.get(subject, 0), said.get(subject, 0))
         for subject in subjects
     )
-    wrong = tuple(one for one in differences if one.kept != one.said)
+    wrong = tuple(one for one in differences if one.stored != one.expected)
     return Check(name, len(subjects), wrong[:DIFFERENCES_MAX])

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic
 
-from serve.billing.ledger.ledger import Closing, Ledger, Opening, Outcome
+from serve.billing.ledger.ledger import HoldRequest, Ledger, Outcome, Resolution
 from serve.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -24,11 +24,11 @@ BATCH_MAX = 256
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    entry: Opening | Closing
+    entry: HoldRequest | Resolution
     outcome: "Future[Outcome]" = field(default_factory=Future)
 
 
-class Books:
+class CommitQueue:
     """Steps of many requests, in the fewest transactions. `stop` it; then steps raise StoreUnavailable."""
 
     def __init__(self, ledger: Ledger, committed: Callable[[int, float], None] | None = None) -> None:
@@ -40,15 +40,15 @@ class Books:
         self._lock = threading.Lock()
         self._stopped = False
 
-    async def open(self, opening: Opening) -> None:
+    async def open(self, opening: HoldRequest) -> None:
         """Take a hold. Raises InsufficientCredit, StoreUnavailable, or what `opening.also` raises."""
         await self._do(opening)
 
-    async def close(self, closing: Closing) -> bool:
+    async def close(self, closing: Resolution) -> bool:
         """Settle or void. False if the request was closed before. Raises StoreUnavailable."""
         return bool(await self._do(closing))
 
-    def submit(self, entry: Opening | Closing) -> "Future[Outcome]":
+    def submit(self, entry: HoldRequest | Resolution) -> "Future[Outcome]":
         """What `open` and `close` wait for, for threads."""
         waiting = _Waiting(entry)
         with self._lock:
@@ -70,7 +70,7 @@ class Books:
         if writer is not None:
             writer.join()
 
-    async def _do(self, entry: Opening | Closing) -> Outcome:
+    async def _do(self, entry: HoldRequest | Resolution) -> Outcome:
         outcome = await asyncio.wrap_future(self.submit(entry))
         if isinstance(outcome, Exception):
             raise outcome

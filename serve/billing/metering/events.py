@@ -10,7 +10,7 @@ from serve.billing.pricing.plans import Tokens
 from serve.storage.database import RowId, UtcDateTime, metadata
 
 
-class Status(StrEnum):
+class UsageStatus(StrEnum):
     """INCOMPLETE: its gateway died; billed by what the engine, or the last checkpoint, says."""
 
     COMPLETE = "complete"
@@ -125,7 +125,7 @@ class UsageEvent:
     samples: int
     tokens: Tokens
     cost_nanos: int
-    status: Status
+    status: UsageStatus
     finish_reason: str | None
     ttft_ms: int
     latency_ms: int

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from serve.billing.metering.queries import DAY, Cost, Costs, Question, floor
+from serve.billing.metering.queries import DAY, CostBucket, CostQueries, UsageQuery, floor
 from serve.storage.database import Store
 
 BASIS_DAYS = 7
@@ -49,7 +49,7 @@ class _Basis:
     days: tuple[datetime, ...]
     left: timedelta
 
-    def project(self, line_item: str | None, costs: Iterable[Cost]) -> Projection:
+    def project(self, line_item: str | None, costs: Iterable[CostBucket]) -> Projection:
         daily = _daily(costs)
         to_date = sum(nanos for day, nanos in daily.items() if day >= self.month)
         if not self.days:
@@ -69,19 +69,19 @@ def forecast(store: Store, *, tenant: str | None, at: datetime) -> Forecast:
     month = today.replace(day=1)
     month_end = (month + 32 * DAY).replace(day=1)
     earliest = today - BASIS_DAYS * DAY
-    question = Question(min(month, earliest), at, tenants=(tenant,) if tenant else ())
-    costs = Costs(store).ask(question, line_items=True)
+    question = UsageQuery(min(month, earliest), at, tenants=(tenant,) if tenant else ())
+    costs = CostQueries(store).query(question, line_items=True)
     first = max(min((*_daily(costs), today)), earliest)
     days = tuple(first + number * DAY for number in range((today - first) // DAY))
     basis = _Basis(month, days, month_end - at)
-    by_item: dict[str, list[Cost]] = defaultdict(list)
+    by_item: dict[str, list[CostBucket]] = defaultdict(list)
     for cost in costs:
         by_item[cost.line_item or ""].append(cost)
     items = tuple(basis.project(item, of_item) for item, of_item in sorted(by_item.items()))
     return Forecast(month, month_end, at, len(days), basis.project(None, costs), items)
 
 
-def _daily(costs: Iterable[Cost]) -> dict[datetime, int]:
+def _daily(costs: Iterable[CostBucket]) -> dict[datetime, int]:
     daily: dict[datetime, int] = defaultdict(int)
     for cost in costs:
         daily[cost.bucket] += cost.nanos

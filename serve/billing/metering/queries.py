@@ -35,7 +35,7 @@ Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class UsageQuery:
     """What was used in start ≤ t < end, in buckets of `width`: days, hours or minutes of UTC. None: in one.
 
     Empty filters let everything through; `by` names what to tell apart.
@@ -54,7 +54,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Used:
+class UsageBucket:
     """What one group used in one bucket. None: not asked to be told apart; for the project also: in none."""
 
     bucket: datetime
@@ -69,13 +69,13 @@ class Used:
     tier: str | None = None
 
 
-class Usage:
+class UsageQueries:
     """Questions about the usage of one store. Methods block and raise StoreUnavailable."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def ask(self, question: Question) -> list[Used]:
+    def query(self, question: UsageQuery) -> list[UsageBucket]:
         """The groups that used something, by bucket and then by name.
 
         Raises InvalidRequest if they are more than the question's `groups_max`.
@@ -86,7 +86,7 @@ class Usage:
         else:
             sums = self._sums(question, ["bucket", *names])
         return [
-            Used(
+            UsageBucket(
                 question.start if bucket is None else datetime.fromisoformat(bucket).replace(tzinfo=UTC),
                 requests,
                 Tokens(prompt, cached, completion),
@@ -102,7 +102,7 @@ class Usage:
     ) -> list[UsageTotal]:
         """Totals by tenant, model, price version and tier over start ≤ created_at < end."""
         tenants = () if tenant is None else (tenant,)
-        question = Question(start or EVER[0], end or EVER[1], tenants=tenants)
+        question = UsageQuery(start or EVER[0], end or EVER[1], tenants=tenants)
         sums = self._sums(question, ["tenant", "model", "adapter", "plan", "tier"])
         totals = [
             UsageTotal(who, model, adapter, plan, requests, Tokens(prompt, cached, completion), cost, tier)
@@ -117,7 +117,7 @@ class Usage:
         with self._store.read() as connection:
             return {(row.replica, row.boot): EngineTotal(*row) for row in connection.execute(query)}
 
-    def _sums(self, question: Question, names: Sequence[str]) -> list[tuple[tuple[Any, ...], list[int]]]:
+    def _sums(self, question: UsageQuery, names: Sequence[str]) -> list[tuple[tuple[Any, ...], list[int]]]:
         """The SUMS of each group of `names` that is there, in the order of the groups."""
         sums: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0] * len(SUMS))
         limit = None if question.groups_max is None else question.groups_max + 1
@@ -201,7 +201,7 @@ def _counts(table: sa.Table) -> list[Any]:
 
 
 def _within(
-    table: sa.Table, question: Question, start: datetime, end: datetime
+    table: sa.Table, question: UsageQuery, start: datetime, end: datetime
 ) -> Iterator["sa.ColumnElement[bool]"]:
     c = table.c
     at = c.hour if table is hours_table else c.created_at
@@ -220,7 +220,7 @@ def _within(
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class CostBucket:
     """What one group was charged in one bucket. None: not asked to be told apart, or of none."""
 
     bucket: datetime
@@ -231,13 +231,13 @@ class Cost:
     line_item: str | None = None
 
 
-class Costs:
+class CostQueries:
     """Questions about the charges of one store. Methods block and raise StoreUnavailable."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def ask(self, question: Question, *, line_items: bool) -> list[Cost]:
+    def query(self, question: UsageQuery, *, line_items: bool) -> list[CostBucket]:
         """The groups that were charged, by bucket and then by name.
 
         A line item is a model and tier, or a charge such as "training: acme/support@1". Charges have neither
@@ -247,7 +247,7 @@ class Costs:
             frozenset({"model", "tier"}) if line_items else set()
         )
         sums: dict[tuple[Any, ...], int] = defaultdict(int)
-        for used in Usage(self._store).ask(replace(question, by=by)):
+        for used in UsageQueries(self._store).query(replace(question, by=by)):
             item = label_of(used.model or "", used.tier or "default") if line_items else None
             sums[used.bucket, used.tenant, used.project, used.key, item] += used.cost_nanos
         if not (question.projects or question.keys or question.models or question.tier):
@@ -255,9 +255,9 @@ class Costs:
                 who = tenant if "tenant" in by else None
                 sums[bucket, who, None, None, item if line_items else None] += nanos
         in_order = sorted(sums.items(), key=lambda entry: tuple(str(part or "") for part in entry[0]))
-        return [Cost(bucket, nanos, *group) for (bucket, *group), nanos in in_order]
+        return [CostBucket(bucket, nanos, *group) for (bucket, *group), nanos in in_order]
 
-    def _charges(self, question: Question) -> Iterator[tuple[datetime, str, str, int]]:
+    def _charges(self, question: UsageQuery) -> Iterator[tuple[datetime, str, str, int]]:
         c = charges_table.c
         with self._store.read() as connection:
             bucket = bucket_of(connection, c.created_at, question.width or DAY)

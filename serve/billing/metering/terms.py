@@ -10,12 +10,12 @@ from datetime import datetime
 
 import msgspec
 
-from serve.billing.metering.events import Status, UsageEvent
+from serve.billing.metering.events import UsageEvent, UsageStatus
 from serve.billing.pricing.plans import Rates, Tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class RequestUsage:
     """What a replica did for a request, in absolute counts. `attempt` counts from 1."""
 
     replica: str
@@ -26,7 +26,7 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
-class Sale:
+class BillingTerms:
     """`samples` is the request's `n`, `tier` default or batch.
 
     Of one that comes `again` somebody wants the whole answer, and asks anew if it is lost: then only the
@@ -43,21 +43,21 @@ class Sale:
     rates: Rates
     samples: int
     tier: str
-    again: bool = False
+    rerun_if_lost: bool = False
 
     def to_json(self) -> str:
         return msgspec.json.encode(self, enc_hook=Rates.model_dump).decode()
 
     @classmethod
-    def from_json(cls, text: str) -> "Sale":
+    def from_json(cls, text: str) -> "BillingTerms":
         said = json.loads(text)
         return cls(**said | {"rates": Rates.model_validate(said["rates"])})
 
     def event(
         self,
         request_id: str,
-        served: Served,
-        status: Status,
+        served: RequestUsage,
+        status: UsageStatus,
         finish_reason: str | None,
         *,
         ttft_ms: int,

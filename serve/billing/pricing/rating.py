@@ -7,9 +7,9 @@ own costs add up to the line: they were rounded one by one when they were charge
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from serve.billing.invoicing.document import InvoiceLine, Item
+from serve.billing.invoicing.document import InvoiceLine, LineItem
 from serve.billing.pricing.plans import Included, PriceVersion, Rates, TieredRates, Tokens
-from serve.billing.pricing.tiers import MTOK, Part, list_price, parts
+from serve.billing.pricing.tiers import MTOK, PriceComponent, list_price, parts
 
 PROMPT, CACHED, COMPLETION = "prompt tokens", "prompt tokens, cached", "completion tokens"
 CLASSES = {
@@ -20,7 +20,7 @@ CLASSES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Sum:
+class UsageSum:
     """A month's usage of one model and tier under one price version; `late` as in `InvoiceLine`."""
 
     model: str
@@ -46,7 +46,7 @@ class ChargeSum:
     late: str | None = None
 
 
-def usage_lines(sums: Sequence[Sum], included: Included) -> list[InvoiceLine]:
+def usage_lines(sums: Sequence[UsageSum], included: Included) -> list[InvoiceLine]:
     """One line per sum, the month's own before late ones, then by model, price version and tier.
 
     Included tokens are spent where they are dearest, on late usage last.
@@ -62,11 +62,11 @@ def charge_lines(sums: Sequence[ChargeSum]) -> list[InvoiceLine]:
     for one in sorted(sums, key=lambda s: (s.late or "", s.kind, s.subject, s.price.id)):
         plan = one.price.plan
         if one.kind == "training":
-            item = Item(
+            item = LineItem(
                 what="trained tokens", quantity=one.quantity, nanos=plan.training_nanos_per_mtok, per=MTOK
             )
         else:
-            item = Item(what="adapter-hours", quantity=one.quantity, nanos=plan.adapter_hour_nanos, per=1)
+            item = LineItem(what="adapter-hours", quantity=one.quantity, nanos=plan.adapter_hour_nanos, per=1)
         made.append(
             InvoiceLine.model_validate(
                 {
@@ -90,7 +90,7 @@ def minimum_lines(lines: Sequence[InvoiceLine], price: PriceVersion | None) -> l
     missing = price.plan.minimum_nanos - sum(line.amount_nanos for line in lines) if price else 0
     if price is None or missing <= 0:
         return []
-    item = Item(what="monthly minimum", quantity=1, nanos=price.plan.minimum_nanos, per=1)
+    item = LineItem(what="monthly minimum", quantity=1, nanos=price.plan.minimum_nanos, per=1)
     return [
         InvoiceLine(
             kind="minimum",
@@ -104,7 +104,7 @@ def minimum_lines(lines: Sequence[InvoiceLine], price: PriceVersion | None) -> l
     ]
 
 
-def _share(sums: Sequence[Sum], included: Included) -> Mapping[str, list[int]]:
+def _share(sums: Sequence[UsageSum], included: Included) -> Mapping[str, list[int]]:
     """Per class, how many tokens of each sum are included."""
     quotas = (included.prompt_tokens, included.cached_prompt_tokens, included.completion_tokens)
     shares: dict[str, list[int]] = {}
@@ -118,7 +118,7 @@ def _share(sums: Sequence[Sum], included: Included) -> Mapping[str, list[int]]:
     return shares
 
 
-def _line(one: Sum, free: Mapping[str, int]) -> InvoiceLine:
+def _line(one: UsageSum, free: Mapping[str, int]) -> InvoiceLine:
     priced, counts = _priced(one), _counts(one)
     items, micronanos = [], 0
     for name, field in CLASSES.items():
@@ -126,7 +126,9 @@ def _line(one: Sum, free: Mapping[str, int]) -> InvoiceLine:
         micronanos += sum(part.micronanos for part in sold)
         items += [_item(name, part, free[name] if first else 0) for first, part in _first(sold)]
     if one.cold_loads and priced.cold_load_nanos:
-        items.append(Item(what="cold loads", quantity=one.cold_loads, nanos=priced.cold_load_nanos, per=1))
+        items.append(
+            LineItem(what="cold loads", quantity=one.cold_loads, nanos=priced.cold_load_nanos, per=1)
+        )
         micronanos += one.cold_loads * priced.cold_load_nanos * MTOK
     as_charged = isinstance(priced, Rates) and not any(free.values())
     return InvoiceLine(
@@ -143,18 +145,18 @@ def _line(one: Sum, free: Mapping[str, int]) -> InvoiceLine:
     )
 
 
-def _first(sold: Sequence[Part]) -> list[tuple[bool, Part]]:
+def _first(sold: Sequence[PriceComponent]) -> list[tuple[bool, PriceComponent]]:
     return [(position == 0, part) for position, part in enumerate(sold)]
 
 
-def _item(name: str, part: Part, included: int) -> Item:
+def _item(name: str, part: PriceComponent, included: int) -> LineItem:
     what = f"{name}, {part.note}" if part.note else name
-    return Item(what=what, quantity=part.quantity, nanos=part.nanos, per=part.per, included=included)
+    return LineItem(what=what, quantity=part.quantity, nanos=part.nanos, per=part.per, included=included)
 
 
-def _priced(one: Sum) -> Rates | TieredRates:
+def _priced(one: UsageSum) -> Rates | TieredRates:
     return one.price.plan.priced(model=one.model, adapter=one.adapter, batch=one.tier == "batch")
 
 
-def _counts(one: Sum) -> Mapping[str, int]:
+def _counts(one: UsageSum) -> Mapping[str, int]:
     return {PROMPT: one.tokens.uncached, CACHED: one.tokens.cached, COMPLETION: one.tokens.completion}

@@ -78,7 +78,7 @@ TokenPrice = Annotated[
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PriceComponent:
     """`quantity` at `nanos` per `per`, which divides a million. `note` says which part of the whole it is."""
 
     note: str
@@ -103,7 +103,7 @@ def list_price(price: "int | Graduated | Volume | Package") -> int:
             return price
 
 
-def parts(price: "int | Graduated | Volume | Package", tokens: int) -> Sequence[Part]:
+def parts(price: "int | Graduated | Volume | Package", tokens: int) -> Sequence[PriceComponent]:
     """What `tokens` of one month are sold as; their costs add up to the class's."""
     match price:
         case Graduated(graduated=steps):
@@ -111,15 +111,17 @@ def parts(price: "int | Graduated | Volume | Package", tokens: int) -> Sequence[
         case Volume(volume=steps):
             step = next(s for s in steps if s.up_to_tokens is None or tokens <= s.up_to_tokens)
             note = "" if step.up_to_tokens is None else f"volume up to {step.up_to_tokens:,}"
-            return [Part(note, tokens, step.nanos_per_mtok)]
+            return [PriceComponent(note, tokens, step.nanos_per_mtok)]
         case Package(package=size):
-            return [Part(f"packages of {size.tokens:,}", -(-tokens // size.tokens), size.nanos, per=1)]
+            return [
+                PriceComponent(f"packages of {size.tokens:,}", -(-tokens // size.tokens), size.nanos, per=1)
+            ]
         case _:
-            return [Part("", tokens, price)]
+            return [PriceComponent("", tokens, price)]
 
 
-def _graduated(steps: Sequence[Step], tokens: int) -> list[Part]:
-    made: list[Part] = []
+def _graduated(steps: Sequence[Step], tokens: int) -> list[PriceComponent]:
+    made: list[PriceComponent] = []
     begin = 0
     for step in steps:
         end = tokens if step.up_to_tokens is None else min(tokens, step.up_to_tokens)
@@ -127,6 +129,6 @@ def _graduated(steps: Sequence[Step], tokens: int) -> list[Part]:
             note = f"above {begin:,}" if begin else ""
             if not begin and step.up_to_tokens is not None:
                 note = f"first {step.up_to_tokens:,}"
-            made.append(Part(note, end - begin, step.nanos_per_mtok))
+            made.append(PriceComponent(note, end - begin, step.nanos_per_mtok))
         begin = max(begin, end)
     return made

@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 
 from finetune.card import ADAPTER_CONFIG_NAME, WEIGHTS_NAME, CardMismatch, read_card, verify
-from serve.registry.versions import AdapterRef
+from serve.registry.versions import AdapterVersion
 from serve.vllm_plugin.packed import Layout, Unpackable, pack
 
 _PREFIX = "bespoke-adapters-"
@@ -35,9 +35,9 @@ _SHARED_MEMORY = Path("/dev/shm")
 _FREE_BYTES_MIN = 2 << 30
 
 
-def make() -> Path:
+def make_directory() -> Path:
     """A new folder that only this user can read. Sweeps first."""
-    sweep()
+    sweep_directories()
     parent = Path(tempfile.gettempdir())
     # A file there is written eight times as fast as on a disk. Containers often have but 64 MB of it.
     if os.access(_SHARED_MEMORY, os.W_OK) and shutil.disk_usage(_SHARED_MEMORY).free >= _FREE_BYTES_MIN:
@@ -45,7 +45,7 @@ def make() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
 
 
-def sweep() -> None:
+def sweep_directories() -> None:
     """Remove the folders of processes that are gone."""
     for parent in (_SHARED_MEMORY, Path(tempfile.gettempdir())):
         for folder in parent.glob(f"{_PREFIX}*"):
@@ -67,7 +67,7 @@ class _Pack:
         return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
 
 
-class Packer:
+class AdapterCache:
     """At most `capacity` adapters, the longest unused of which goes first; those in use never go.
 
     `layout` None means that the worker's layout is not one we know how to pack for: then an adapter is
@@ -81,7 +81,7 @@ class Packer:
         scratch: Path,
         *,
         capacity: int,
-        preload: Callable[[AdapterRef, Path], Awaitable[None]],
+        preload: Callable[[AdapterVersion, Path], Awaitable[None]],
     ) -> None:
         self._preload = preload
         self._layout = layout
@@ -95,7 +95,7 @@ class Packer:
         self.evictions = 0
 
     @property
-    def held(self) -> list[int]:
+    def cached_ids(self) -> list[int]:
         """Ids of the adapters in memory."""
         return sorted(id for id, kept in self._packs.items() if kept.task.done() and not kept.failed)
 
@@ -105,7 +105,7 @@ class Packer:
         return kept is not None and not kept.failed
 
     @asynccontextmanager
-    async def hold(self, ref: AdapterRef) -> AsyncIterator[Path]:
+    async def hold(self, ref: AdapterVersion) -> AsyncIterator[Path]:
         """The directory to name to the engine. However many ask for it at a time, it is packed once.
 
         Raises FinetuneError or OSError if its bytes are not those of its card, or are gone, and what
@@ -136,7 +136,7 @@ class Packer:
     def close(self) -> None:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    async def _load(self, ref: AdapterRef) -> Path:
+    async def _load(self, ref: AdapterVersion) -> Path:
         started_s = perf_counter()
         path = await asyncio.to_thread(self._pack, ref)
         if path == ref.path(self._adapters_dir):
@@ -145,7 +145,7 @@ class Packer:
         self.load_s += perf_counter() - started_s
         return path
 
-    def _pack(self, ref: AdapterRef) -> Path:
+    def _pack(self, ref: AdapterVersion) -> Path:
         source = ref.path(self._adapters_dir)
         if self._layout is None:
             verify(source)

@@ -7,14 +7,14 @@ import math
 
 from finetune.errors import FinetuneError
 from serve.engine.vllm.engine import VllmEngine
-from serve.registry.versions import AdapterRef
+from serve.registry.versions import AdapterVersion
 
 # What the same request's log-probabilities may differ by, in another batch or on another day.
 NOISE = 1e-3
 _RESTORED_MAX = 0.1
 
 
-async def probe(engine: VllmEngine, adapter: AdapterRef) -> str | None:
+async def probe(engine: VllmEngine, adapter: AdapterVersion) -> str | None:
     """Why `adapter` may not be served, or None if it may. Raises EngineUnavailable."""
     before = await engine.logprobs(None)
     try:

@@ -12,8 +12,8 @@ from datetime import datetime
 from serve.engine.adapters.probe import probe
 from serve.engine.vllm.engine import VllmEngine
 from serve.errors import BespokeError, StoreUnavailable
-from serve.registry.registry import Catalogue
-from serve.registry.versions import State
+from serve.registry.registry import AdapterRegistry
+from serve.registry.versions import VersionState
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +25,9 @@ class Reconciler:
     """Keeps `engine`, which serves `base`, in step with `catalogue`."""
 
     def __init__(
-        self, catalogue: Catalogue, engine: VllmEngine, base: str, now: Callable[[], datetime]
+        self, registry: AdapterRegistry, engine: VllmEngine, base: str, now: Callable[[], datetime]
     ) -> None:
-        self._catalogue = catalogue
+        self._registry = registry
         self._engine = engine
         self._base = base
         self._now = now
@@ -37,26 +37,26 @@ class Reconciler:
     async def reconcile(self) -> None:
         """Do what is to be done, if anything changed. Raises StoreUnavailable, EngineUnavailable."""
         async with self._turn:
-            revision = await asyncio.to_thread(self._catalogue.revision)
+            revision = await asyncio.to_thread(self._registry.revision)
             if revision == self._seen:
                 return
-            desired = await asyncio.to_thread(self._catalogue.desired, self._base)
+            desired = await asyncio.to_thread(self._registry.desired, self._base)
             for wanted in desired:
-                if wanted.state == State.PENDING:
+                if wanted.state == VersionState.PENDING:
                     reason = await probe(self._engine, wanted.ref)
                     if reason is None:
-                        await asyncio.to_thread(self._catalogue.mark_ready, wanted.ref, self._now())
+                        await asyncio.to_thread(self._registry.mark_ready, wanted.ref, self._now())
                     else:
                         log.warning("%s is rejected: %s", wanted.ref.model, reason)
-                        await asyncio.to_thread(self._catalogue.reject, wanted.ref, reason, self._now())
-            await self._engine.keep(
+                        await asyncio.to_thread(self._registry.reject, wanted.ref, reason, self._now())
+            await self._engine.apply_desired(
                 frozenset(wanted.ref.id for wanted in desired),
                 [wanted.ref for wanted in desired if wanted.pinned],
             )
             # The verdicts above made revisions of their own; the next look finds nothing to do in them.
             self._seen = revision
 
-    async def follow(self) -> None:
+    async def run(self) -> None:
         """Reconcile once a second, for ever."""
         while True:
             await asyncio.sleep(INTERVAL_S)

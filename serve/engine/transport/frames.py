@@ -63,7 +63,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     load_max: int
 
 
-class News(msgspec.Struct, frozen=True, array_like=True):
+class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     """What routing goes by: requests of other gateways, adapters in memory, whether it is about to end."""
 
     others: int
@@ -76,7 +76,7 @@ Entry = tuple[str, list[Accepted | Delta | Finished | Failed]]
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
     entries: list[Entry]
-    news: News | None = None
+    load: LoadReport | None = None
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -23,7 +23,7 @@ from serve.errors import EngineLost
 _TOKEN_TIMEOUT_S = 5.0
 
 
-class Arrivals:
+class PendingRequest:
     """One request on its way: what comes for it is handed to `take` as it comes."""
 
     def __init__(self, request: GenerationRequest, take: Take) -> None:
@@ -63,26 +63,26 @@ class Arrivals:
                 future.exception()  # retrieved: whoever waited may be gone
 
 
-class Fleet(Protocol):
+class ReplicaPool(Protocol):
     """Whoever sends requests to the replicas of a base."""
 
-    def joined(self, replica: "Replica") -> None: ...
+    def joined(self, replica: "ReplicaConnection") -> None: ...
 
-    def left(self, replica: "Replica") -> None: ...
+    def left(self, replica: "ReplicaConnection") -> None: ...
 
     def changed(self) -> None:
         """A replica has more room than before, perhaps."""
 
 
-class Replica(Framed):
+class ReplicaConnection(Framed):
     """A replica, as a gateway is connected to it."""
 
-    def __init__(self, inbox: "Inbox") -> None:
+    def __init__(self, listener: "ReplicaListener") -> None:
         super().__init__()
-        self._inbox = inbox
+        self._inbox = listener
         self._known = False
-        self._fleet: Fleet | None = None
-        self._requests: dict[str, Arrivals] = {}
+        self._pool: ReplicaPool | None = None
+        self._requests: dict[str, PendingRequest] = {}
         self._others = 0
         self.id = ""
         self.load_max = 0
@@ -94,10 +94,10 @@ class Replica(Framed):
         """Its requests: this gateway's own, and those of the others when it last told."""
         return len(self._requests) + self._others
 
-    def start(self, arrivals: Arrivals) -> None:
-        request = arrivals.request
+    def start(self, pending: PendingRequest) -> None:
+        request = pending.request
         self._write(Generate(request))
-        self._requests[request.request_id] = arrivals
+        self._requests[request.request_id] = pending
         if request.adapter is not None:
             self.adapters.add(request.adapter.id)
 
@@ -107,9 +107,9 @@ class Replica(Framed):
             self._write(Abort(request_id))
         return request_id in self._requests
 
-    def leave(self, arrivals: Arrivals) -> None:
+    def leave(self, pending: PendingRequest) -> None:
         """Nobody waits for the request any more."""
-        request_id = arrivals.request.request_id
+        request_id = pending.request.request_id
         if request_id in self._requests:
             self._write(Cancel(request_id))
             self._end(request_id)
@@ -122,10 +122,10 @@ class Replica(Framed):
         self._deadline.cancel()
         self.lost = True
         requests, self._requests = self._requests, {}
-        if self._fleet is not None:
-            self._fleet.left(self)
-        for arrivals in requests.values():
-            arrivals.end(EngineLost())
+        if self._pool is not None:
+            self._pool.left(self)
+        for pending in requests.values():
+            pending.end(EngineLost())
 
     def data_received(self, data: bytes) -> None:
         if not self._known:
@@ -143,34 +143,38 @@ class Replica(Framed):
         super().data_received(data)
 
     def _read(self, frame: bytes) -> None:
-        if self._fleet is None:
+        if self._pool is None:
             hello = hellos.decode(frame)
             self.id, self.load_max = hello.replica, hello.load_max
-            self._fleet = self._inbox.fleets[hello.base]
-            self._fleet.joined(self)
+            self._pool = self._inbox.pools[hello.base]
+            self._pool.joined(self)
             return
         said = frames.decode(frame)
-        if (news := said.news) is not None:
-            self._others, self.adapters, self.draining = news.others, set(news.adapters), news.draining
+        if (load_report := said.load) is not None:
+            self._others, self.adapters, self.draining = (
+                load_report.others,
+                set(load_report.adapters),
+                load_report.draining,
+            )
         for request_id, batch in said.entries:
-            if (arrivals := self._requests.get(request_id)) is not None:
-                arrivals.put(batch)
-                if arrivals.over.done():
+            if (pending := self._requests.get(request_id)) is not None:
+                pending.put(batch)
+                if pending.over.done():
                     self._end(request_id)
-        if news is not None:
-            self._fleet.changed()
+        if load_report is not None:
+            self._pool.changed()
 
     def _end(self, request_id: str) -> None:
         del self._requests[request_id]
-        if self._fleet is not None:
-            self._fleet.changed()
+        if self._pool is not None:
+            self._pool.changed()
 
 
-class Inbox:
+class ReplicaListener:
     """Where replicas connect to a gateway. `fleets` is by base."""
 
     def __init__(self, host: str) -> None:
-        self.fleets: dict[str, Fleet] = {}
+        self.pools: dict[str, ReplicaPool] = {}
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._host = host
         self._server: asyncio.Server | None = None
@@ -181,5 +185,5 @@ class Inbox:
         async with self._starting:
             if self._server is None:
                 loop = asyncio.get_running_loop()
-                self._server = await loop.create_server(lambda: Replica(self), self._host, 0)
+                self._server = await loop.create_server(lambda: ReplicaConnection(self), self._host, 0)
         return Address(self._host, self._server.sockets[0].getsockname()[1], self.token)

@@ -18,7 +18,7 @@ from serve.engine.transport.frames import (
     Framed,
     Generate,
     Hello,
-    News,
+    LoadReport,
     commands,
 )
 from serve.errors import BespokeError, EngineFailed
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 NEWS_INTERVAL_S = 0.5
 
 
-class Works(Protocol):
+class ServedEngine(Protocol):
     """The part of an engine that a desk needs."""
 
     @property
-    def resident(self) -> list[int]:
+    def loaded_adapters(self) -> list[int]:
         """Ids of the adapters in memory."""
 
     async def generate(self, request: GenerationRequest, take: Take) -> None: ...
@@ -40,14 +40,14 @@ class Works(Protocol):
     async def abort(self, request_id: str) -> None: ...
 
 
-class Desk:
+class ReplicaServer:
     """A replica's connections, one to each gateway that it has met. `hello` is how it introduces itself."""
 
-    def __init__(self, engine: Works, hello: Hello) -> None:
+    def __init__(self, engine: ServedEngine, hello: Hello) -> None:
         self.engine = engine
         self.hello = hello
         self.draining = False
-        self._lines: dict[Address, _Line] = {}
+        self._lines: dict[Address, GatewayConnection] = {}
         self._meeting = asyncio.Lock()
         self._telling: asyncio.Task[None] | None = None
 
@@ -55,7 +55,7 @@ class Desk:
     def ongoing(self) -> int:
         return sum(len(line.running) for line in self._lines.values())
 
-    async def meet(self, gateway: Address) -> None:
+    async def connect(self, gateway: Address) -> None:
         """Connect to `gateway`, unless that is so already. Raises OSError if it cannot be reached."""
         async with self._meeting:
             if self._telling is None:
@@ -64,7 +64,9 @@ class Desk:
             if gateway in self._lines:
                 return
             loop = asyncio.get_running_loop()
-            transport, line = await loop.create_connection(lambda: _Line(self), gateway.host, gateway.port)
+            transport, line = await loop.create_connection(
+                lambda: GatewayConnection(self), gateway.host, gateway.port
+            )
             transport.write(gateway.token)
             self._lines[gateway] = line
             line.introduce()
@@ -72,7 +74,7 @@ class Desk:
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests and wait for those that run."""
         self.draining = True
-        self._news()
+        self._send_load_reports()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self.ongoing:
@@ -81,22 +83,22 @@ class Desk:
     async def _tell(self) -> None:
         while True:
             await asyncio.sleep(NEWS_INTERVAL_S)
-            self._news()
+            self._send_load_reports()
 
-    def _news(self) -> None:
-        ongoing, adapters = self.ongoing, sorted(self.engine.resident)
+    def _send_load_reports(self) -> None:
+        ongoing, adapters = self.ongoing, sorted(self.engine.loaded_adapters)
         for line in self._lines.values():
-            line.tell(News(ongoing - len(line.running), adapters, self.draining))
+            line.tell(LoadReport(ongoing - len(line.running), adapters, self.draining))
 
 
-class _Line(Framed):
+class GatewayConnection(Framed):
     """The connection to one gateway. If that goes, so does all that it has asked for."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, replica_server: ReplicaServer) -> None:
         super().__init__()
         self.running: dict[str, asyncio.Task[None]] = {}
-        self._desk = desk
-        self._told: News | None = None
+        self._replica_server = replica_server
+        self._told: LoadReport | None = None
         self._entries: list[Entry] = []
         self._loop = asyncio.get_running_loop()
 
@@ -106,12 +108,12 @@ class _Line(Framed):
             task.cancel()
 
     def introduce(self) -> None:
-        self._write(self._desk.hello)
+        self._write(self._replica_server.hello)
 
-    def tell(self, news: News) -> None:
-        if not self.lost and news != self._told:
-            self._told = news
-            self._write(Frame([], news))
+    def tell(self, load_report: LoadReport) -> None:
+        if not self.lost and load_report != self._told:
+            self._told = load_report
+            self._write(Frame([], load_report))
 
     def _read(self, frame: bytes) -> None:
         match commands.decode(frame):
@@ -121,14 +123,14 @@ class _Line(Framed):
                 task.add_done_callback(lambda _task: self.running.pop(request.request_id))
             case Abort(request_id=request_id) if request_id in self.running:
                 # In a task of its own: vLLM's abort waits for its core.
-                aborting = self._loop.create_task(self._desk.engine.abort(request_id))
+                aborting = self._loop.create_task(self._replica_server.engine.abort(request_id))
                 self.running[request_id].add_done_callback(lambda _task: aborting.cancel())
             case Cancel(request_id=request_id) if request_id in self.running:
                 self.running[request_id].cancel()
 
     async def _run(self, request: GenerationRequest) -> None:
         try:
-            await self._desk.engine.generate(request, partial(self._send, request.request_id))
+            await self._replica_server.engine.generate(request, partial(self._send, request.request_id))
         except BespokeError as error:
             self._send(request.request_id, [Failed(pickle.dumps(error))])
         except Exception:

@@ -15,7 +15,7 @@ READ = (
 )
 
 
-def tally() -> tuple[int, int, int, Load]:
+def read_counters() -> tuple[int, int, int, Load]:
     """Prompt tokens and completion tokens since the start, requests in the batch, and how full vLLM is."""
     sums = dict.fromkeys(READ, 0.0)
     for metric in REGISTRY.restricted_registry(READ).collect():

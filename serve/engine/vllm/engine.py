@@ -14,13 +14,14 @@ from typing import Any
 
 from finetune.errors import FinetuneError
 from quantize.card import read_card
+from serve.billing.metering.terms import RequestUsage
+from serve.billing.pricing.plans import Tokens
 from serve.engine.adapters import cache
-from serve.engine.adapters.cache import Packer
+from serve.engine.adapters.cache import AdapterCache
 from serve.engine.adapters.slots import Slots
 from serve.engine.protocol import (
     Accepted,
     Counters,
-    Final,
     GenerationRequest,
     Message,
     Residency,
@@ -28,16 +29,16 @@ from serve.engine.protocol import (
     Take,
     Texts,
 )
-from serve.engine.vllm.counters import tally
-from serve.engine.vllm.outputs import Reader, Tap
-from serve.engine.vllm.prompts import Rendered, Renderer, refusal_of
+from serve.engine.vllm.counters import read_counters
+from serve.engine.vllm.outputs import OutputHook, OutputParser
+from serve.engine.vllm.prompts import PromptRenderer, Rendered, refusal_of
 from serve.engine.vllm.setup import engine_args, prepare_environment
-from serve.engine.vllm.usage_log import Finals
+from serve.engine.vllm.usage_log import UsageLog
 from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable
 from serve.observability import logs
 from serve.observability.tracing import prepare_vllm, trace_id_of, traces_url
 from serve.registry.validation import target_suffixes
-from serve.registry.versions import AdapterRef
+from serve.registry.versions import AdapterVersion
 from serve.settings import EngineSettings
 from serve.vllm_plugin.packed import Layer, Layout
 
@@ -53,10 +54,10 @@ class VllmEngine:
     def __init__(
         self,
         llm: Any,
-        renderer: Renderer,
+        renderer: PromptRenderer,
         base: str,
         replica: str,
-        packer: Packer | None = None,
+        adapter_cache: AdapterCache | None = None,
         slots: Slots | None = None,
     ) -> None:
         self._llm = llm
@@ -64,15 +65,15 @@ class VllmEngine:
         self._base = base
         self._replica = replica
         self._boot = uuid.uuid4().hex
-        self._packer = packer
+        self._cache = adapter_cache
         self._slots = slots
         self._probed = (0, 0)
         self._queues: dict[str, list[Any]] = {}  # of each request, one for each of its prompts
-        self._finals = Finals(self.abort)
+        self._usage_log = UsageLog(self.abort)
         self._unloads = 0
         self._worker: dict[str, Any] = {}
         self._moved: tuple[int, ...] = ()
-        self.served = 0  # adapter versions that this base should serve
+        self.desired_count = 0  # adapter versions that this base should serve
 
     @classmethod
     async def start(
@@ -104,19 +105,24 @@ class VllmEngine:
         config.structured_outputs_config.disable_any_whitespace = True
         llm = AsyncLLM.from_vllm_config(config)
         card = read_card(base_dir)
-        renderer = Renderer(llm, tool_parser=card.tool_parser, reasoning_parser=card.reasoning_parser)
+        renderer = PromptRenderer(llm, tool_parser=card.tool_parser, reasoning_parser=card.reasoning_parser)
         if not settings.max_loras:
             engine = cls(llm, renderer, base, replica)
         else:
-            packer = Packer(
+            adapter_cache = AdapterCache(
                 await _layout(llm) if settings.device == "cpu" else None,
                 adapters_dir,
-                cache.make(),
+                cache.make_directory(),
                 capacity=settings.max_cpu_loras,
                 preload=_preload(llm),
             )
             engine = cls(
-                llm, renderer, base, replica, packer, Slots(settings.max_loras, settings.slot_patience_s)
+                llm,
+                renderer,
+                base,
+                replica,
+                adapter_cache,
+                Slots(settings.max_loras, settings.slot_patience_s),
             )
         await engine.logprobs(None)
         return engine
@@ -126,11 +132,11 @@ class VllmEngine:
         return self._renderer.context_tokens_max
 
     @property
-    def resident(self) -> list[int]:
+    def loaded_adapters(self) -> list[int]:
         """Ids of the adapters in this replica's memory."""
-        return self._packer.held if self._packer else []
+        return self._cache.cached_ids if self._cache else []
 
-    async def logprobs(self, adapter: AdapterRef | None) -> dict[int, float]:
+    async def logprobs(self, adapter: AdapterVersion | None) -> dict[int, float]:
         """Log-probabilities of the likeliest first tokens of an answer: what `probe` compares.
 
         Billed to nobody, cached for nobody. Raises EngineUnavailable, EngineLost.
@@ -153,53 +159,53 @@ class VllmEngine:
             raise _lost_or(EngineUnavailable(), self._llm) from error
         raise EngineUnavailable()
 
-    async def keep(self, wanted: frozenset[int], pinned: list[AdapterRef]) -> None:
+    async def apply_desired(self, wanted: frozenset[int], pinned: list[AdapterVersion]) -> None:
         """Hold `pinned` in memory from now on; drop what is neither `wanted` nor in use."""
-        if self._packer is None:
+        if self._cache is None:
             return
-        self.served = len(wanted)
-        self._packer.pinned = frozenset(ref.id for ref in pinned)
+        self.desired_count = len(wanted)
+        self._cache.pinned = frozenset(ref.id for ref in pinned)
         for ref in pinned:
             try:
-                async with self._packer.hold(ref):
+                async with self._cache.hold(ref):
                     pass
             except (FinetuneError, OSError):
                 log.exception("%s is pinned and cannot be loaded", ref.model)
-        for adapter in self._packer.held:
+        for adapter in self._cache.cached_ids:
             if adapter not in wanted:
                 await self.unload(adapter)
 
     async def unload(self, adapter: int) -> None:
         """Out of the slots and out of memory, unless a request still holds it."""
-        if self._packer is not None and self._packer.drop(adapter):
+        if self._cache is not None and self._cache.drop(adapter):
             await self._llm.remove_lora(adapter)
             self._unloads += 1
 
     @contextlib.asynccontextmanager
-    async def _lora(self, adapter: AdapterRef | None) -> AsyncIterator[Any]:
+    async def _lora(self, adapter: AdapterVersion | None) -> AsyncIterator[Any]:
         """The adapter's LoRARequest, packed in memory and sure of a slot; None for the base."""
         if adapter is None:
             yield None
             return
-        if self._packer is None or self._slots is None:
+        if self._cache is None or self._slots is None:
             raise EngineUnavailable("This base is served without adapters.")
         from vllm.lora.request import LoRARequest
 
-        async with self._packer.hold(adapter) as path, self._slots.hold(adapter.id):
+        async with self._cache.hold(adapter) as path, self._slots.hold(adapter.id):
             yield LoRARequest(adapter.model, adapter.id, str(path))
 
     async def generate(self, request: GenerationRequest, take: Take) -> None:
         """See `serve.engine.protocol.Engine.generate`. Cancelled, it ends the request."""
-        logs.handle(request.request_id, trace_id=trace_id_of(request.trace_headers))
+        logs.set_log_context(request.request_id, trace_id=trace_id_of(request.trace_headers))
         rendered = await self._renderer.render(request)
         reader = self._reader(request, rendered)
         adapter = request.adapter
-        cold = int(adapter is not None and self._packer is not None and not self._packer.has(adapter.id))
+        cold = int(adapter is not None and self._cache is not None and not self._cache.has(adapter.id))
         async with contextlib.AsyncExitStack() as held:
             try:
                 lora = await held.enter_async_context(self._lora(request.adapter))
                 count = partial(self._final, reader, cold)
-                held.enter_context(self._finals.remembering(request.request_id, count))
+                held.enter_context(self._usage_log.recording(request.request_id, count))
                 queues = await held.enter_async_context(self._added(request, rendered, lora, reader))
             except BespokeError:
                 raise
@@ -210,7 +216,7 @@ class VllmEngine:
                 raise _lost_or(EngineUnavailable(), self._llm) from error
             try:
                 take([Accepted(self._replica, self._boot, rendered.prompt_tokens, cold)])
-                tap = Tap(reader, take)
+                tap = OutputHook(reader, take)
                 for part, queue in enumerate(queues):
                     tap.open(part, queue)
                 await tap.ended
@@ -219,27 +225,27 @@ class VllmEngine:
                 log.exception("request %s failed in vLLM", request.request_id)
                 raise _lost_or(EngineFailed(), self._llm) from error
 
-    def _reader(self, request: GenerationRequest, rendered: Rendered) -> Reader:
+    def _reader(self, request: GenerationRequest, rendered: Rendered) -> OutputParser:
         tokenizer, sampling = self._renderer.tokenizer, request.sampling
         prompts = [each["prompt_token_ids"] for each in rendered.inputs]
         echo = []
         if sampling.echo and isinstance(request.prompt, Texts):
             given = zip(request.prompt.prompts, prompts, strict=True)
             echo = [text if isinstance(text, str) else tokenizer.decode(ids) for text, ids in given]
-        return Reader(
+        return OutputParser(
             tokenizer,
             prompts,
             request=rendered.request,
             samples=sampling.n,
             parser=lambda: self._renderer.parser(rendered),
-            whole=request.whole,
+            whole=request.collect,
             logprobs=sampling.logprobs,
             echo=echo,
         )
 
     @contextlib.asynccontextmanager
     async def _added(
-        self, request: GenerationRequest, rendered: Rendered, lora: Any, reader: Reader
+        self, request: GenerationRequest, rendered: Rendered, lora: Any, reader: OutputParser
     ) -> AsyncIterator[list[Any]]:
         """vLLM's queues of outputs, one for each prompt; what `reader` has not seen the end of is aborted."""
         queues = self._queues[request.request_id] = []
@@ -264,12 +270,12 @@ class VllmEngine:
             for queue in queues:
                 queue.close()
 
-    def _final(self, reader: Reader, cold_loads: int) -> Final:
-        return Final(self._replica, self._boot, *reader.counts, cold_loads)
+    def _final(self, reader: OutputParser, cold_loads: int) -> RequestUsage:
+        return RequestUsage(self._replica, self._boot, Tokens(*reader.counts), cold_loads=cold_loads)
 
-    async def finals(self, request_id: str) -> Final | None:
-        """See `serve.engine.protocol.Engine.finals`: this replica's, None if it has done nothing."""
-        return await self._finals.of(request_id)
+    async def final_usage(self, request_id: str) -> RequestUsage | None:
+        """See `serve.engine.protocol.Engine.final_usage`: this replica's, None if it has done nothing."""
+        return await self._usage_log.final_usage(request_id)
 
     async def abort(self, request_id: str) -> None:
         await self._abort(self._queues.get(request_id, ()))
@@ -280,7 +286,7 @@ class VllmEngine:
 
     async def counters(self) -> Counters:
         """vLLM's own counters, read from its Prometheus registry."""
-        prompt_tokens, completion_tokens, running, load = tally()
+        prompt_tokens, completion_tokens, running, load = read_counters()
         return Counters(
             self._base,
             self._replica,
@@ -299,9 +305,9 @@ class VllmEngine:
         Only then is the worker asked, which answers between two steps. Workers in processes of their own
         wait actively for a second after each call: a fifth of a core, if a steward asks every five seconds.
         """
-        if self._packer is None or self._slots is None:
+        if self._cache is None or self._slots is None:
             return Residency()
-        moved += (self._packer.loads, self._packer.evictions, self._unloads)
+        moved += (self._cache.loads, self._cache.evictions, self._unloads)
         if moved != self._moved:
             try:
                 (self._worker, *_) = await self._llm.collective_rpc("bespoke_residency")
@@ -312,11 +318,11 @@ class VllmEngine:
         worker = self._worker
         return Residency(
             slots=len(worker["slots"]),
-            memory=len(self._packer.held),
-            disk=self.served,
-            memory_loads=self._packer.loads,
-            memory_load_s=self._packer.load_s,
-            memory_evictions=self._packer.evictions,
+            memory=len(self._cache.cached_ids),
+            disk=self.desired_count,
+            memory_loads=self._cache.loads,
+            memory_load_s=self._cache.load_s,
+            memory_evictions=self._cache.evictions,
             slot_loads=worker["activations"],
             slot_load_s=worker["seconds"],
             slot_evictions=worker["evictions"],
@@ -331,8 +337,8 @@ class VllmEngine:
 
     def shutdown(self) -> None:
         self._llm.shutdown()
-        if self._packer is not None:
-            self._packer.close()
+        if self._cache is not None:
+            self._cache.close()
 
 
 def _lost_or(error: BespokeError, llm: Any) -> BespokeError:
@@ -349,11 +355,11 @@ async def _layout(llm: Any) -> Layout | None:
     return Layout(tuple(layers), found["dtype"])
 
 
-def _preload(llm: Any) -> Callable[[AdapterRef, Path], Awaitable[None]]:
+def _preload(llm: Any) -> Callable[[AdapterVersion, Path], Awaitable[None]]:
     """vLLM's own loading, before the first request: an error there is an answer, in a step it is the end."""
     from vllm.lora.request import LoRARequest
 
-    async def preload(ref: AdapterRef, path: Path) -> None:
+    async def preload(ref: AdapterVersion, path: Path) -> None:
         try:
             await llm.add_lora(LoRARequest(ref.model, ref.id, str(path)))
         except Exception as error:

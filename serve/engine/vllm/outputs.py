@@ -16,7 +16,7 @@ _NO_REASON = ("abort", "error")  # vLLM's for an end that is no answer's
 _LOGPROB_MIN = -9999.0  # JSON knows no infinity; vLLM's and OpenAI's floor
 
 
-class Reader:
+class OutputParser:
     """Reads the outputs of one request, of kind DELTA, and counts as it goes.
 
     `prompts` are token ids. `parser` makes one of vLLM's parsers for each choice, or None where the text is
@@ -211,14 +211,14 @@ def _call_id() -> str:
     return str(make_tool_call_id())
 
 
-class Tap:
+class OutputHook:
     """Takes the place of a task that waits for each output: waking it would cost more than reading does.
 
     `take` gets the events until `ended` is done: with None after the last one, with what vLLM or the reading
     raised, or cancelled. What comes after that is only counted.
     """
 
-    def __init__(self, reader: Reader, take: Take) -> None:
+    def __init__(self, reader: OutputParser, take: Take) -> None:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reader = reader
         self._take = take

@@ -29,7 +29,7 @@ class Rendered:
         return sum(len(each["prompt_token_ids"]) for each in self.inputs)
 
 
-class Renderer:
+class PromptRenderer:
     """Renders for one AsyncLLM. The parsers are names of vLLM's, or None where the base has none."""
 
     def __init__(self, llm: Any, *, tool_parser: str | None, reasoning_parser: str | None) -> None:

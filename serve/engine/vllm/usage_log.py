@@ -5,23 +5,23 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 
-from serve.engine.protocol import Final
+from serve.billing.metering.terms import RequestUsage
 from serve.errors import EngineUnavailable
 
 KEPT_MAX = 20_000  # minutes of requests, under the heaviest load
 END_TIMEOUT_S = 10.0
 
 
-class Finals:
+class UsageLog:
     """`abort` makes the engine end a request that runs; its counts are then soon final."""
 
     def __init__(self, abort: Callable[[str], Awaitable[None]]) -> None:
         self._abort = abort
         self._running: dict[str, asyncio.Event] = {}
-        self._kept: OrderedDict[str, Final | None] = OrderedDict()
+        self._kept: OrderedDict[str, RequestUsage | None] = OrderedDict()
 
     @contextlib.contextmanager
-    def remembering(self, request_id: str, count: Callable[[], Final]) -> Iterator[None]:
+    def recording(self, request_id: str, count: Callable[[], RequestUsage]) -> Iterator[None]:
         """Remember `count()` of the request at the end of the block, however that ends.
 
         Raises EngineUnavailable if somebody has ended the request before it began.
@@ -36,7 +36,7 @@ class Finals:
             del self._running[request_id]
             ended.set()
 
-    async def of(self, request_id: str) -> Final | None:
+    async def final_usage(self, request_id: str) -> RequestUsage | None:
         """End the request for good, also if it has not begun. None if nothing was done for it.
 
         Raises TimeoutError if the engine does not end it.
@@ -49,7 +49,7 @@ class Finals:
             self._keep(request_id, None)
         return self._kept.get(request_id)
 
-    def _keep(self, request_id: str, final: Final | None) -> None:
+    def _keep(self, request_id: str, final: RequestUsage | None) -> None:
         self._kept[request_id] = final
         while len(self._kept) > KEPT_MAX:
             self._kept.popitem(last=False)

@@ -9,22 +9,23 @@ from serve.formats.errors import anthropic_body_of
 from serve.formats.messages.blocks import Blocks
 from serve.formats.shape import dumps
 from serve.inference.generation import Generation
+from serve.inference.request import GenerationResult
 
 Json = dict[str, Any]
 
 
-def whole(generation: Generation) -> Json:
+def whole(result: GenerationResult) -> Json:
     """The message of a generation that has gathered its answer."""
-    assert generation.answer is not None
-    blocks = Blocks(_id(generation))
-    blocks.whole(generation.answer.choices[0])
-    return _message(generation, blocks.content) | blocks.end
+    assert result.choices
+    blocks = Blocks(_id(result))
+    blocks.whole(result.choices[0])
+    return _message(result, blocks.content) | blocks.end
 
 
 async def events(generation: Generation) -> AsyncIterator[bytes]:
     """The message's events — docs.anthropic.com/en/docs/build-with-claude/streaming."""
-    blocks = Blocks(_id(generation))
-    yield _event({"type": "message_start", "message": _message(generation, [])})
+    blocks = Blocks(_id(generation.result))
+    yield _event({"type": "message_start", "message": _message(generation.result, [])})
     try:
         async for batch in generation:
             yield b"".join(_event(one) for delta in batch for one in blocks.take(delta))
@@ -46,21 +47,21 @@ def usage(tokens: Tokens) -> Json:
     }
 
 
-def _message(generation: Generation, content: list[Json]) -> Json:
+def _message(result: GenerationResult, content: list[Json]) -> Json:
     return {
-        "id": _id(generation),
+        "id": _id(result),
         "type": "message",
         "role": "assistant",
-        "model": generation.model.name,
+        "model": result.model,
         "content": content,
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": usage(generation.tokens),
+        "usage": usage(result.tokens),
     }
 
 
-def _id(generation: Generation) -> str:
-    return "msg_" + generation.call.request_id.removeprefix("req_")
+def _id(result: GenerationResult) -> str:
+    return "msg_" + result.request.request_id.removeprefix("req_")
 
 
 def _event(body: Json) -> bytes:

@@ -14,7 +14,7 @@ from serve.engine.protocol import JsonFormat, Message, Sampling, Tool, Toolbox, 
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.chat import CallId
-from serve.formats.sampling import Limits, refuse
+from serve.formats.sampling import RequestBounds, refuse
 
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 
@@ -196,7 +196,7 @@ class MessagesRequest(BaseModel):
         check_tools(names, forced=choice is not None and choice.type == "any", function=named)
         return self
 
-    def prompt(self, limits: Limits) -> tuple[Message, ...]:
+    def prompt(self, limits: RequestBounds) -> tuple[Message, ...]:
         """Raises InvalidRequest if there are too many, or one is the result of a use that is not there."""
         system = [] if self.system is None else [Message("system", _text(self.system))]
         found = [*system, *(one for given in self.messages for one in given.messages())]
@@ -210,7 +210,7 @@ class MessagesRequest(BaseModel):
                 )
         return tuple(found)
 
-    def toolbox(self, limits: Limits) -> Toolbox | None:
+    def toolbox(self, limits: RequestBounds) -> Toolbox | None:
         if not self.tools:
             return None
         bound("tools", len(self.tools), limits.tools, "tools")
@@ -228,7 +228,7 @@ class MessagesRequest(BaseModel):
         name = choice.name if choice.type == "tool" else None
         return Toolbox(tools, kind, name, not choice.disable_parallel_tool_use)
 
-    def sampling(self, limits: Limits) -> Sampling:
+    def sampling(self, limits: RequestBounds) -> Sampling:
         bound("max_tokens", self.max_tokens, limits.completion_tokens)
         stop = tuple(self.stop_sequences or ())
         bound("stop_sequences", len(stop), limits.stop_sequences, "stop sequences")

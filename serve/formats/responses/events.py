@@ -9,9 +9,9 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from serve.client_data.stored_responses import Responses
+from serve.client_data.stored_responses import StoredResponses
 from serve.errors import BespokeError
-from serve.formats.responses.shape import ResponseShape
+from serve.formats.responses.shape import ResponseObjectFormat
 from serve.formats.shape import dumps
 from serve.inference.generation import Generation
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 async def events(
-    generation: Generation, shape: ResponseShape, responses: Responses | None, tenant: str
+    generation: Generation, shape: ResponseObjectFormat, responses: StoredResponses | None, tenant: str
 ) -> AsyncIterator[bytes]:
     """The events of one response, in as many pieces as the engine has steps.
 
@@ -31,28 +31,29 @@ async def events(
         data = dumps({"type": kind, "sequence_number": next(numbers)} | body)
         return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
 
-    output, begun = shape.output(), shape.begun(generation)
+    output, begun = shape.output(), shape.begun(generation.result)
     yield event("response.created", {"response": begun}) + event("response.in_progress", {"response": begun})
     try:
         async for batch in generation:
             yield b"".join(event(one["type"], one) for delta in batch for one in output.take(delta))
     except BespokeError as error:
-        yield event("response.failed", {"response": shape.failed(generation, output, error)})
+        yield event("response.failed", {"response": shape.failed(generation.result, output, error)})
         return
     closing = b"".join(event(one["type"], one) for one in output.end())
-    body = shape.ended(generation, output, stored=responses is not None)
+    result = generation.result
+    body = shape.ended(result, output, stored=responses is not None)
     if responses is not None:
         try:
             await asyncio.to_thread(
                 responses.store,
                 tenant,
-                generation.call.request_id,
+                result.request.request_id,
                 shape.to_store(body),
-                at=generation.created_at,
+                at=result.created_at,
             )
         except Exception:
             # The answer is complete and billed: better told that it is not stored than called a failure.
-            log.exception("response of %s is not stored", generation.call.request_id)
+            log.exception("response of %s is not stored", result.request.request_id)
             body = body | {"store": False}
     kind = "response.completed" if output.complete else "response.incomplete"
     yield closing + event(kind, {"response": body})

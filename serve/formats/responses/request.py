@@ -12,7 +12,7 @@ from serve.engine.protocol import JsonFormat, Sampling, Tool, Toolbox
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.chat import CalledFunction, CallId, FunctionName, OfferedFunction
-from serve.formats.sampling import Limits, refuse
+from serve.formats.sampling import RequestBounds, refuse
 
 METADATA_PAIRS_MAX = 16
 LOGPROBS = "message.output_text.logprobs"
@@ -204,7 +204,7 @@ class ResponsesRequest(BaseModel):
         """Whether the answer is stored: unless the client says no, as OpenAI's."""
         return self.store is not False
 
-    def toolbox(self, limits: Limits) -> Toolbox | None:
+    def toolbox(self, limits: RequestBounds) -> Toolbox | None:
         if not self.tools:
             return None
         bound("tools", len(self.tools), limits.tools, "tools")
@@ -214,7 +214,7 @@ class ResponsesRequest(BaseModel):
             return Toolbox(tools, "required", self.tool_choice.name, parallel)
         return Toolbox(tools, self.tool_choice or "auto", None, parallel)
 
-    def sampling(self, limits: Limits) -> Sampling:
+    def sampling(self, limits: RequestBounds) -> Sampling:
         bound("max_output_tokens", self.max_output_tokens or 1, limits.completion_tokens)
         return Sampling(
             completion_tokens_max=self.max_output_tokens,

@@ -14,12 +14,12 @@ from serve.formats.errors import body_of
 from serve.formats.responses.items import Ids
 from serve.formats.responses.output import Output
 from serve.formats.responses.request import NamedFunctionTool, ResponsesRequest
-from serve.inference.generation import Generation
+from serve.inference.request import GenerationResult
 
 Json = dict[str, Any]
 
 
-class ResponseShape:
+class ResponseObjectFormat:
     """Knows what was asked, and makes the response of it at each stage.
 
     own: the items that this request brought. context: those before them, from earlier turns.
@@ -37,42 +37,42 @@ class ResponseShape:
         """An empty output, whose ids go on where the input's end."""
         return Output(Ids(self._request_id, len(self._own)))
 
-    def begun(self, generation: Generation) -> Json:
-        return self._response(generation, "in_progress", [], stored=self._asked.keeps)
+    def begun(self, result: GenerationResult) -> Json:
+        return self._response(result, "in_progress", [], stored=self._asked.keeps)
 
-    def ended(self, generation: Generation, output: Output, *, stored: bool) -> Json:
+    def ended(self, result: GenerationResult, output: Output, *, stored: bool) -> Json:
         """Completed, or incomplete because it grew too long. `stored` is told to the client as it is."""
         status = "completed" if output.complete else "incomplete"
-        body = self._response(generation, status, output.items, stored=stored)
+        body = self._response(result, status, output.items, stored=stored)
         if output.complete:
-            return body | {"completed_at": int(time.time()), "usage": usage(generation.tokens)}
+            return body | {"completed_at": int(time.time()), "usage": usage(result.tokens)}
         details = {"reason": "max_output_tokens"}
-        return body | {"incomplete_details": details, "usage": usage(generation.tokens)}
+        return body | {"incomplete_details": details, "usage": usage(result.tokens)}
 
-    def failed(self, generation: Generation, output: Output, error: BespokeError) -> Json:
+    def failed(self, result: GenerationResult, output: Output, error: BespokeError) -> Json:
         output.abandon()
-        body = self._response(generation, "failed", output.items, stored=False)
+        body = self._response(result, "failed", output.items, stored=False)
         told = {"code": "server_error", "message": body_of(error)["error"]["message"]}
-        return body | {"error": told, "usage": usage(generation.tokens)}
+        return body | {"error": told, "usage": usage(result.tokens)}
 
-    def whole(self, generation: Generation, *, stored: bool) -> Json:
+    def whole(self, result: GenerationResult, *, stored: bool) -> Json:
         """The response of a generation that has gathered its answer."""
-        assert generation.answer is not None
+        assert result.choices
         output = self.output()
-        output.whole(generation.answer.choices[0])
-        return self.ended(generation, output, stored=stored)
+        output.whole(result.choices[0])
+        return self.ended(result, output, stored=stored)
 
     def to_store(self, body: Json) -> StoredResponse:
         return StoredResponse(body, [*self._context, *self._own])
 
-    def _response(self, generation: Generation, status: str, output: list[Json], *, stored: bool) -> Json:
+    def _response(self, result: GenerationResult, status: str, output: list[Json], *, stored: bool) -> Json:
         asked = self._asked
         choice = asked.tool_choice or "auto"
         reasoning = asked.reasoning
         return {
             "id": Ids(self._request_id).response,
             "object": "response",
-            "created_at": int(generation.created_at.timestamp()),
+            "created_at": int(result.created_at.timestamp()),
             "completed_at": None,
             "status": status,
             "background": False,
@@ -82,19 +82,19 @@ class ResponseShape:
             "max_output_tokens": asked.max_output_tokens,
             "max_tool_calls": None,
             "metadata": asked.metadata or {},
-            "model": generation.model.name,
+            "model": result.model,
             "output": list(output),
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": asked.previous_response_id,
             "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},
             "service_tier": "default",
             "store": stored,
-            "temperature": generation.call.sampling.temperature,
+            "temperature": result.request.sampling.temperature,
             "text": {"format": self._format(), "verbosity": "medium"},
             "tool_choice": choice.model_dump() if isinstance(choice, NamedFunctionTool) else choice,
             "tools": [tool.model_dump() for tool in asked.tools or ()],
             "top_logprobs": asked.top_logprobs or 0,
-            "top_p": generation.call.sampling.top_p,
+            "top_p": result.request.sampling.top_p,
             "truncation": "disabled",
             "usage": None,
             "user": asked.user,

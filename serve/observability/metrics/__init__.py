@@ -1,22 +1,22 @@
-"""Prometheus metrics: what a gateway counts, what the engines and the budgets say, and all gateways' as one.
+"""Prometheus metrics of gateways and budgets, and the exposition that joins all gateways.
 
-`gateway.py` is one process's own, `pace.py` its tokens' pace; `engines.py` and `budgets.py` render what
-others count; `fleet.py` merges what all gateways say. What the steward measures: `serve.maintenance.metrics`.
+`gateway.py` counts what one process does, `token_latency.py` the time between its tokens; `budgets.py`
+renders how full budgets are; `aggregate.py` merges what all gateways say. Engines render theirs in
+`serve.engine.metrics`, the steward in `serve.maintenance.metrics`.
 """
 
-from serve.observability.metrics.aggregate import Exposition, Peers, merge, render_fleet
-from serve.observability.metrics.engines import render_budgets, render_engines
+from serve.observability.metrics.aggregate import Exposition, GatewayPeers, merge, render_aggregate
+from serve.observability.metrics.budgets import render_budgets
 from serve.observability.metrics.gateway import ALONE, Metrics
-from serve.observability.metrics.token_latency import Pace
+from serve.observability.metrics.token_latency import TokenLatency
 
 __all__ = [
     "ALONE",
     "Exposition",
+    "GatewayPeers",
     "Metrics",
-    "Pace",
-    "Peers",
+    "TokenLatency",
     "merge",
+    "render_aggregate",
     "render_budgets",
-    "render_engines",
-    "render_fleet",
 ]

@@ -25,7 +25,7 @@ class Exposition:
     text: bytes
 
 
-class Peers(Protocol):
+class GatewayPeers(Protocol):
     """All gateways of the service, as one of them sees them."""
 
     @property
@@ -58,7 +58,7 @@ def merge(texts: Iterable[bytes]) -> bytes:
     return b"".join(b"\n".join(lines) + b"\n" for lines in families.values())
 
 
-class FleetCollector(Collector):
+class AggregateCollector(Collector):
     """`engines` says for each base how many of its replicas have answered."""
 
     def __init__(self, gateways: int, answering: int, engines: Mapping[str, int]) -> None:
@@ -77,7 +77,7 @@ class FleetCollector(Collector):
         return [gateways, answering, replicas]
 
 
-def render_fleet(gateways: int, answering: int, engines: Mapping[str, int]) -> bytes:
+def render_aggregate(gateways: int, answering: int, engines: Mapping[str, int]) -> bytes:
     registry = CollectorRegistry()
-    registry.register(FleetCollector(gateways, answering, engines))
+    registry.register(AggregateCollector(gateways, answering, engines))
     return generate_latest(registry)

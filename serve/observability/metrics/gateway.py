@@ -26,7 +26,7 @@ from prometheus_client import (
 from serve.billing.pricing.plans import Tokens
 from serve.errors import BespokeError, BudgetExceeded, InsufficientCredit, RateLimited
 from serve.observability.metrics.aggregate import Exposition, labelled
-from serve.observability.metrics.token_latency import BUCKETS_S, Pace, PaceHistogram
+from serve.observability.metrics.token_latency import BUCKETS_S, TokenLatency, TokenLatencyHistogram
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # a second series per series, which no dashboard of ours reads
 
@@ -127,7 +127,7 @@ class Metrics:
             buckets=_TTFT_BUCKETS_S,
             registry=self.registry,
         )
-        self._pace = PaceHistogram(
+        self._pace = TokenLatencyHistogram(
             "bespoke_inter_token_latency_seconds",
             "Between tokens of a choice, once the request has ended.",
             ["base"],
@@ -192,7 +192,7 @@ class Metrics:
             buckets=_ADAPTER_TTFT_BUCKETS_S,
             registry=self.registry,
         )
-        self._adapter_pace = PaceHistogram(
+        self._adapter_pace = TokenLatencyHistogram(
             "bespoke_adapter_inter_token_latency_seconds",
             "Between tokens of a choice, once the request has ended, by adapter.",
             ["base", "adapter"],
@@ -281,7 +281,7 @@ class Metrics:
         self._ttft.labels(base).observe(seconds)
         self._adapter_ttft.labels(base, self._label(adapter)).observe(seconds)
 
-    def pace(self, base: str, adapter: str | None, pace: Pace) -> None:
+    def pace(self, base: str, adapter: str | None, pace: TokenLatency) -> None:
         self._pace.add((base,), pace)
         self._adapter_pace.add((base, self._label(adapter)), pace)
 

@@ -7,16 +7,25 @@ additions) and the histogram gets the sums once, when the request has ended.
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from time import monotonic
+from typing import Protocol
 
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serve.engine.protocol import Delta
-
 BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
 
-class Pace:
+class Counted(Protocol):
+    """Says which choice new tokens belong to, and how many there are."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+
+class TokenLatency:
     """Latencies of a request's tokens after each choice's first, by bucket; the last has no bound.
 
     Tokens that come in one delta share the time since the one before.
@@ -29,7 +38,7 @@ class Pace:
         self.counts = [0] * (len(BUCKETS_S) + 1)
         self.sum_s = 0.0
 
-    def note(self, deltas: Sequence[Delta]) -> None:
+    def note(self, deltas: Sequence[Counted]) -> None:
         """These have come now."""
         now_s, last_s = monotonic(), self._last_s
         for delta in deltas:
@@ -42,7 +51,7 @@ class Pace:
                 last_s[index] = now_s
 
 
-class PaceHistogram(Collector):
+class TokenLatencyHistogram(Collector):
     """The paces of many requests by labels. `buckets_s` are some of BUCKETS_S: each is a series per label."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], buckets_s: Sequence[float]) -> None:
@@ -51,7 +60,7 @@ class PaceHistogram(Collector):
         self._into = [bisect_left(buckets_s, bound) for bound in BUCKETS_S] + [len(buckets_s)]
         self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
 
-    def add(self, labels: tuple[str, ...], pace: Pace) -> None:
+    def add(self, labels: tuple[str, ...], pace: TokenLatency) -> None:
         counts, sums = self._series.setdefault(labels, ([0] * len(self._bounds), [0.0]))
         for bucket, count in zip(self._into, pace.counts, strict=True):
             counts[bucket] += count

@@ -38,7 +38,7 @@ EXAMPLES = [
     errors.OperatorError("secret detail"),
     errors.AlreadyExists("The tenant 'acme' exists already."),
     errors.UnknownRecord("There is no tenant 'acme'."),
-    errors.CatalogueError("acme/support@1 is retired."),
+    errors.RegistryError("acme/support@1 is retired."),
     errors.Conflict("The project 'proj_1' is archived."),
     errors.ReconciliationFailed("secret detail"),
 ]

@@ -18,7 +18,7 @@ from serve.client_data.files import ORPHAN_AGE_S, FileBounds, Files, safe_name
 from serve.deployment.app import build_app
 from serve.errors import BodyTooLarge, InvalidRequest, NotFound
 from serve.settings import LimitSettings, Settings
-from tests.serve.conftest import NOON, TINY, Shop, onboard
+from tests.serve.conftest import NOON, TINY, BillingFixture, onboard
 from tests.support.batching import CHAT, EchoEngine, Json, jsonl, line
 
 pytestmark = pytest.mark.usefixtures("app_on_both")
@@ -277,7 +277,7 @@ def test_openais_client_reads_what_is_wrong_with_a_file(served: Served) -> None:
 
 
 @pytest.fixture
-def files(shop: Shop, tmp_path: Path) -> Files:
+def files(shop: BillingFixture, tmp_path: Path) -> Files:
     return Files(shop.store, tmp_path / "files", FileBounds(1000, 10, 10_000))
 
 

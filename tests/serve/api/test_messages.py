@@ -18,9 +18,9 @@ from serve.errors import BespokeError, EngineUnavailable, InvalidRequest
 from serve.formats.errors import anthropic_body_of
 from serve.formats.messages.objects import AnthropicError, AnthropicMessage
 from serve.formats.messages.request import MessagesRequest
-from serve.formats.sampling import Limits, parse
+from serve.formats.sampling import RequestBounds, parse
 from tests.serve.api.test_errors import EXAMPLES
-from tests.support.scripted_app import BROKEN, HELLO, LEFT, Json, Played, says
+from tests.support.scripted_app import BROKEN, HELLO, LEFT, Json, ScriptedApp, says
 
 PATH = "/v1/messages"
 ASK: Json = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": "Hello"}]}
@@ -50,7 +50,7 @@ def checked_events(events: list[Json]) -> list[Json]:
     return events
 
 
-def refused(played: Played, status: int, body: Json, **headers: str) -> Json:
+def refused(played: ScriptedApp, status: int, body: Json, **headers: str) -> Json:
     answer = played.ask("POST", PATH, body, **headers)
     assert answer.status_code == status, answer.text
     AnthropicError.model_validate(answer.json(), extra="forbid")
@@ -59,7 +59,7 @@ def refused(played: Played, status: int, body: Json, **headers: str) -> Json:
 
 
 def test_a_text_is_answered_and_billed(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     body = played.say(PATH, ASK | {"metadata": {"user_id": "u"}})
     message = checked(body)
     assert [(block.type, block.text) for block in message.content] == [("text", "Hello")]  # type: ignore[union-attr]
@@ -69,11 +69,11 @@ def test_a_text_is_answered_and_billed(tmp_path: Path) -> None:
     assert played.bills() == [("acme", "complete", 10, 4, 2)]
     (request,) = played.engine.requests
     assert request.prompt == (Message("user", "Hello"),)
-    assert (request.sampling.completion_tokens_max, request.whole) == (5, True)
+    assert (request.sampling.completion_tokens_max, request.collect) == (5, True)
 
 
 def test_a_stream_has_anthropics_events(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     events = checked_events(played.stream(PATH, ASK))
     assert [event["type"] for event in events] == [
         "message_start",
@@ -96,7 +96,7 @@ def test_a_stream_has_anthropics_events(tmp_path: Path) -> None:
 
 
 def test_tool_uses_are_blocks_whole_and_streamed(tmp_path: Path) -> None:
-    played = Played(tmp_path, CALLS)
+    played = ScriptedApp(tmp_path, CALLS)
     message = checked(played.say(PATH, ASK | {"tools": [WEATHER]}))
     assert message.stop_reason == "tool_use"
     assert [block.model_dump(exclude_unset=True) for block in message.content] == [
@@ -127,7 +127,7 @@ def test_tool_uses_are_blocks_whole_and_streamed(tmp_path: Path) -> None:
     ],
 )
 def test_tools_and_their_choice_reach_the_engine(tmp_path: Path, choice: Any, expected: Any) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     played.say(PATH, ASK | {"tools": [WEATHER], "tool_choice": choice})
     toolbox = played.engine.requests[0].toolbox
     assert toolbox is not None
@@ -137,7 +137,7 @@ def test_tools_and_their_choice_reach_the_engine(tmp_path: Path, choice: Any, ex
 
 
 def test_a_conversation_with_tool_results_reaches_the_engine(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     ephemeral = {"cache_control": {"type": "ephemeral"}}
     turns = [
         {"role": "user", "content": [{"type": "text", "text": "Weather", **ephemeral}]},
@@ -176,7 +176,7 @@ def test_a_conversation_with_tool_results_reaches_the_engine(tmp_path: Path) -> 
 
 
 def test_sampling_and_format_reach_the_engine(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     output = {"format": {"type": "json_schema", "schema": {"type": "object"}}, "effort": "max"}
     asked = {"temperature": 0, "top_p": 0.5, "top_k": 7, "stop_sequences": ["x"], "output_config": output}
     played.say(PATH, ASK | asked)
@@ -189,13 +189,13 @@ def test_sampling_and_format_reach_the_engine(tmp_path: Path) -> None:
 
 def test_an_answer_that_grows_too_long_says_so_and_a_call_cut_short_keeps_its_text(tmp_path: Path) -> None:
     cut = Delta(0, "", 1, "length", tool_calls=(ToolCall(0, "a", "weather", '{"ci'),))
-    message = checked(Played(tmp_path, says(cut)).say(PATH, ASK | {"tools": [WEATHER]}))
+    message = checked(ScriptedApp(tmp_path, says(cut)).say(PATH, ASK | {"tools": [WEATHER]}))
     assert message.stop_reason == "max_tokens"
     assert message.content[0].input == {"INVALID_JSON": '{"ci'}  # type: ignore[union-attr]
 
 
 def test_an_answer_that_says_nothing_has_no_blocks(tmp_path: Path) -> None:
-    played = Played(tmp_path, says(Delta(0, "", 1, "stop")))
+    played = ScriptedApp(tmp_path, says(Delta(0, "", 1, "stop")))
     assert checked(played.say(PATH, ASK)).content == []
     assert [event["type"] for event in checked_events(played.stream(PATH, ASK))] == [
         "message_start",
@@ -237,7 +237,7 @@ def test_an_answer_that_says_nothing_has_no_blocks(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_or_lacking_is_refused_by_name(tmp_path: Path, fields: Json, named: str) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     error = refused(played, 400, ASK | fields)
     assert error["type"] == "invalid_request_error"
     assert named in error["message"]
@@ -254,7 +254,7 @@ json_values = st.recursive(
     ),
     max_leaves=8,
 )
-LIMITS = Limits(messages=4, n=2, stop_sequences=4, completion_tokens=100, tools=4, prompts=4)
+LIMITS = RequestBounds(messages=4, n=2, stop_sequences=4, completion_tokens=100, tools=4, prompts=4)
 
 
 @given(
@@ -277,7 +277,7 @@ def test_every_error_has_anthropics_shape_and_tells_no_secret(error: BespokeErro
 
 
 def test_errors_before_the_answer_have_anthropics_shape(tmp_path: Path) -> None:
-    played = Played(tmp_path, [EngineUnavailable()])
+    played = ScriptedApp(tmp_path, [EngineUnavailable()])
     assert refused(played, 503, ASK)["type"] == "overloaded_error"
     assert refused(played, 503, ASK | {"stream": True})["type"] == "overloaded_error"
     assert refused(played, 404, ASK | {"model": "other"})["type"] == "not_found_error"
@@ -289,13 +289,13 @@ def test_errors_before_the_answer_have_anthropics_shape(tmp_path: Path) -> None:
 
 
 def test_a_tenant_without_credit_hears_of_its_bill(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     Ledger(played.store).open_account("acme", 0)
     assert refused(played, 429, ASK)["type"] == "billing_error"
 
 
 def test_an_error_in_the_stream_is_its_last_event_and_what_came_is_billed(tmp_path: Path) -> None:
-    played = Played(tmp_path, BROKEN)
+    played = ScriptedApp(tmp_path, BROKEN)
     events = played.stream(PATH, ASK)
     AnthropicError.model_validate(events[-1], extra="forbid")
     assert events[-1]["error"]["type"] == "api_error"
@@ -304,14 +304,14 @@ def test_an_error_in_the_stream_is_its_last_event_and_what_came_is_billed(tmp_pa
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_pays_for_what_was_generated(tmp_path: Path, stream: bool) -> None:
-    played = Played(tmp_path, LEFT)
+    played = ScriptedApp(tmp_path, LEFT)
     came = played.leave(PATH, ASK | {"stream": stream}, after=b'"text":"Hel"' if stream else b"")
     assert b"message_stop" not in came
     assert played.bills() == [("acme", "disconnected", 10, 4, 3)]
 
 
 def test_a_request_that_is_sent_again_gets_the_same_message_and_is_billed_once(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     first, second = (played.ask("POST", PATH, ASK, **{"idempotency-key": "k"}) for _ in range(2))
     assert first.json() == second.json()
     assert len(played.bills()) == 1
@@ -321,7 +321,7 @@ def test_the_official_client_reads_it_with_a_key_of_its_own_kind(tmp_path: Path)
     import anthropic
     import httpx2
 
-    played = Played(tmp_path, CALLS)
+    played = ScriptedApp(tmp_path, CALLS)
 
     async def scenario() -> None:
         transport = httpx2.ASGITransport(played.app)

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from serve.api import errors
-from serve.api.middleware import HEADER_BYTES_MAX, Edge, Intake
+from serve.api.middleware import HEADER_BYTES_MAX, BodyMiddleware, RequestMiddleware
 from serve.observability.metrics import Metrics
 
 MOST = 10_000
@@ -26,8 +26,8 @@ def app(body_timeout_s: float = 5) -> FastAPI:
 
     errors.install(made)
     slowest = MOST / body_timeout_s
-    made.add_middleware(Intake, body_bytes_max=lambda _scope: MOST, bytes_per_s_min=slowest)
-    made.add_middleware(Edge, metrics=Metrics(), body_bytes_max=MOST)
+    made.add_middleware(BodyMiddleware, body_bytes_max=lambda _scope: MOST, bytes_per_s_min=slowest)
+    made.add_middleware(RequestMiddleware, metrics=Metrics(), body_bytes_max=MOST)
     return made
 
 

@@ -16,8 +16,8 @@ from serve.errors import EngineUnavailable, InvalidRequest
 from serve.formats.responses.items import Ids, input_items, messages
 from serve.formats.responses.objects import ResponseObject
 from serve.formats.responses.request import ResponsesRequest
-from serve.formats.sampling import Limits, parse
-from tests.support.scripted_app import ACCEPTED, BROKEN, FINISHED, HELLO, LEFT, Json, Played, says
+from serve.formats.sampling import RequestBounds, parse
+from tests.support.scripted_app import ACCEPTED, BROKEN, FINISHED, HELLO, LEFT, Json, ScriptedApp, says
 
 PATH = "/v1/responses"
 ASK: Json = {"model": "tiny", "input": "Hello"}
@@ -53,7 +53,7 @@ def checked_events(events: list[Json]) -> list[Json]:
 
 
 def test_a_text_is_answered_and_billed(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     response = checked(played.say(PATH, ASK | {"metadata": {"a": "b"}, "user": "u", "temperature": 0.5}))
     assert (response.output_text, response.status) == ("Hello", "completed")
     assert (response.metadata, response.user, response.temperature) == ({"a": "b"}, "u", 0.5)
@@ -64,11 +64,11 @@ def test_a_text_is_answered_and_billed(tmp_path: Path) -> None:
     assert played.bills() == [("acme", "complete", 10, 4, 2)]
     (request,) = played.engine.requests
     assert request.prompt == (Message("user", "Hello"),)
-    assert request.whole
+    assert request.collect
 
 
 def test_a_stream_has_openais_events_and_ends_with_what_is_answered_whole(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     events = checked_events(played.stream(PATH, ASK))
     assert [event["type"].removeprefix("response.") for event in events] == [
         "created",
@@ -91,7 +91,7 @@ def test_a_stream_has_openais_events_and_ends_with_what_is_answered_whole(tmp_pa
 
 
 def test_calls_are_items_whole_and_streamed(tmp_path: Path) -> None:
-    played = Played(tmp_path, CALLS)
+    played = ScriptedApp(tmp_path, CALLS)
     body = ASK | {"tools": [WEATHER], "parallel_tool_calls": True}
     whole = checked(played.say(PATH, body))
     assert [item.type for item in whole.output] == ["message", "function_call", "function_call"]
@@ -123,7 +123,7 @@ def test_calls_are_items_whole_and_streamed(tmp_path: Path) -> None:
     ],
 )
 def test_tools_and_their_choice_reach_the_engine(tmp_path: Path, choice: Any, expected: Any) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     checked(played.say(PATH, ASK | {"tools": [WEATHER], "tool_choice": choice}))
     toolbox = played.engine.requests[0].toolbox
     assert toolbox is not None
@@ -133,7 +133,7 @@ def test_tools_and_their_choice_reach_the_engine(tmp_path: Path, choice: Any, ex
 
 
 def test_an_answer_with_calls_can_be_sent_back_with_their_outputs(tmp_path: Path) -> None:
-    played = Played(tmp_path, CALLS, HELLO)
+    played = ScriptedApp(tmp_path, CALLS, HELLO)
     first = played.say(PATH, ASK | {"tools": [WEATHER]})
     outputs = [
         {"type": "function_call_output", "call_id": "call_1", "output": "rain"},
@@ -170,7 +170,7 @@ def test_an_answer_with_calls_can_be_sent_back_with_their_outputs(tmp_path: Path
     ],
 )
 def test_the_format_of_the_text_reaches_the_engine(tmp_path: Path, wanted: Json, expected: Any) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     body = played.say(PATH, ASK | {"text": {"format": wanted}})
     checked(body)
     assert body["text"]["format"] == wanted
@@ -185,7 +185,7 @@ def test_logprobs_are_told_if_asked_for(tmp_path: Path, asked: Json, expected: i
     told = (TokenLogprob("Hi", -0.5, (("Hi", -0.5), ("Ho", -1.5))),)
     half = (TokenLogprob("!", -0.25),)
     script = says(Delta(0, "Hi", 1, logprobs=told), Delta(0, "", 1, logprobs=half), Delta(0, "!", 0, "stop"))
-    played = Played(tmp_path, script)
+    played = ScriptedApp(tmp_path, script)
     part = checked(played.say(PATH, ASK | asked)).output[0].content[0]  # type: ignore[union-attr]
     assert played.engine.requests[0].sampling.logprobs == expected
     assert [(one.token, one.logprob) for one in part.logprobs] == [("Hi", -0.5), ("!", -0.25)]  # type: ignore[union-attr]
@@ -196,7 +196,7 @@ def test_logprobs_are_told_if_asked_for(tmp_path: Path, asked: Json, expected: i
 
 
 def test_reasoning_is_an_item_of_its_own(tmp_path: Path) -> None:
-    played = Played(tmp_path, says(Delta(0, "", 1, reasoning="Hm."), Delta(0, "Yes", 1, "stop")))
+    played = ScriptedApp(tmp_path, says(Delta(0, "", 1, reasoning="Hm."), Delta(0, "Yes", 1, "stop")))
     body = ASK | {"reasoning": {"effort": "low"}}
     response = checked(played.say(PATH, body))
     assert [item.type for item in response.output] == ["reasoning", "message"]
@@ -216,7 +216,7 @@ def test_reasoning_is_an_item_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_grows_too_long_is_incomplete(tmp_path: Path, stream: bool) -> None:
-    played = Played(tmp_path, says(Delta(0, "Hel", 1), Delta(0, "lo", 1, "length")))
+    played = ScriptedApp(tmp_path, says(Delta(0, "Hel", 1), Delta(0, "lo", 1, "length")))
     body = ASK | {"max_output_tokens": 2}
     if stream:
         events = checked_events(played.stream(PATH, body))
@@ -231,7 +231,7 @@ def test_an_answer_that_grows_too_long_is_incomplete(tmp_path: Path, stream: boo
 
 
 def test_an_answer_that_says_nothing_is_an_empty_message(tmp_path: Path) -> None:
-    played = Played(tmp_path, says(Delta(0, "", 1, "stop")))
+    played = ScriptedApp(tmp_path, says(Delta(0, "", 1, "stop")))
     assert checked(played.say(PATH, ASK)).output_text == ""
     assert checked_events(played.stream(PATH, ASK))[-1]["response"]["output"][0]["content"][0]["text"] == ""
 
@@ -273,7 +273,7 @@ def test_an_answer_that_says_nothing_is_an_empty_message(tmp_path: Path) -> None
     ],
 )
 def test_what_is_wrong_or_lacking_is_refused_by_name(tmp_path: Path, fields: Json, param: str) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     answer = played.ask("POST", PATH, ASK | fields)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
     assert not played.engine.requests
@@ -290,7 +290,7 @@ json_values = st.recursive(
     ),
     max_leaves=8,
 )
-LIMITS = Limits(messages=4, n=2, stop_sequences=4, completion_tokens=100, tools=4, prompts=4)
+LIMITS = RequestBounds(messages=4, n=2, stop_sequences=4, completion_tokens=100, tools=4, prompts=4)
 
 
 @given(
@@ -307,12 +307,12 @@ def test_whatever_a_field_holds_it_is_accepted_or_refused_by_our_error(fields: J
 def test_unknown_fields_and_empty_wishes_are_ignored(tmp_path: Path) -> None:
     fields = {"brand_new": 1, "truncation": "disabled", "background": False, "include": [], "tools": []}
     nulls = dict.fromkeys(("instructions", "text", "reasoning", "store", "metadata", "stream", "tool_choice"))
-    checked(Played(tmp_path, HELLO).say(PATH, ASK | fields | nulls))
+    checked(ScriptedApp(tmp_path, HELLO).say(PATH, ASK | fields | nulls))
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_before_the_answer_is_a_status(tmp_path: Path, stream: bool) -> None:
-    played = Played(tmp_path, [EngineUnavailable()])
+    played = ScriptedApp(tmp_path, [EngineUnavailable()])
     answer = played.ask("POST", PATH, ASK | {"stream": stream})
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "service_unavailable"
@@ -321,7 +321,7 @@ def test_an_error_before_the_answer_is_a_status(tmp_path: Path, stream: bool) ->
 
 
 def test_an_error_in_the_stream_is_its_last_event_and_what_came_is_billed(tmp_path: Path) -> None:
-    played = Played(tmp_path, BROKEN)
+    played = ScriptedApp(tmp_path, BROKEN)
     events = checked_events(played.stream(PATH, ASK))
     assert events[-1]["type"] == "response.failed"
     response = checked(events[-1]["response"])
@@ -338,14 +338,14 @@ def test_an_error_in_the_stream_is_its_last_event_and_what_came_is_billed(tmp_pa
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_pays_for_what_was_generated(tmp_path: Path, stream: bool) -> None:
-    played = Played(tmp_path, LEFT)
+    played = ScriptedApp(tmp_path, LEFT)
     came = played.leave(PATH, ASK | {"stream": stream}, after=b'"delta":"Hel"' if stream else b"")
     assert b"response.completed" not in came
     assert played.bills() == [("acme", "disconnected", 10, 4, 3)]
 
 
 def test_a_request_that_is_sent_again_gets_the_same_response_and_is_billed_once(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     headers = {"idempotency-key": "k"}
     first, second = (played.ask("POST", PATH, ASK, **headers) for _ in range(2))
     assert first.json() == second.json()
@@ -358,7 +358,7 @@ def test_the_official_client_reads_it_all(tmp_path: Path) -> None:
     import httpx2
     import openai
 
-    played = Played(tmp_path, CALLS, HELLO)
+    played = ScriptedApp(tmp_path, CALLS, HELLO)
 
     async def scenario() -> tuple[list[str], str]:
         transport = httpx2.ASGITransport(played.app)
@@ -396,6 +396,6 @@ def test_the_official_client_reads_it_all(tmp_path: Path) -> None:
 
 def test_a_call_that_is_cut_short_is_the_item_that_is_incomplete(tmp_path: Path) -> None:
     cut = Delta(0, "", 1, "length", tool_calls=(ToolCall(0, "call_1", "weather", '{"ci'),))
-    played = Played(tmp_path, [[ACCEPTED], [Delta(0, "Hm", 1)], [cut, FINISHED]])
+    played = ScriptedApp(tmp_path, [[ACCEPTED], [Delta(0, "Hm", 1)], [cut, FINISHED]])
     events = checked_events(played.stream(PATH, ASK | {"tools": [WEATHER]}))
     assert [item["status"] for item in events[-1]["response"]["output"]] == ["completed", "incomplete"]

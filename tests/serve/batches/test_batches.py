@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.batches import runner
-from serve.batches.batches import Batch, Status
+from serve.batches.batches import Batch, BatchStatus
 from serve.batches.output import write_output
 from serve.billing.ledger import writer
 from serve.errors import (
@@ -54,7 +54,7 @@ def now(floor: Floor, batch: Batch) -> Batch:
 def check_complete(floor: Floor, batch: Batch, names: list[str]) -> None:
     """Every line has its own answer, in order, and is billed once; nothing is held."""
     batch = now(floor, batch)
-    assert batch.status is Status.COMPLETED
+    assert batch.status is BatchStatus.COMPLETED
     assert (batch.lines, batch.completed, batch.failed) == (len(names), len(names), 0)
     output, bills = floor.output(batch), floor.bills()
     assert [entry["custom_id"] for entry in output] == names
@@ -74,7 +74,7 @@ def check_complete(floor: Floor, batch: Batch, names: list[str]) -> None:
 
 def test_a_batch_is_validated_run_and_written(floor: Floor) -> None:
     batch = floor.submit(FILE)
-    assert batch.status is Status.VALIDATING
+    assert batch.status is BatchStatus.VALIDATING
     floor.work()
     check_complete(floor, batch, NAMES)
     assert floor.errors(batch) == []
@@ -150,7 +150,7 @@ def test_a_worker_that_stops_finishes_what_runs_and_gives_the_batch_back(floor: 
         await asyncio.wait_for(stopping, 10)
 
     asyncio.run(scenario())
-    assert (now(floor, batch).status, now(floor, batch).completed) == (Status.IN_PROGRESS, 2)
+    assert (now(floor, batch).status, now(floor, batch).completed) == (BatchStatus.IN_PROGRESS, 2)
     assert not floor.ledger.open_holds()
     floor.engine.gate = None
     floor.work()  # at the same time: no lease is in the way
@@ -171,7 +171,7 @@ def test_the_tenants_limits_hold_and_its_batch_waits_for_them(floor: Floor, limi
     batch = floor.submit(FILE if "concurrent_requests" in limits else jsonl(line("a"), line("b")))
     floor.work()
     assert now(floor, batch).failed == 0
-    assert now(floor, batch).status is Status.COMPLETED
+    assert now(floor, batch).status is BatchStatus.COMPLETED
     assert floor.engine.running_max == 1 or "requests_per_min" in limits
 
 
@@ -203,7 +203,7 @@ def test_a_line_that_fails_is_in_the_error_file_and_costs_nothing(
 ) -> None:
     batch = floor.submit(jsonl(line("good"), line("bad", **changes)))
     floor.work()
-    assert now(floor, batch).status is Status.COMPLETED
+    assert now(floor, batch).status is BatchStatus.COMPLETED
     (entry,) = floor.errors(batch)
     assert (entry["custom_id"], entry["error"]) == ("bad", None)
     assert entry["response"]["status_code"] == status_code
@@ -261,18 +261,18 @@ def test_a_cancelled_batch_keeps_what_is_done_and_runs_nothing_more(floor: Floor
         working = asyncio.create_task(floor.worker().work())
         while floor.engine.running < 2:
             await asyncio.sleep(0.01)
-        assert floor.batches.cancel("acme", batch.id, at=floor.at).status is Status.CANCELLING
+        assert floor.batches.cancel("acme", batch.id, at=floor.at).status is BatchStatus.CANCELLING
         floor.engine.gate.set()
         await working
 
     asyncio.run(scenario())
-    assert now(floor, batch).status is Status.CANCELLED
+    assert now(floor, batch).status is BatchStatus.CANCELLED
     assert [entry["custom_id"] for entry in floor.output(batch)] == NAMES[:2]
     errors = floor.errors(batch)
     assert [entry["custom_id"] for entry in errors] == NAMES[2:]
     assert {entry["error"]["code"] for entry in errors} == {"batch_cancelled"}
     assert len(floor.bills()) == 2
-    assert floor.batches.cancel("acme", batch.id, at=floor.at).status is Status.CANCELLED
+    assert floor.batches.cancel("acme", batch.id, at=floor.at).status is BatchStatus.CANCELLED
 
 
 def test_a_batch_whose_time_is_over_expires_with_what_is_done(floor: Floor) -> None:
@@ -281,7 +281,7 @@ def test_a_batch_whose_time_is_over_expires_with_what_is_done(floor: Floor) -> N
     billed = len(floor.bills())
     floor.at += timedelta(hours=24)
     floor.work()
-    assert now(floor, batch).status is Status.EXPIRED
+    assert now(floor, batch).status is BatchStatus.EXPIRED
     assert now(floor, batch).times["expired"] == floor.at
     assert len(floor.output(batch)) == len(floor.bills()) == billed > 0
     assert {entry["error"]["code"] for entry in floor.errors(batch)} == {"batch_expired"}
@@ -293,7 +293,7 @@ def test_nothing_of_a_file_with_an_error_runs(floor: Floor) -> None:
     batch = floor.submit(jsonl(line("a"), line("b", n=99)) + b"x\n")
     floor.work()
     batch = now(floor, batch)
-    assert batch.status is Status.FAILED
+    assert batch.status is BatchStatus.FAILED
     assert [(error.line, error.param) for error in batch.errors] == [(2, "body.n"), (3, None)]
     assert not floor.engine.asked
 
@@ -354,7 +354,7 @@ def test_a_worker_without_the_lease_ends_nothing_and_leaves_no_files(floor: Floo
     assert not late.begin(batch.id, lines=1, at=floor.at)
     assert not late.finalize(batch.id, at=floor.at)
     write_output(
-        now(floor, batch), Status.COMPLETED, lines=floor.lines, files=floor.files, work=late, at=floor.at
+        now(floor, batch), BatchStatus.COMPLETED, lines=floor.lines, files=floor.files, work=late, at=floor.at
     )
     assert sorted(floor.home.glob("files/*/*")) == before
     late.give_back(batch.id)

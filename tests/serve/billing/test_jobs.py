@@ -3,12 +3,14 @@ from datetime import UTC, datetime
 from serve.billing.invoicing.invoices import Invoices
 from serve.billing.jobs import draft_due
 from tests.serve.billing.invoicing.test_calculation import buy
-from tests.serve.conftest import Shop
+from tests.serve.conftest import BillingFixture
 
 DECEMBER = datetime(2026, 12, 1, 0, 30, tzinfo=UTC)
 
 
-def test_when_a_month_is_over_there_is_one_draft_for_each_tenant_that_used_anything(shop: Shop) -> None:
+def test_when_a_month_is_over_there_is_one_draft_for_each_tenant_that_used_anything(
+    shop: BillingFixture,
+) -> None:
     shop.tenants.create("idle", at=DECEMBER)
     cost = buy(shop, 1, adapter=False)
     (number,) = draft_due(shop.store, DECEMBER)
@@ -18,6 +20,6 @@ def test_when_a_month_is_over_there_is_one_draft_for_each_tenant_that_used_anyth
     assert draft_due(shop.store, DECEMBER) == []
 
 
-def test_a_month_that_is_not_over_has_none(shop: Shop) -> None:
+def test_a_month_that_is_not_over_has_none(shop: BillingFixture) -> None:
     buy(shop, 1, adapter=False)
     assert draft_due(shop.store, datetime(2026, 11, 30, 23, 59, tzinfo=UTC)) == []

@@ -7,10 +7,10 @@ import pytest
 import sqlalchemy as sa
 
 from serve.billing.ledger.ledger import Ledger
-from serve.client_data.idempotency import IdempotentKeeper, idempotency_table
+from serve.client_data.idempotency import IdempotencyCommitHook, idempotency_table
 from serve.engine.protocol import Delta, TokenLogprob
 from serve.errors import EngineUnavailable
-from tests.support.scripted_app import ACCEPTED, BROKEN, FINISHED, HELLO, LEFT, Played
+from tests.support.scripted_app import ACCEPTED, BROKEN, FINISHED, HELLO, LEFT, ScriptedApp
 
 pytestmark = pytest.mark.usefixtures("app_on_both")
 
@@ -19,20 +19,20 @@ BODY = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "ma
 KEY = {"Idempotency-Key": "one"}
 
 
-def events(played: Played) -> int:
+def events(played: ScriptedApp) -> int:
     from serve.billing.metering.events import usage_table
 
     with played.store.read() as connection:
         return connection.execute(sa.select(sa.func.count()).select_from(usage_table)).scalar_one()
 
 
-def keys(played: Played) -> int:
+def keys(played: ScriptedApp) -> int:
     with played.store.read() as connection:
         return connection.execute(sa.select(sa.func.count()).select_from(idempotency_table)).scalar_one()
 
 
 def test_the_second_request_gets_the_firsts_answer_to_the_byte(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     first, second = (played.ask("POST", CHAT, BODY, **KEY) for _ in range(2))
     assert first.status_code == second.status_code == 200
     assert second.content == first.content
@@ -44,7 +44,7 @@ def test_the_second_request_gets_the_firsts_answer_to_the_byte(tmp_path: Path) -
 def test_the_log_probabilities_of_a_kept_answer_are_counted_from_its_beginning(tmp_path: Path) -> None:
     """The answer is made twice, to be kept and to be sent: both must be the same."""
     told = (TokenLogprob("Hel", -0.5), TokenLogprob("lo", -0.25))
-    played = Played(tmp_path, [[ACCEPTED], [Delta(0, "Hello", 2, "stop", logprobs=told), FINISHED]])
+    played = ScriptedApp(tmp_path, [[ACCEPTED], [Delta(0, "Hello", 2, "stop", logprobs=told), FINISHED]])
     text = {"model": "tiny", "prompt": "Say", "logprobs": 1}
     first, second = (played.ask("POST", "/v1/completions", text, **KEY) for _ in range(2))
     assert second.headers["idempotency-replayed"] == "true"
@@ -53,7 +53,7 @@ def test_the_log_probabilities_of_a_kept_answer_are_counted_from_its_beginning(t
 
 
 def test_a_key_belongs_to_a_tenant_a_route_and_a_body(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     played.ask("POST", CHAT, BODY, **KEY)
     assert played.ask("POST", CHAT, BODY, tenant="rival", **KEY).status_code == 200
     other = played.ask("POST", CHAT, BODY | {"max_tokens": 6}, **KEY)
@@ -65,14 +65,14 @@ def test_a_key_belongs_to_a_tenant_a_route_and_a_body(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", [BROKEN, [EngineUnavailable()]], ids=["in mid-answer", "at once"])
 def test_a_request_that_failed_leaves_its_key_free(tmp_path: Path, script: object) -> None:
-    played = Played(tmp_path, script, HELLO)  # type: ignore[arg-type]
+    played = ScriptedApp(tmp_path, script, HELLO)  # type: ignore[arg-type]
     assert played.ask("POST", CHAT, BODY, **KEY).status_code in (500, 503)
     assert keys(played) == 0
     assert played.ask("POST", CHAT, BODY, **KEY).status_code == 200
 
 
 def test_while_the_first_request_runs_another_gets_409(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     played.ask("POST", CHAT, BODY, **KEY)
     with played.store.write() as connection:
         connection.execute(idempotency_table.update().values(body=None))
@@ -82,7 +82,7 @@ def test_while_the_first_request_runs_another_gets_409(tmp_path: Path) -> None:
 
 
 def test_a_key_whose_gateway_died_is_free_once_its_lease_is_over(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     played.ask("POST", CHAT, BODY, **KEY)
     past = played.gateway.terms.now() - timedelta(seconds=1)
     with played.store.write() as connection:
@@ -92,12 +92,12 @@ def test_a_key_whose_gateway_died_is_free_once_its_lease_is_over(tmp_path: Path)
 
 
 def test_a_key_that_is_too_long_is_refused(tmp_path: Path) -> None:
-    answer = Played(tmp_path, HELLO).ask("POST", CHAT, BODY, **{"Idempotency-Key": "x" * 256})
+    answer = ScriptedApp(tmp_path, HELLO).ask("POST", CHAT, BODY, **{"Idempotency-Key": "x" * 256})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
 
 
 def test_without_a_key_a_client_that_leaves_stops_the_engine(tmp_path: Path) -> None:
-    played = Played(tmp_path, LEFT)
+    played = ScriptedApp(tmp_path, LEFT)
     played.leave(CHAT, BODY)
     assert played.engine.aborted.is_set()
     assert events(played) == 1
@@ -109,15 +109,15 @@ def test_a_bug_in_keeping_leaves_the_request_billed_and_answered(
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(IdempotentKeeper, "keep", broken)
-    played = Played(tmp_path, HELLO)
+    monkeypatch.setattr(IdempotencyCommitHook, "keep", broken)
+    played = ScriptedApp(tmp_path, HELLO)
     assert played.ask("POST", CHAT, BODY, **KEY).status_code == 200
     assert (events(played), keys(played)) == (1, 0)
     assert not Ledger(played.store).open_holds()
 
 
 def test_what_has_expired_is_swept(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     played.ask("POST", CHAT, BODY, **KEY)
     idempotency = played.app.state.context.idempotency
     now = played.gateway.terms.now()

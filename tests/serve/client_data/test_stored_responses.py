@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from serve.billing.ledger.ledger import Closing, Ledger, Opening, Outcome
+from serve.billing.ledger.ledger import HoldRequest, Ledger, Outcome, Resolution
 from serve.client_data.stored_responses import (
     KEPT_FOR,
-    Responses,
     StoredResponse,
+    StoredResponses,
     responses_table,
     shelves_table,
 )
@@ -22,8 +22,8 @@ from serve.engine.protocol import Message
 from serve.errors import ResponseNotFound, StoreUnavailable
 from serve.formats.responses.objects import DeletedResponse, InputItemList, ResponseObject
 from serve.storage.database import Store
-from tests.serve.conftest import NOON, Shop
-from tests.support.scripted_app import BROKEN, HELLO, LEFT, Json, Played
+from tests.serve.conftest import NOON, BillingFixture
+from tests.support.scripted_app import BROKEN, HELLO, LEFT, Json, ScriptedApp
 
 pytestmark = pytest.mark.usefixtures("app_on_both")
 
@@ -48,7 +48,7 @@ def shelf(store: Store, tenant: str = "acme") -> tuple[int, int]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_response_is_read_again_as_it_was_answered(tmp_path: Path, stream: bool) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     body = played.stream(PATH, ASK)[-1]["response"] if stream else played.say(PATH, ASK)
     assert body["store"]
     read = played.ask("GET", f"{PATH}/{body['id']}").json()
@@ -57,10 +57,10 @@ def test_a_response_is_read_again_as_it_was_answered(tmp_path: Path, stream: boo
 
 
 def test_a_streamed_response_is_stored_before_its_last_event_is_sent(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
-    store, seen = Responses.store, []
+    played = ScriptedApp(tmp_path, HELLO)
+    store, seen = StoredResponses.store, []
 
-    def watched(self: Responses, *args: Any, **kwargs: Any) -> None:
+    def watched(self: StoredResponses, *args: Any, **kwargs: Any) -> None:
         seen.append(bytes(came))
         store(self, *args, **kwargs)
 
@@ -79,7 +79,7 @@ def test_a_streamed_response_is_stored_before_its_last_event_is_sent(tmp_path: P
         {"type": "http.request", "body": b'{"model":"tiny","input":"x","stream":true}', "more_body": False}
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Responses, "store", watched)
+        patch.setattr(StoredResponses, "store", watched)
         played.run(played.app(played.scope(PATH), receive, send))
     assert len(seen) == 1
     assert b'"delta":"lo"' in seen[0]
@@ -88,7 +88,7 @@ def test_a_streamed_response_is_stored_before_its_last_event_is_sent(tmp_path: P
 
 
 def test_the_conversation_goes_on_without_the_instructions(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     first = played.say(PATH, ASK | {"instructions": "Be brief."})
     second = played.stream(
         PATH,
@@ -112,7 +112,7 @@ def test_the_conversation_goes_on_without_the_instructions(tmp_path: Path) -> No
 
 
 def test_the_conversation_goes_on_when_its_beginning_is_deleted(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     first = played.say(PATH, ASK)
     second = played.say(PATH, ASK | {"previous_response_id": first["id"]})
     deleted = played.ask("DELETE", f"{PATH}/{first['id']}").json()
@@ -132,7 +132,7 @@ def test_the_conversation_goes_on_when_its_beginning_is_deleted(tmp_path: Path) 
 
 
 def test_a_conversation_has_a_bound(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     many = [{"role": "user", "content": "x"}] * 255
     first = played.say(PATH, {"model": "tiny", "input": many})
     answer = played.ask("POST", PATH, ASK | {"previous_response_id": first["id"]})
@@ -140,7 +140,7 @@ def test_a_conversation_has_a_bound(tmp_path: Path) -> None:
 
 
 def test_input_items_come_in_pages(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     first = played.say(PATH, {"model": "tiny", "input": [{"role": "user", "content": t} for t in "abc"]})
     second = played.say(PATH, {"model": "tiny", "input": "d", "previous_response_id": first["id"]})
     path = f"{PATH}/{second['id']}/input_items"
@@ -168,7 +168,7 @@ def test_input_items_come_in_pages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_not_to_be_stored_is_not(tmp_path: Path, stream: bool) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     asked = ASK | {"store": False}
     body = played.stream(PATH, asked)[-1]["response"] if stream else played.say(PATH, asked)
     assert not body["store"]
@@ -180,7 +180,7 @@ def test_what_is_not_to_be_stored_is_not(tmp_path: Path, stream: bool) -> None:
 def test_an_answer_that_is_cut_short_is_billed_and_not_stored(
     tmp_path: Path, script: Any, stream: bool
 ) -> None:
-    played = Played(tmp_path, script)
+    played = ScriptedApp(tmp_path, script)
     if script is LEFT:
         played.leave(PATH, ASK | {"stream": stream})
     else:
@@ -191,7 +191,7 @@ def test_an_answer_that_is_cut_short_is_billed_and_not_stored(
 
 
 def test_anothers_response_looks_like_one_that_does_not_exist(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     mine = played.say(PATH, ASK)["id"]
     for method, tail in (("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel")):
         theirs, unknown = (
@@ -211,14 +211,14 @@ def test_anothers_response_looks_like_one_that_does_not_exist(tmp_path: Path) ->
 
 
 def test_a_response_is_neither_cancelled_nor_streamed_later(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     mine = played.say(PATH, ASK)["id"]
     assert played.ask("POST", f"{PATH}/{mine}/cancel").status_code == 400
     assert played.ask("GET", f"{PATH}/{mine}?stream=true").json()["error"]["param"] == "stream"
 
 
 def test_a_key_is_needed(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     mine = played.say(PATH, ASK)["id"]
     for method in ("GET", "DELETE"):
         assert played.ask(method, f"{PATH}/{mine}", authorization="Bearer no").status_code == 401
@@ -230,8 +230,8 @@ def test_a_stream_whose_response_cannot_be_stored_says_so(
     def away(*_: object, **__: object) -> None:
         raise StoreUnavailable()
 
-    played = Played(tmp_path, HELLO)
-    monkeypatch.setattr(Responses, "store", away)
+    played = ScriptedApp(tmp_path, HELLO)
+    monkeypatch.setattr(StoredResponses, "store", away)
     last = played.stream(PATH, ASK)[-1]
     assert (last["type"], last["response"]["store"]) == ("response.completed", False)
     assert played.bills() == [("acme", "complete", 10, 4, 2)]
@@ -243,8 +243,8 @@ def test_an_answer_that_cannot_be_stored_is_billed_all_the_same(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    played = Played(tmp_path, HELLO)
-    monkeypatch.setattr(Responses, "keep", broken)
+    played = ScriptedApp(tmp_path, HELLO)
+    monkeypatch.setattr(StoredResponses, "keep", broken)
     body = played.say(PATH, ASK)
     assert (body["status"], body["store"]) == ("completed", False)
     assert played.bills() == [("acme", "complete", 10, 4, 2)]
@@ -255,20 +255,20 @@ def test_an_answer_is_stored_in_the_transaction_that_bills_it(
 ) -> None:
     apply, refused = Ledger.apply, []
 
-    def flaky(self: Ledger, entries: Sequence[Opening | Closing]) -> list[Outcome]:
+    def flaky(self: Ledger, entries: Sequence[HoldRequest | Resolution]) -> list[Outcome]:
         (entry,) = entries
-        if refused or not isinstance(entry, Closing):
+        if refused or not isinstance(entry, Resolution):
             return apply(self, entries)
         refused.append(True)
 
         def away(connection: sa.Connection) -> None:
-            assert entry.also is not None
-            entry.also(connection)
+            assert entry.in_transaction is not None
+            entry.in_transaction(connection)
             raise sa.exc.OperationalError("commit", None, Exception())
 
         return apply(self, [replace(entry, also=away)])
 
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     monkeypatch.setattr(Ledger, "apply", flaky)
     body = played.say(PATH, ASK)
     assert refused
@@ -277,8 +277,8 @@ def test_an_answer_is_stored_in_the_transaction_that_bills_it(
     assert shelf(played.store)[0] == 1
 
 
-def test_the_oldest_make_room_by_number(shop: Shop) -> None:
-    responses = Responses(shop.store, responses_max=3)
+def test_the_oldest_make_room_by_number(shop: BillingFixture) -> None:
+    responses = StoredResponses(shop.store, responses_max=3)
     for number in range(5):
         at = NOON + timedelta(seconds=number)
         responses.store("acme", f"req_{number}", stored(str(number)), at=at)
@@ -289,8 +289,8 @@ def test_the_oldest_make_room_by_number(shop: Shop) -> None:
     assert responses.find("acme", "resp_2", at=NOON) == stored("2")
 
 
-def test_the_oldest_make_room_by_bytes_and_the_newest_always_stays(shop: Shop) -> None:
-    responses = Responses(shop.store, bytes_max=1000)
+def test_the_oldest_make_room_by_bytes_and_the_newest_always_stays(shop: BillingFixture) -> None:
+    responses = StoredResponses(shop.store, bytes_max=1000)
     for number, size in enumerate([100, 100, 100, 700, 5000]):
         at = NOON + timedelta(seconds=number)
         responses.store("acme", f"req_{number}", stored(str(number), size), at=at)
@@ -300,9 +300,9 @@ def test_the_oldest_make_room_by_bytes_and_the_newest_always_stays(shop: Shop) -
     assert shelf(shop.store)[0] == 1
 
 
-def test_a_tenants_shelf_is_its_own(shop: Shop) -> None:
+def test_a_tenants_shelf_is_its_own(shop: BillingFixture) -> None:
     shop.tenants.create("rival", at=NOON)
-    responses = Responses(shop.store, responses_max=1)
+    responses = StoredResponses(shop.store, responses_max=1)
     responses.store("acme", "req_1", stored("1"), at=NOON)
     responses.store("rival", "req_2", stored("2"), at=NOON)
     assert shelf(shop.store)[0] == shelf(shop.store, "rival")[0] == 1
@@ -312,9 +312,11 @@ def test_a_tenants_shelf_is_its_own(shop: Shop) -> None:
     assert shelf(shop.store) == (0, 0)
 
 
-def test_what_has_expired_is_not_there_and_then_is_swept(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_expired_is_not_there_and_then_is_swept(
+    shop: BillingFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("serve.client_data.stored_responses._STEP", 2)
-    responses = Responses(shop.store)
+    responses = StoredResponses(shop.store)
     for number in range(5):
         responses.store("acme", f"req_{number}", stored(str(number)), at=NOON)
     later = NOON + timedelta(hours=1)

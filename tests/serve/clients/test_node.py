@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.rate_limits.limits import LimitBook, Limits
+from serve.rate_limits.limits import Limits, LimitStore
 from tests.serve.conftest import NOON, TENANTS, TINY, Live
 
 pytestmark = pytest.mark.slow
@@ -17,7 +17,7 @@ def test_the_node_client_cannot_tell_the_gateway_from_openai(live: Live, node_fo
     key, limited = live.tenants.create_key(TENANTS[0], at=NOON)
     with live.store.write() as connection:
         limits = Limits(concurrent_requests=1)
-        LimitBook(live.store).set(connection, "key", key.id, limits, at=NOON)
+        LimitStore(live.store).set(connection, "key", key.id, limits, at=NOON)
     environment = {
         "PATH": os.environ["PATH"],
         "BESPOKE_URL": f"{live.url}/v1",

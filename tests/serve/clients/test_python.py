@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from serve.api.schemas import ChatCompletion, ChatCompletionChunk, TextCompletion
 from serve.billing.ledger.ledger import Ledger
-from serve.rate_limits.limits import LimitBook, Limits
+from serve.rate_limits.limits import Limits, LimitStore
 from tests.serve.conftest import NOON, TENANTS, TINY, TINY_TWO, Live, wait_until
 
 pytestmark = pytest.mark.slow
@@ -273,7 +273,7 @@ def test_embeddings_are_refused_by_name(live: Live) -> None:
 def limited(live: Live, **limits: int) -> tuple[str, str]:
     key, secret = live.tenants.create_key(LUMEN, at=NOON)
     with live.store.write() as connection:
-        LimitBook(live.store).set(connection, "key", key.id, Limits(**limits), at=NOON)
+        LimitStore(live.store).set(connection, "key", key.id, Limits(**limits), at=NOON)
     return key.id, secret
 
 

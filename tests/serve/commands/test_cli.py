@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from serve.cli import SUBCOMMANDS, app
 from serve.commands.common import console
-from serve.errors import CatalogueError
-from serve.registry.registry import Catalogue
+from serve.errors import RegistryError
+from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
 from serve.tenants import Tenants
 from tests.serve.conftest import CONFIGS, NOON
@@ -85,7 +85,7 @@ def test_an_adapter_from_its_files_to_the_tenants_alias(
     store = Store(f"sqlite:///{tmp_path / 'ledger.db'}")
     store.migrate()
     Tenants(store, b"secret").create("acme", at=NOON)
-    catalogue = Catalogue(store, ["tiny"])
+    registry = AdapterRegistry(store, ["tiny"])
 
     def say(verb: str, model: str = "acme") -> str:
         done = CliRunner().invoke(app, ["adapter", verb, model], catch_exceptions=False)
@@ -94,7 +94,7 @@ def test_an_adapter_from_its_files_to_the_tenants_alias(
 
     old_model, new_model = f"acme/support@{old}", f"acme/support@{new}"
     assert say("register", old_model) == f"registered {old_model}: pending"
-    catalogue.mark_ready(catalogue.find("acme", "support", old), NOON)
+    registry.mark_ready(registry.find("acme", "support", old), NOON)
     assert say("register", old_model) == f"registered {old_model}: ready"
     assert say("promote", old_model) == f"acme/support now means {old_model}"
     say("pin", old_model)
@@ -102,16 +102,16 @@ def test_an_adapter_from_its_files_to_the_tenants_alias(
     listed = say("list")
     assert re.search(rf"{old_model} │ tiny │ 2 │ \S+ \S+ │ ready │ yes │ now", listed), listed
     assert re.search(rf"{new_model} │ tiny │ 2 │ \S+ \S+ │ pending │ │ next", listed), listed
-    catalogue.reject(catalogue.find("acme", "support", new), "its logits are [the base's]", NOON)
+    registry.reject(registry.find("acme", "support", new), "its logits are [the base's]", NOON)
     shown = say("show", new_model)
     assert "rejected" in shown
     assert "its logits are [the base's]" in shown
-    with pytest.raises(CatalogueError, match="'acme/support' points to"):
+    with pytest.raises(RegistryError, match="'acme/support' points to"):
         say("retire", old_model)
     say("unpin", old_model)
     say("retire", new_model)
     assert "rejected, retired" in say("list")
-    assert not catalogue.entry(catalogue.find("acme", "support", old)).pinned
+    assert not registry.entry(registry.find("acme", "support", old)).pinned
     store.close()
 
 

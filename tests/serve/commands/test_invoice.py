@@ -12,13 +12,13 @@ from serve.cli import app
 from serve.commands import invoice as command
 from serve.commands.common import console
 from tests.serve.billing.invoicing.test_calculation import MONTH, buy
-from tests.serve.conftest import CONFIGS, Shop, on_sqlite
+from tests.serve.conftest import CONFIGS, BillingFixture, on_sqlite
 
 NEXT_MONTH = datetime(2026, 12, 2, tzinfo=UTC)
 
 
 @pytest.fixture
-def bespoke(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+def bespoke(shop: BillingFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """Types a command, at a time when November is over; says what it printed."""
     monkeypatch.setenv("BESPOKE_DATABASE_URL", shop.store.url)
     monkeypatch.setenv("BESPOKE_HOME", str(tmp_path / "home"))
@@ -35,7 +35,7 @@ def bespoke(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # typ
 
 
 @on_sqlite
-def test_an_invoice_goes_from_draft_to_paid(shop: Shop, bespoke, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_an_invoice_goes_from_draft_to_paid(shop: BillingFixture, bespoke, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     for number in range(3):
         buy(shop, number, adapter=number == 2, times=1000)
     bespoke("invoice", "seller", str(CONFIGS / "seller.yaml"))
@@ -64,7 +64,7 @@ def test_an_invoice_goes_from_draft_to_paid(shop: Shop, bespoke, tmp_path: Path)
 
 
 @on_sqlite
-def test_credit_is_granted_and_listed(shop: Shop, bespoke) -> None:  # type: ignore[no-untyped-def]
+def test_credit_is_granted_and_listed(shop: BillingFixture, bespoke) -> None:  # type: ignore[no-untyped-def]
     words = ("--kind", "prepaid", "--expires", "2099-01-01", "--reason", "wire 7")
     bespoke("credit", "grant", "acme", "50", *words)
     assert "wire 7" in bespoke("credit", "list", "acme")
@@ -73,7 +73,9 @@ def test_credit_is_granted_and_listed(shop: Shop, bespoke) -> None:  # type: ign
 
 
 @on_sqlite
-def test_a_plan_that_says_all_that_a_plan_can_say_is_assigned_from_its_day_on(shop: Shop, bespoke) -> None:  # type: ignore[no-untyped-def]
+def test_a_plan_that_says_all_that_a_plan_can_say_is_assigned_from_its_day_on(
+    shop: BillingFixture, bespoke
+) -> None:  # type: ignore[no-untyped-def]
     path = CONFIGS / "prices" / "enterprise.yaml"
     bespoke("price", "publish", str(path))
     assert "2099-12-01" in bespoke("price", "assign", "acme", "enterprise", "--from", "2099-12-01")

@@ -21,7 +21,7 @@ from serve.engine.protocol import (
     Texts,
 )
 from serve.engine.vllm.engine import VllmEngine
-from serve.registry.versions import AdapterRef
+from serve.registry.versions import AdapterVersion
 from serve.settings import EngineSettings
 
 T = TypeVar("T")
@@ -92,21 +92,23 @@ class Host:
     base_dir: Path
     adapters_dir: Path
 
-    def publish(self, name: str, seed: int, *, rank: int = 4, size: float = SIZE, **more: Any) -> AdapterRef:
+    def publish(
+        self, name: str, seed: int, *, rank: int = 4, size: float = SIZE, **more: Any
+    ) -> AdapterVersion:
         more.setdefault("tenant", TENANT)
         path = publish_random(
             self.base_dir, self.adapters_dir, name=name, seed=seed, rank=rank, size=size, **more
         )
         return self.ref(name, path.name, more["tenant"])
 
-    def ref(self, name: str, version: str, tenant: str = TENANT) -> AdapterRef:
-        return AdapterRef(next(_numbers), tenant, name, version)
+    def ref(self, name: str, version: str, tenant: str = TENANT) -> AdapterVersion:
+        return AdapterVersion(next(_numbers), tenant, name, version)
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float = 120) -> T:
         return self.loop.run(work, timeout_s)
 
     def stream(
-        self, adapter: AdapterRef | None, prompt: str, tokens: int, *, salt: str | None = None
+        self, adapter: AdapterVersion | None, prompt: str, tokens: int, *, salt: str | None = None
     ) -> tuple[str, AsyncIterator[list[Event]]]:
         """The id of a greedy request, and its events. Without a `salt` it shares nobody's prefix cache."""
         request_id = f"request-{next(_numbers)}"
@@ -115,18 +117,18 @@ class Host:
         return request_id, events_of(self.engine, request)
 
     async def answer(
-        self, adapter: AdapterRef | None, prompt: str, tokens: int = 8, *, salt: str | None = None
+        self, adapter: AdapterVersion | None, prompt: str, tokens: int = 8, *, salt: str | None = None
     ) -> "Answer":
         answer = await collect(self.stream(adapter, prompt, tokens, salt=salt)[1])
         assert answer.tokens == answer.finished.completion_tokens
         return answer
 
     def ask(
-        self, adapter: AdapterRef | None, prompt: str, tokens: int = 8, *, salt: str | None = None
+        self, adapter: AdapterVersion | None, prompt: str, tokens: int = 8, *, salt: str | None = None
     ) -> "Answer":
         return self.run(self.answer(adapter, prompt, tokens, salt=salt))
 
-    async def sure(self, adapter: AdapterRef | None, prompt: str, tokens: int) -> tuple[str, float]:
+    async def sure(self, adapter: AdapterVersion | None, prompt: str, tokens: int) -> tuple[str, float]:
         """What `adapter` answers when it is alone, and the least lead of a token over the second best."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -143,7 +145,7 @@ class Host:
         raise AssertionError("no output")
 
     def references(
-        self, adapter: AdapterRef | None, candidates: list[Prompt], count: int
+        self, adapter: AdapterVersion | None, candidates: list[Prompt], count: int
     ) -> dict[Prompt, str]:
         """The first `count` candidates that `adapter`, alone, answers with sure tokens; and the answers."""
         found: dict[Prompt, str] = {}

@@ -13,9 +13,9 @@ from serve.errors import InvalidRequest
 from serve.formats.bounds import SCHEMA_DEPTH_MAX, schema_text
 from serve.formats.chat import ChatCompletionRequest
 from serve.formats.completions import CompletionRequest
-from serve.formats.sampling import HARMFUL, Limits, parse
+from serve.formats.sampling import HARMFUL, RequestBounds, parse
 
-LIMITS = Limits(messages=4, n=2, stop_sequences=4, completion_tokens=100, tools=2, prompts=2)
+LIMITS = RequestBounds(messages=4, n=2, stop_sequences=4, completion_tokens=100, tools=2, prompts=2)
 HELLO = [{"role": "user", "content": "Hello"}]
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}

@@ -6,7 +6,7 @@ import pytest
 
 from serve.engine.protocol import Delta
 from serve.errors import EngineFailed
-from serve.inference.request import Delivery
+from serve.inference.request import DeltaBuffer
 
 
 def said(*texts: str) -> list[Delta]:
@@ -15,7 +15,7 @@ def said(*texts: str) -> list[Delta]:
 
 def test_what_gathers_while_the_reader_is_busy_comes_at_once() -> None:
     async def scenario() -> None:
-        delivery = Delivery()
+        delivery = DeltaBuffer()
         delivery.put(said("a"))
         delivery.put(said("b", "c"))
         delivery.end(None)
@@ -26,7 +26,7 @@ def test_what_gathers_while_the_reader_is_busy_comes_at_once() -> None:
 
 def test_a_waiting_reader_gets_each_batch_as_it_comes() -> None:
     async def scenario() -> None:
-        delivery = Delivery()
+        delivery = DeltaBuffer()
         reading = aiter(delivery)
         for text in ("a", "b"):
             coming = asyncio.ensure_future(anext(reading))
@@ -40,7 +40,7 @@ def test_a_waiting_reader_gets_each_batch_as_it_comes() -> None:
 
 def test_a_failure_is_raised_behind_what_was_there() -> None:
     async def scenario() -> None:
-        delivery = Delivery()
+        delivery = DeltaBuffer()
         delivery.put(said("a"))
         delivery.end(EngineFailed())
         reading = aiter(delivery)
@@ -53,7 +53,7 @@ def test_a_failure_is_raised_behind_what_was_there() -> None:
 
 def test_what_was_put_is_not_changed_by_what_comes_later() -> None:
     async def scenario() -> None:
-        delivery, first = Delivery(), said("a")
+        delivery, first = DeltaBuffer(), said("a")
         delivery.put(first)
         delivery.put(said("b"))
         assert first == said("a")

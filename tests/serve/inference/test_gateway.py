@@ -10,16 +10,16 @@ import sqlalchemy as sa
 from serve.engine.protocol import Delta, Event, Finished, Message, Texts
 from serve.errors import ModelNotFound, NotBillable, StoreUnavailable
 from serve.inference.gateway import prompt_tokens_max
-from serve.registry.registry import Catalogue
-from serve.registry.versions import AdapterRef, Model
+from serve.registry.registry import AdapterRegistry
+from serve.registry.versions import AdapterVersion, Model
 from serve.storage.database import Store
 from serve.tenants import Principal
-from tests.serve.conftest import NOON, TINY, Shop
+from tests.serve.conftest import NOON, TINY, BillingFixture
 from tests.support.scripted_app import ACCEPTED, HELLO, ScriptedEngine
 from tests.support.scripted_gateway import call, collect, events, gateway_of, metric, play
 
 
-def test_a_finished_request_is_settled_before_the_client_has_its_end(shop: Shop) -> None:
+def test_a_finished_request_is_settled_before_the_client_has_its_end(shop: BillingFixture) -> None:
     async def scenario() -> None:
         gateway = gateway_of(shop, ScriptedEngine(HELLO))
         generation = await gateway.generate(shop.principal, call())
@@ -37,13 +37,16 @@ def test_a_finished_request_is_settled_before_the_client_has_its_end(shop: Shop)
 
 @pytest.mark.parametrize(
     ("adapter", "label"),
-    [(None, "none"), (AdapterRef(1, "acme", "support", "0123456789abcdef"), "acme/support@0123456789abcdef")],
+    [
+        (None, "none"),
+        (AdapterVersion(1, "acme", "support", "0123456789abcdef"), "acme/support@0123456789abcdef"),
+    ],
     ids=["base", "adapter"],
 )
 def test_a_request_is_counted_under_its_adapters_version(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch, adapter: AdapterRef | None, label: str
+    shop: BillingFixture, monkeypatch: pytest.MonkeyPatch, adapter: AdapterVersion | None, label: str
 ) -> None:
-    monkeypatch.setattr(Catalogue, "resolve", lambda *_: Model("acme/support", "tiny", adapter))
+    monkeypatch.setattr(AdapterRegistry, "resolve", lambda *_: Model("acme/support", "tiny", adapter))
 
     async def scenario() -> None:
         gateway = gateway_of(shop, ScriptedEngine(HELLO))
@@ -61,8 +64,10 @@ def test_a_request_is_counted_under_its_adapters_version(
     asyncio.run(scenario())
 
 
-def test_a_store_that_is_away_refuses_the_request_as_unavailable(shop: Shop, tmp_path: Path) -> None:
-    away = Shop(
+def test_a_store_that_is_away_refuses_the_request_as_unavailable(
+    shop: BillingFixture, tmp_path: Path
+) -> None:
+    away = BillingFixture(
         Store(f"sqlite:///{tmp_path / 'no' / 'ledger.db'}"),
         shop.tenants,
         shop.ledger,
@@ -74,7 +79,7 @@ def test_a_store_that_is_away_refuses_the_request_as_unavailable(shop: Shop, tmp
         asyncio.run(play(away, HELLO))
 
 
-def test_a_tenant_without_a_price_plan_is_not_sold_to(shop: Shop) -> None:
+def test_a_tenant_without_a_price_plan_is_not_sold_to(shop: BillingFixture) -> None:
     shop.tenants.create("newcomer", at=NOON)
     key, _ = shop.tenants.create_key("newcomer", at=NOON)
     newcomer = Principal("newcomer", key.id, key.scopes)
@@ -83,7 +88,7 @@ def test_a_tenant_without_a_price_plan_is_not_sold_to(shop: Shop) -> None:
         asyncio.run(gateway.generate(newcomer, call()))
 
 
-def test_an_unknown_model_is_refused_before_anything_is_held(shop: Shop) -> None:
+def test_an_unknown_model_is_refused_before_anything_is_held(shop: BillingFixture) -> None:
     gateway = gateway_of(shop, ScriptedEngine(HELLO))
     with pytest.raises(ModelNotFound):
         asyncio.run(gateway.generate(shop.principal, call("acme/nothing")))
@@ -103,7 +108,7 @@ def test_the_bound_on_prompt_tokens_is_never_below_the_tokenizers_count(home: Pa
     assert len(tokenizer.encode(text)) <= prompt_tokens_max(replace(hello, prompt=Texts((text,))), 10_000)
 
 
-def test_nothing_per_token_touches_the_store(shop: Shop) -> None:
+def test_nothing_per_token_touches_the_store(shop: BillingFixture) -> None:
     """Invariant 8: a long answer makes as many transactions as a short one."""
     begun: list[object] = []
     sa.event.listen(shop.store._engine, "begin", begun.append)

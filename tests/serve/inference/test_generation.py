@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from serve.billing.ledger.ledger import Closing, Opening, Outcome
+from serve.billing.ledger.ledger import HoldRequest, Outcome, Resolution
 from serve.engine.protocol import Accepted, Event, Finished
 from serve.errors import (
     BespokeError,
@@ -19,7 +19,7 @@ from serve.errors import (
 from serve.formats.errors import status_of
 from serve.inference import generation as generation_module
 from serve.inference import settlement
-from tests.serve.conftest import Shop
+from tests.serve.conftest import BillingFixture
 from tests.support.scripted_app import ACCEPTED, HELLO, Script, ScriptedEngine
 from tests.support.scripted_gateway import call, closings, collect, events, gateway_of, metric, play
 
@@ -38,7 +38,7 @@ from tests.support.scripted_gateway import call, closings, collect, events, gate
     ids=["down", "too-long", "bug", "cancelled", "died-before-first-token", "ended-early", "silent"],
 )
 def test_a_failure_before_the_first_token_is_voided(
-    shop: Shop, script: Script, error: type[BespokeError]
+    shop: BillingFixture, script: Script, error: type[BespokeError]
 ) -> None:
     with pytest.raises(error):
         asyncio.run(play(shop, script))
@@ -48,7 +48,9 @@ def test_a_failure_before_the_first_token_is_voided(
 
 
 @pytest.mark.parametrize("death", [EngineFailed(), RuntimeError("a bug"), asyncio.CancelledError()])
-def test_a_failure_in_mid_stream_settles_what_was_delivered(shop: Shop, death: BaseException) -> None:
+def test_a_failure_in_mid_stream_settles_what_was_delivered(
+    shop: BillingFixture, death: BaseException
+) -> None:
     with pytest.raises(EngineFailed):
         asyncio.run(play(shop, [*HELLO[:2], death]))
     (event,) = events(shop.store)
@@ -62,7 +64,7 @@ def test_a_failure_in_mid_stream_settles_what_was_delivered(shop: Shop, death: B
     ids=["an error of its core", "an abort that nobody asked for"],
 )
 def test_an_end_that_the_engine_did_not_mean_is_a_failure_and_its_tokens_are_billed(
-    shop: Shop, end: Finished
+    shop: BillingFixture, end: Finished
 ) -> None:
     with pytest.raises(EngineFailed):
         asyncio.run(play(shop, [*HELLO[:2], [end]]))
@@ -70,7 +72,7 @@ def test_an_end_that_the_engine_did_not_mean_is_a_failure_and_its_tokens_are_bil
     assert (event["status"], event["completion_tokens"]) == ("failed", 2)
 
 
-def test_a_client_that_leaves_aborts_the_engine_and_pays_the_engines_last_count(shop: Shop) -> None:
+def test_a_client_that_leaves_aborts_the_engine_and_pays_the_engines_last_count(shop: BillingFixture) -> None:
     async def scenario() -> None:
         last: list[Event] = [Finished(10, 0, 3, aborted=True)]
         gateway = gateway_of(shop, ScriptedEngine([*HELLO[:2], "hang", last]))
@@ -84,7 +86,9 @@ def test_a_client_that_leaves_aborts_the_engine_and_pays_the_engines_last_count(
 
 
 @pytest.mark.parametrize("moment", ["while the hold is taken", "while the engine is asked"])
-def test_a_client_that_leaves_before_the_engine_accepts_pays_nothing(shop: Shop, moment: str) -> None:
+def test_a_client_that_leaves_before_the_engine_accepts_pays_nothing(
+    shop: BillingFixture, moment: str
+) -> None:
     async def scenario() -> None:
         engine = ScriptedEngine(["hang", [ACCEPTED], [Finished(10, 0, 0, aborted=True)]])
         gateway = gateway_of(shop, engine)
@@ -106,7 +110,7 @@ def test_a_client_that_leaves_before_the_engine_accepts_pays_nothing(shop: Shop,
     assert not events(shop.store)
 
 
-def test_a_request_that_takes_too_long_is_stopped_and_billed_as_failed(shop: Shop) -> None:
+def test_a_request_that_takes_too_long_is_stopped_and_billed_as_failed(shop: BillingFixture) -> None:
     async def scenario() -> None:
         last: list[Event] = [Finished(10, 0, 1, aborted=True)]
         engine = ScriptedEngine([*HELLO[:2], "hang", last])
@@ -126,7 +130,7 @@ def test_a_request_that_takes_too_long_is_stopped_and_billed_as_failed(shop: Sho
     "lost", [[EngineLost()], [[ACCEPTED], EngineLost()]], ids=["before accepted", "after accepted"]
 )
 def test_a_request_whose_replica_dies_before_the_first_token_is_retried_and_billed_once(
-    shop: Shop, lost: Script
+    shop: BillingFixture, lost: Script
 ) -> None:
     """Invariant 2 too: the event names the replica that did the work."""
 
@@ -147,7 +151,7 @@ def test_a_request_whose_replica_dies_before_the_first_token_is_retried_and_bill
     assert shop.ledger.account("acme").spent_nanos == event["cost_nanos"]
 
 
-def test_a_request_whose_replica_dies_after_a_token_is_not_retried_and_settled(shop: Shop) -> None:
+def test_a_request_whose_replica_dies_after_a_token_is_not_retried_and_settled(shop: BillingFixture) -> None:
     async def scenario() -> None:
         engine = ScriptedEngine([*HELLO[:2], EngineLost()], HELLO)
         gateway = gateway_of(shop, engine)
@@ -162,7 +166,7 @@ def test_a_request_whose_replica_dies_after_a_token_is_not_retried_and_settled(s
     assert (event["status"], event["replica"], event["completion_tokens"]) == ("failed", "r", 1)
 
 
-def test_a_lost_request_is_not_retried_for_a_client_that_is_gone(shop: Shop) -> None:
+def test_a_lost_request_is_not_retried_for_a_client_that_is_gone(shop: BillingFixture) -> None:
     async def scenario() -> None:
         engine = ScriptedEngine([[ACCEPTED], "hang", EngineLost()], HELLO)
         gateway = gateway_of(shop, engine)
@@ -176,7 +180,7 @@ def test_a_lost_request_is_not_retried_for_a_client_that_is_gone(shop: Shop) -> 
 
 
 @pytest.mark.parametrize("second", [[EngineLost()], [[ACCEPTED], EngineLost()]])
-def test_a_request_that_is_lost_twice_is_voided_and_unavailable(shop: Shop, second: Script) -> None:
+def test_a_request_that_is_lost_twice_is_voided_and_unavailable(shop: BillingFixture, second: Script) -> None:
     async def scenario() -> None:
         engine = ScriptedEngine([EngineLost()], second, HELLO)
         gateway = gateway_of(shop, engine)
@@ -192,7 +196,7 @@ def test_a_request_that_is_lost_twice_is_voided_and_unavailable(shop: Shop, seco
 
 
 @pytest.mark.parametrize("refusal", [EngineUnavailable(), Overloaded()])
-def test_a_refused_request_is_not_retried(shop: Shop, refusal: BespokeError) -> None:
+def test_a_refused_request_is_not_retried(shop: BillingFixture, refusal: BespokeError) -> None:
     async def scenario() -> None:
         engine = ScriptedEngine([refusal], HELLO)
         gateway = gateway_of(shop, engine)
@@ -204,7 +208,7 @@ def test_a_refused_request_is_not_retried(shop: Shop, refusal: BespokeError) -> 
     assert closings(shop.store) == ["void"]
 
 
-def test_an_abort_names_the_attempt_that_runs(shop: Shop) -> None:
+def test_an_abort_names_the_attempt_that_runs(shop: BillingFixture) -> None:
     async def scenario() -> None:
         last: list[Event] = [Finished(10, 0, 1, aborted=True)]
         engine = ScriptedEngine([[ACCEPTED], EngineLost()], [[ACCEPTED], "hang", last])
@@ -220,7 +224,7 @@ def test_an_abort_names_the_attempt_that_runs(shop: Shop) -> None:
     assert [event["status"] for event in events(shop.store)] == ["disconnected"]
 
 
-def test_an_abort_between_two_attempts_waits_until_the_second_is_accepted(shop: Shop) -> None:
+def test_an_abort_between_two_attempts_waits_until_the_second_is_accepted(shop: BillingFixture) -> None:
     async def scenario() -> None:
         end: list[Event] = [Finished(10, 0, 0, aborted=True)]
         engine = ScriptedEngine([[ACCEPTED], EngineLost()], ["hang", [ACCEPTED], end])
@@ -240,7 +244,7 @@ def test_an_abort_between_two_attempts_waits_until_the_second_is_accepted(shop: 
 
 @pytest.mark.parametrize(("tokens", "closing"), [(0, "void"), (2, "settle")])
 def test_a_first_token_that_is_late_aborts_the_request_and_only_tokens_are_billed(
-    shop: Shop, tokens: int, closing: str
+    shop: BillingFixture, tokens: int, closing: str
 ) -> None:
     async def scenario() -> None:
         last: list[Event] = [Finished(10, 0, tokens, aborted=True)]
@@ -258,7 +262,7 @@ def test_a_first_token_that_is_late_aborts_the_request_and_only_tokens_are_bille
 
 
 def test_a_late_first_token_is_given_up_even_if_the_engine_does_not_answer_the_abort(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+    shop: BillingFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generation_module, "_ABORT_GRACE_S", 0.05)
 
@@ -279,7 +283,7 @@ def test_a_late_first_token_is_given_up_even_if_the_engine_does_not_answer_the_a
     assert closings(shop.store) == ["void"]
 
 
-def test_a_first_token_in_time_lets_the_rest_take_its_time(shop: Shop) -> None:
+def test_a_first_token_in_time_lets_the_rest_take_its_time(shop: BillingFixture) -> None:
     async def scenario() -> None:
         engine = ScriptedEngine([*HELLO[:2], "hang", HELLO[2]])
         gateway = gateway_of(shop, engine, first_token_timeout_s=0.01)
@@ -295,14 +299,14 @@ def test_a_first_token_in_time_lets_the_rest_take_its_time(shop: Shop) -> None:
 
 
 def test_nobody_waits_for_a_settlement_that_a_bug_prevents(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+    shop: BillingFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settlement, "_RETRY_S", (0.0,))
     monkeypatch.setattr(settlement, "_RETRY_LATER_S", 0.0)
     apply = shop.ledger.apply
 
-    def broken(entries: Sequence[Opening | Closing]) -> list[Outcome]:
-        if isinstance(entries[0], Closing):
+    def broken(entries: Sequence[HoldRequest | Resolution]) -> list[Outcome]:
+        if isinstance(entries[0], Resolution):
             raise RuntimeError("a bug")
         return apply(entries)
 
@@ -318,11 +322,13 @@ def test_nobody_waits_for_a_settlement_that_a_bug_prevents(
     assert len(shop.ledger.open_holds()) == 1  # the steward's, when its lease has run out
 
 
-def test_a_settlement_waits_for_the_store_to_come_back(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_settlement_waits_for_the_store_to_come_back(
+    shop: BillingFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     apply, refusals = shop.ledger.apply, [StoreUnavailable(), StoreUnavailable()]
 
-    def flaky(entries: Sequence[Opening | Closing]) -> list[Outcome]:
-        if isinstance(entries[0], Closing) and refusals:
+    def flaky(entries: Sequence[HoldRequest | Resolution]) -> list[Outcome]:
+        if isinstance(entries[0], Resolution) and refusals:
             raise refusals.pop()
         return apply(entries)
 

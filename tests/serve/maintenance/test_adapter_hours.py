@@ -11,11 +11,11 @@ from finetune.card import read_card, write_card
 from serve.billing.credits.charges import charges_table
 from serve.billing.invoicing.invoices import Invoices
 from serve.maintenance.adapter_hours import HOURS_MAX, charge_residency
-from serve.registry.registry import Catalogue
-from serve.registry.versions import AdapterRef
+from serve.registry.registry import AdapterRegistry
+from serve.registry.versions import AdapterVersion
 from tests.serve.billing.invoicing.test_calculation import MONTH
 from tests.serve.billing.invoicing.test_invoices import on_plan
-from tests.serve.conftest import NOON, TINY, Shop
+from tests.serve.conftest import NOON, TINY, BillingFixture
 from tests.support.lora_samples import publish_base, publish_sample
 
 HOUR = timedelta(hours=1)
@@ -25,18 +25,18 @@ HOUR = timedelta(hours=1)
 class Works:
     """A shop's tenant, an adapter of its, and where it lies."""
 
-    shop: Shop
-    catalogue: Catalogue
+    shop: BillingFixture
+    registry: AdapterRegistry
     home: Path
 
-    def enter(self, *, trained_tokens: int | None = None) -> AdapterRef:
+    def enter(self, *, trained_tokens: int | None = None) -> AdapterVersion:
         directory = publish_sample(self.home, "acme", "support")
         card = read_card(directory)
         data = card.data.model_copy(update={"trained_tokens": trained_tokens})
         write_card(directory, card.model_copy(update={"data": data}))
         base_dir = self.home / "bases" / TINY
-        first = self.catalogue.register(directory, at=NOON, base_dir=base_dir, max_rank=16)
-        assert self.catalogue.register(directory, at=NOON, base_dir=base_dir, max_rank=16) == first
+        first = self.registry.register(directory, at=NOON, base_dir=base_dir, max_rank=16)
+        assert self.registry.register(directory, at=NOON, base_dir=base_dir, max_rank=16) == first
         return first
 
     def charges(self) -> list[tuple[str, int]]:
@@ -47,9 +47,9 @@ class Works:
 
 
 @pytest.fixture
-def works(shop: Shop, tmp_path: Path) -> Works:
+def works(shop: BillingFixture, tmp_path: Path) -> Works:
     publish_base(tmp_path, TINY)
-    return Works(shop, Catalogue(shop.store, [TINY]), tmp_path)
+    return Works(shop, AdapterRegistry(shop.store, [TINY]), tmp_path)
 
 
 def test_training_is_billed_once_when_its_version_is_registered(works: Works) -> None:
@@ -72,14 +72,14 @@ def test_each_hour_in_which_a_version_is_ready_is_billed_once_also_those_that_we
     on_plan(works.shop, adapter_hour_nanos=5)
     adapter = works.enter()
     assert charge_residency(works.shop.store, NOON + 3 * HOUR) == 0  # no engine has probed it
-    works.catalogue.mark_ready(adapter, NOON + timedelta(minutes=90))
+    works.registry.mark_ready(adapter, NOON + timedelta(minutes=90))
     assert (
         charge_residency(works.shop.store, NOON + HOUR + timedelta(minutes=59)) == 0
     )  # the hour is not over
     assert charge_residency(works.shop.store, NOON + 4 * HOUR) == 3
     assert charge_residency(works.shop.store, NOON + 4 * HOUR) == 0
     assert works.charges()[0] == (f"residency:{adapter.id}:2026-11-22T13", 5)
-    works.catalogue.retire(adapter, NOON + timedelta(hours=5, minutes=1))
+    works.registry.retire(adapter, NOON + timedelta(hours=5, minutes=1))
     assert charge_residency(works.shop.store, NOON + 9 * HOUR) == 2
     (line,) = Invoices(works.shop.store).create("acme", MONTH, at=NOON).document.lines
     assert (line.kind, line.items[0].quantity, line.amount_nanos) == ("residency", 5, 25)
@@ -87,10 +87,10 @@ def test_each_hour_in_which_a_version_is_ready_is_billed_once_also_those_that_we
 
 def test_what_was_missed_is_caught_up_with_up_to_a_bound(works: Works) -> None:
     on_plan(works.shop, adapter_hour_nanos=5)
-    works.catalogue.mark_ready(works.enter(), NOON)
+    works.registry.mark_ready(works.enter(), NOON)
     assert charge_residency(works.shop.store, NOON + 2 * HOURS_MAX * HOUR) == HOURS_MAX
 
 
 def test_nothing_is_billed_for_hours_whose_plan_has_no_price_for_them(works: Works) -> None:
-    works.catalogue.mark_ready(works.enter(), NOON)
+    works.registry.mark_ready(works.enter(), NOON)
     assert charge_residency(works.shop.store, NOON + 5 * HOUR) == 0

@@ -12,17 +12,16 @@ import pytest
 import sqlalchemy as sa
 
 from serve.billing.ledger.accounts import transfers_table
-from serve.billing.ledger.checkpoints import Journal, journals
+from serve.billing.ledger.checkpoints import UsageCheckpoints, checkpoint_files
 from serve.billing.ledger.ledger import Hold
-from serve.billing.ledger.writer import Books
-from serve.billing.metering.events import Status, attempts_table, usage_table
-from serve.billing.metering.queries import Usage
-from serve.billing.metering.terms import Sale, Served
+from serve.billing.ledger.writer import CommitQueue
+from serve.billing.metering.events import UsageStatus, attempts_table, usage_table
+from serve.billing.metering.queries import UsageQueries
+from serve.billing.metering.terms import BillingTerms, RequestUsage
 from serve.billing.pricing.plans import Tokens
-from serve.engine.protocol import Final
 from serve.errors import EngineUnavailable
 from serve.maintenance.recovery import ENGINE_PATIENCE, OWNER_PATIENCE, Recovery
-from tests.serve.conftest import NOON, RATES, Shop
+from tests.serve.conftest import NOON, RATES, BillingFixture
 
 LEASE = timedelta(minutes=10)
 ONE = "req_1"
@@ -32,11 +31,11 @@ class RememberingEngine:
     """Knows what it did for requests, by the names that the gateway gave them."""
 
     def __init__(self) -> None:
-        self.done: dict[str, Final] = {}
+        self.done: dict[str, RequestUsage] = {}
         self.ended: list[str] = []
         self.away = False
 
-    async def finals(self, request_id: str) -> list[Final]:
+    async def final_usage(self, request_id: str) -> list[RequestUsage]:
         if self.away:
             raise EngineUnavailable()
         self.ended.append(request_id)
@@ -44,27 +43,29 @@ class RememberingEngine:
 
 
 class Scene:
-    def __init__(self, shop: Shop, directory: Path) -> None:
+    def __init__(self, shop: BillingFixture, directory: Path) -> None:
         self.shop = shop
         self.directory = directory
         self.engine = RememberingEngine()
         self.now = NOON
         self.released: list[str] = []
-        self.books = Books(shop.ledger)
+        self.commit_queue = CommitQueue(shop.ledger)
         self.recovery = Recovery(
             shop.ledger,
-            self.books,
+            self.commit_queue,
             {"tiny": self.engine},  # type: ignore[dict-item]
             directory,
             lambda request_id, _: self.released.append(request_id),
             now=lambda: self.now,
         )
 
-    def gateway(self) -> Journal:
-        return Journal(self.directory)
+    def gateway(self) -> UsageCheckpoints:
+        return UsageCheckpoints(self.directory)
 
-    def hold(self, owner: str, request_id: str = ONE, *, again: bool = False, at: datetime = NOON) -> Sale:
-        sale = Sale(
+    def hold(
+        self, owner: str, request_id: str = ONE, *, again: bool = False, at: datetime = NOON
+    ) -> BillingTerms:
+        sale = BillingTerms(
             "acme",
             self.shop.principal.key_id,
             None,
@@ -77,7 +78,7 @@ class Scene:
             "default",
             again,
         )
-        hold = Hold(request_id, "acme", 100_000, sale=sale.to_json(), owner=owner)
+        hold = Hold(request_id, "acme", 100_000, terms=sale.to_json(), owner=owner)
         self.shop.ledger.hold(hold, at=at, lease=LEASE)
         return sale
 
@@ -98,27 +99,27 @@ class Scene:
 
 
 @pytest.fixture
-def scene(shop: Shop, tmp_path: Path) -> Iterator[Scene]:
-    scene = Scene(shop, tmp_path / "journals")
+def scene(shop: BillingFixture, tmp_path: Path) -> Iterator[Scene]:
+    scene = Scene(shop, tmp_path / "checkpoints")
     yield scene
-    scene.books.stop()
+    scene.commit_queue.stop()
 
 
-def die(journal: Journal) -> None:
+def die(checkpoints: UsageCheckpoints) -> None:
     """The process is gone: its thread, its lock, and nothing is tidied up."""
-    journal._stopped.set()
-    journal._flusher.join()
-    os.close(journal._file)
+    checkpoints._stopped.set()
+    checkpoints._flusher.join()
+    os.close(checkpoints._file)
 
 
-def served(completion: int, *, cached: int = 0) -> Served:
-    return Served("r", "b", Tokens(10, cached, completion))
+def served(completion: int, *, cached: int = 0) -> RequestUsage:
+    return RequestUsage("r", "b", Tokens(10, cached, completion))
 
 
 def test_a_living_gateways_requests_are_its_own(scene: Scene) -> None:
-    journal = scene.gateway()
-    scene.hold(journal.name)
-    journal.follow(ONE, partial(served, 3))
+    checkpoints = scene.gateway()
+    scene.hold(checkpoints.name)
+    checkpoints.track(ONE, partial(served, 3))
     scene.run()
     scene.now += LEASE + timedelta(seconds=1)  # its clock may be wrong, or ours
     scene.run()
@@ -127,70 +128,70 @@ def test_a_living_gateways_requests_are_its_own(scene: Scene) -> None:
     scene.now += OWNER_PATIENCE
     scene.run()
     assert scene.closings() == ["void"]
-    journal.close()
+    checkpoints.close()
 
 
 def test_a_dead_gateways_request_is_billed_by_the_engines_count(scene: Scene) -> None:
-    journal = scene.gateway()
-    scene.hold(journal.name)
-    journal.follow(ONE, partial(served, 3))
-    journal.flush()
-    die(journal)
-    scene.engine.done[ONE] = Final("r", "b", 10, 4, 7)
+    checkpoints = scene.gateway()
+    scene.hold(checkpoints.name)
+    checkpoints.track(ONE, partial(served, 3))
+    checkpoints.flush()
+    die(checkpoints)
+    scene.engine.done[ONE] = RequestUsage("r", "b", Tokens(10, 4, 7))
     scene.run()
     assert scene.events() == [("incomplete", 10, 4, 7)]
-    assert Usage(scene.shop.store).by_engine()["r", "b"].completion_tokens == 7
+    assert UsageQueries(scene.shop.store).by_engine()["r", "b"].completion_tokens == 7
     assert ONE in scene.engine.ended
     scene.run()
     assert scene.closings() == ["settle"]
 
 
 def test_a_hold_that_the_store_commits_after_its_gateways_death_is_closed_too(scene: Scene) -> None:
-    journal = scene.gateway()
-    die(journal)
+    checkpoints = scene.gateway()
+    die(checkpoints)
     scene.run()
-    scene.hold(journal.name)
+    scene.hold(checkpoints.name)
     scene.run()
     assert scene.closings() == ["void"]
-    (path,) = journals(scene.directory)
+    (path,) = checkpoint_files(scene.directory)
     os.utime(path, (0, 0))
     scene.run()
-    assert not journals(scene.directory)
+    assert not checkpoint_files(scene.directory)
 
 
 def test_without_its_engine_it_is_billed_by_the_last_checkpoint(scene: Scene) -> None:
-    journal = scene.gateway()
-    scene.hold(journal.name)
-    journal.follow(ONE, partial(served, 3))
-    journal.flush()
-    journal.follow(ONE, partial(served, 4))
-    journal.flush()
-    die(journal)
+    checkpoints = scene.gateway()
+    scene.hold(checkpoints.name)
+    checkpoints.track(ONE, partial(served, 3))
+    checkpoints.flush()
+    checkpoints.track(ONE, partial(served, 4))
+    checkpoints.flush()
+    die(checkpoints)
     scene.run()
     assert scene.events() == [("incomplete", 10, 0, 4)]
 
 
 def test_an_engine_that_does_not_answer_is_waited_for_a_while(scene: Scene) -> None:
-    journal = scene.gateway()
-    scene.hold(journal.name)
-    journal.follow(ONE, partial(served, 3))
-    journal.flush()
-    die(journal)
+    checkpoints = scene.gateway()
+    scene.hold(checkpoints.name)
+    checkpoints.track(ONE, partial(served, 3))
+    checkpoints.flush()
+    die(checkpoints)
     scene.engine.away = True
     scene.run()
     assert not scene.closings()
-    assert journals(scene.directory)
+    assert checkpoint_files(scene.directory)
     scene.now += ENGINE_PATIENCE + timedelta(seconds=1)
     scene.run()
     assert scene.events() == [("incomplete", 10, 0, 3)]
 
 
 def test_what_the_gateway_was_about_to_settle_is_settled_so(scene: Scene) -> None:
-    journal = scene.gateway()
-    sale = scene.hold(journal.name)
-    event = sale.event(ONE, served(5), Status.COMPLETE, "stop", ttft_ms=7, latency_ms=9, at=NOON)
-    journal.note_end(event)
-    die(journal)
+    checkpoints = scene.gateway()
+    sale = scene.hold(checkpoints.name)
+    event = sale.event(ONE, served(5), UsageStatus.COMPLETE, "stop", ttft_ms=7, latency_ms=9, at=NOON)
+    checkpoints.note_end(event)
+    die(checkpoints)
     scene.now += timedelta(minutes=1)
     scene.run()
     with scene.shop.store.read() as connection:
@@ -200,45 +201,48 @@ def test_what_the_gateway_was_about_to_settle_is_settled_so(scene: Scene) -> Non
 
 
 def test_a_request_that_was_not_dispatched_yet_costs_nothing(scene: Scene) -> None:
-    journal = scene.gateway()
-    scene.hold(journal.name)
-    die(journal)
+    checkpoints = scene.gateway()
+    scene.hold(checkpoints.name)
+    die(checkpoints)
     scene.run()
     assert (scene.closings(), scene.events()) == (["void"], [])
     assert scene.shop.ledger.account("acme").available_nanos == 1_000_000_000
 
 
 def test_the_second_attempt_is_billed_and_the_first_recorded(scene: Scene) -> None:
-    journal = scene.gateway()
-    scene.hold(journal.name)
-    die(journal)
-    scene.engine.done = {ONE: Final("r1", "b1", 10, 0, 1), f"{ONE}-2": Final("r2", "b2", 10, 0, 6)}
+    checkpoints = scene.gateway()
+    scene.hold(checkpoints.name)
+    die(checkpoints)
+    scene.engine.done = {
+        ONE: RequestUsage("r1", "b1", Tokens(10, 0, 1)),
+        f"{ONE}-2": RequestUsage("r2", "b2", Tokens(10, 0, 6)),
+    }
     scene.run()
     assert scene.events() == [("incomplete", 10, 0, 6)]
     with scene.shop.store.read() as connection:
         (failed,) = connection.execute(sa.select(attempts_table)).all()
     assert (failed.attempt, failed.replica, failed.completion_tokens) == (1, "r1", 1)
-    totals = Usage(scene.shop.store).by_engine()
+    totals = UsageQueries(scene.shop.store).by_engine()
     assert (totals["r1", "b1"].completion_tokens, totals["r2", "b2"].completion_tokens) == (1, 6)
 
 
 def test_an_answer_that_somebody_asks_for_again_is_billed_when_it_arrives(scene: Scene) -> None:
     """Its tokens are accounted for, so that the ledger still agrees with the engine; nobody pays them."""
-    journal = scene.gateway()
-    scene.hold(journal.name, again=True)
-    journal.follow(ONE, partial(served, 3))
-    journal.flush()
-    die(journal)
-    scene.engine.done[ONE] = Final("r", "b", 10, 0, 8)
+    checkpoints = scene.gateway()
+    scene.hold(checkpoints.name, again=True)
+    checkpoints.track(ONE, partial(served, 3))
+    checkpoints.flush()
+    die(checkpoints)
+    scene.engine.done[ONE] = RequestUsage("r", "b", Tokens(10, 0, 8))
     scene.run()
     assert (scene.closings(), scene.events()) == (["void"], [])
     assert scene.released == [ONE]
-    assert Usage(scene.shop.store).by_engine()["r", "b"].completion_tokens == 8
+    assert UsageQueries(scene.shop.store).by_engine()["r", "b"].completion_tokens == 8
 
 
 def test_an_expired_hold_of_a_gateway_elsewhere_is_closed(scene: Scene) -> None:
     scene.hold("another machine's")
-    scene.engine.done[ONE] = Final("r", "b", 10, 0, 2)
+    scene.engine.done[ONE] = RequestUsage("r", "b", Tokens(10, 0, 2))
     scene.run()
     assert not scene.closings()
     scene.now += LEASE + timedelta(seconds=1)
@@ -246,13 +250,13 @@ def test_an_expired_hold_of_a_gateway_elsewhere_is_closed(scene: Scene) -> None:
     assert scene.events() == [("incomplete", 10, 0, 2)]
 
 
-def test_two_stewards_close_a_request_once(scene: Scene, shop: Shop) -> None:
-    journal = scene.gateway()
+def test_two_stewards_close_a_request_once(scene: Scene, shop: BillingFixture) -> None:
+    checkpoints = scene.gateway()
     for number in range(40):
-        scene.hold(journal.name, f"req_{number}")
-        journal.follow(f"req_{number}", partial(served, number + 1))
-    journal.flush()
-    die(journal)
+        scene.hold(checkpoints.name, f"req_{number}")
+        checkpoints.track(f"req_{number}", partial(served, number + 1))
+    checkpoints.flush()
+    die(checkpoints)
     other = Scene(shop, scene.directory)
 
     async def both() -> None:
@@ -260,17 +264,17 @@ def test_two_stewards_close_a_request_once(scene: Scene, shop: Shop) -> None:
 
     asyncio.run(both())
     scene.run()
-    other.books.stop()
+    other.commit_queue.stop()
     assert scene.closings() == ["settle"] * 40
     assert sum(row[3] for row in scene.events()) == 40 * 41 // 2
 
 
 def test_a_clock_that_steps_back_closes_nothing_twice_and_leaks_nothing(scene: Scene) -> None:
-    journal = scene.gateway()
-    scene.hold(journal.name)
-    journal.follow(ONE, partial(served, 3))
-    journal.flush()
-    die(journal)
+    checkpoints = scene.gateway()
+    scene.hold(checkpoints.name)
+    checkpoints.track(ONE, partial(served, 3))
+    checkpoints.flush()
+    die(checkpoints)
     scene.now = NOON - timedelta(days=1)
     scene.run()
     scene.now = NOON - timedelta(days=2)
@@ -283,4 +287,4 @@ def test_a_clock_that_steps_back_closes_nothing_twice_and_leaks_nothing(scene: S
 def test_a_sale_is_kept_as_it_was(scene: Scene) -> None:
     sale = scene.hold("somebody", again=True)
     dear = replace(sale, rates=RATES.model_copy(update={"cold_load_nanos": 5}))
-    assert Sale.from_json(dear.to_json()) == dear
+    assert BillingTerms.from_json(dear.to_json()) == dear

@@ -12,9 +12,9 @@ from serve.billing.ledger.ledger import Hold
 from serve.engine.protocol import Counters
 from serve.errors import EngineUnavailable, StoreUnavailable
 from serve.maintenance import metrics as steward_metrics
-from serve.maintenance.steward import Measurements, Steward
+from serve.maintenance.steward import Steward, StewardStatus
 from tests.serve.billing.ledger.test_ledger import event
-from tests.serve.conftest import NOON, Shop
+from tests.serve.conftest import NOON, BillingFixture
 
 LEASE = timedelta(minutes=10)
 
@@ -34,26 +34,27 @@ class CountingEngine:
 
 
 def steward_of(
-    shop: Shop,
+    shop: BillingFixture,
     tmp_path: Path,
     engine: CountingEngine,
-    chores: dict[str, tuple[float, Callable[[datetime], object]]] | None = None,
+    jobs: dict[str, tuple[float, Callable[[datetime], object]]] | None = None,
 ) -> Steward:
     engines = {"tiny": engine}
     return Steward(
         shop.store,
         engines,  # type: ignore[arg-type]
-        tmp_path / "journals",
+        tmp_path / "checkpoints",
+        lambda _request_id, _connection: None,
         lease=LEASE,
-        chores=chores,
+        jobs=jobs,
         now=lambda: NOON + timedelta(seconds=5),
     )
 
 
-def watch(steward: Steward, seen: Callable[[Measurements], bool]) -> Measurements:
+def watch(steward: Steward, seen: Callable[[StewardStatus], bool]) -> StewardStatus:
     """What it measures once `seen` is true of it."""
 
-    async def scenario() -> Measurements:
+    async def scenario() -> StewardStatus:
         running = asyncio.create_task(steward.run())
         try:
             async with asyncio.timeout(30):
@@ -68,13 +69,15 @@ def watch(steward: Steward, seen: Callable[[Measurements], bool]) -> Measurement
     return asyncio.run(scenario())
 
 
-def sell(shop: Shop, request_id: str) -> None:
+def sell(shop: BillingFixture, request_id: str) -> None:
     hold = Hold(request_id, "acme", 1000)
     shop.ledger.hold(hold, at=NOON, lease=LEASE)
     shop.ledger.settle(hold, event(shop, request_id), at=NOON)
 
 
-def test_the_drift_is_what_an_engine_counted_and_nobody_was_billed_for(shop: Shop, tmp_path: Path) -> None:
+def test_the_drift_is_what_an_engine_counted_and_nobody_was_billed_for(
+    shop: BillingFixture, tmp_path: Path
+) -> None:
     sell(shop, "r1")  # 10 prompt tokens, 5 completion tokens
     agreeing = watch(steward_of(shop, tmp_path, CountingEngine(10, 5)), lambda m: m.drift_at is not None)
     assert [(one.prompt_drift, one.completion_drift) for one in agreeing.drift] == [(0, 0)]
@@ -90,19 +93,21 @@ def test_the_drift_is_what_an_engine_counted_and_nobody_was_billed_for(shop: Sho
     assert samples["bespoke_steward_up", None] == 1
 
 
-def test_while_a_request_is_under_way_nothing_is_compared(shop: Shop, tmp_path: Path) -> None:
+def test_while_a_request_is_under_way_nothing_is_compared(shop: BillingFixture, tmp_path: Path) -> None:
     shop.ledger.hold(Hold("r1", "acme", 1000), at=NOON, lease=LEASE)
-    measured = watch(steward_of(shop, tmp_path, CountingEngine(10, 8)), lambda m: "reconcile" in m.chores)
+    measured = watch(steward_of(shop, tmp_path, CountingEngine(10, 8)), lambda m: "reconcile" in m.jobs)
     assert (measured.drift, measured.open_holds, measured.oldest_hold_s) == ((), 1, 5.0)
 
 
-def test_an_engine_that_is_down_is_compared_with_nothing(shop: Shop, tmp_path: Path) -> None:
+def test_an_engine_that_is_down_is_compared_with_nothing(shop: BillingFixture, tmp_path: Path) -> None:
     engine = CountingEngine()
     engine.away = True
     assert watch(steward_of(shop, tmp_path, engine), lambda m: m.drift_at is not None).drift == ()
 
 
-def test_a_chore_that_fails_is_tried_again_and_holds_up_no_other(shop: Shop, tmp_path: Path) -> None:
+def test_a_chore_that_fails_is_tried_again_and_holds_up_no_other(
+    shop: BillingFixture, tmp_path: Path
+) -> None:
     tried: list[str] = []
 
     def failing(_at: datetime) -> None:
@@ -112,12 +117,12 @@ def test_a_chore_that_fails_is_tried_again_and_holds_up_no_other(shop: Shop, tmp
     def working(at: datetime) -> None:
         assert at == NOON + timedelta(seconds=5)
 
-    chores = {"failing": (0.01, failing), "working": (0.01, working)}
+    jobs = {"failing": (0.01, failing), "working": (0.01, working)}
     measured = watch(
-        steward_of(shop, tmp_path, CountingEngine(), chores),
-        lambda m: len(tried) > 2 and "working" in m.chores,
+        steward_of(shop, tmp_path, CountingEngine(), jobs),
+        lambda m: len(tried) > 2 and "working" in m.jobs,
     )
-    assert "failing" not in measured.chores
+    assert "failing" not in measured.jobs
 
 
 def test_without_a_steward_metrics_say_that_it_is_down() -> None:

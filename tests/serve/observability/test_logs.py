@@ -23,8 +23,8 @@ from serve.errors import EngineLost, EngineUnavailable, InvalidRequest
 from serve.observability import logs
 from serve.storage.database import Store
 from tests.serve.observability.test_tracing import BODY, CHAT, MARKER
-from tests.support.logs import Logbook
-from tests.support.scripted_app import HELLO, LEFT, Played, Script
+from tests.support.logs import LogFiles
+from tests.support.scripted_app import HELLO, LEFT, Script, ScriptedApp
 
 SAID = "the-model-s-own-words"
 SAYING: Script = [[Accepted("r", "b", 10)], [Delta(0, SAID, 1, "stop"), Finished(10, 4, 1, aborted=False)]]
@@ -54,15 +54,15 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def book(directory: Path) -> Iterator[Logbook]:
+def book(directory: Path) -> Iterator[LogFiles]:
     """Read when its text is first asked for."""
     with logging_to(directory):
-        yield Logbook(directory)
+        yield LogFiles(directory)
 
 
-def test_a_request_is_told_by_its_answer_and_its_generation(tmp_path: Path, book: Logbook) -> None:
+def test_a_request_is_told_by_its_answer_and_its_generation(tmp_path: Path, book: LogFiles) -> None:
     before = datetime.now(UTC) - timedelta(milliseconds=1)
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     answer = played.ask("POST", CHAT, BODY)
     records = {record["message"]: record for record in book.of(answer.headers["x-request-id"])}
     answered, generation = records.pop("answered"), records.pop("generation complete")
@@ -97,9 +97,9 @@ def test_a_request_is_told_by_its_answer_and_its_generation(tmp_path: Path, book
     }
 
 
-def test_what_goes_wrong_in_a_task_of_its_own_still_names_the_request(tmp_path: Path, book: Logbook) -> None:
+def test_what_goes_wrong_in_a_task_of_its_own_still_names_the_request(tmp_path: Path, book: LogFiles) -> None:
     """Generations run in an empty context, so that Ray cannot cancel them with their client."""
-    played = Played(tmp_path, [EngineLost()], [RuntimeError("a bug")])
+    played = ScriptedApp(tmp_path, [EngineLost()], [RuntimeError("a bug")])
     answer = played.ask("POST", CHAT, BODY)
     told = [(record["level"], record["message"]) for record in book.of(answer.headers["x-request-id"])]
     request = f"request {answer.headers['x-request-id']}"
@@ -111,12 +111,12 @@ def test_what_goes_wrong_in_a_task_of_its_own_still_names_the_request(tmp_path: 
     ]
     # What is logged under no request names none.
     log.info("nobody's")
-    assert "request_id" not in json.loads(Logbook(book._paths[0].parent).text.splitlines()[-1])
+    assert "request_id" not in json.loads(LogFiles(book._paths[0].parent).text.splitlines()[-1])
 
 
-def test_a_line_names_the_trace_if_there_is_one(tmp_path: Path, book: Logbook) -> None:
+def test_a_line_names_the_trace_if_there_is_one(tmp_path: Path, book: LogFiles) -> None:
     trace = "0af7651916cd43dd8448eb211c80319c"
-    played = Played(tmp_path, HELLO, otlp_endpoint="http://127.0.0.1:9")
+    played = ScriptedApp(tmp_path, HELLO, otlp_endpoint="http://127.0.0.1:9")
     answer = played.ask("POST", CHAT, BODY, traceparent=f"00-{trace}-b7ad6b7169203331-01")
     played.gateway.terms.tracing.close()
     records = book.of(answer.headers["x-request-id"])
@@ -125,12 +125,12 @@ def test_a_line_names_the_trace_if_there_is_one(tmp_path: Path, book: Logbook) -
 
 
 def test_keys_prompts_and_answers_are_in_no_log(
-    tmp_path: Path, book: Logbook, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, book: LogFiles, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Success, refusals, faults of every layer with the words in their messages, a client that leaves."""
     bug = ValueError(f"cannot read {MARKER}")
     bug.__cause__ = KeyError(MARKER)
-    played = Played(tmp_path, SAYING, [bug], [EngineUnavailable()], [*SAYING[:1], bug], LEFT)
+    played = ScriptedApp(tmp_path, SAYING, [bug], [EngineUnavailable()], [*SAYING[:1], bug], LEFT)
     statuses = [played.ask("POST", CHAT, BODY).status_code for _ in range(4)]
     played.leave(CHAT, BODY | {"stream": True}, after=b"Hel")
     for wrong in ({"temperature": MARKER}, {"model": MARKER}, {"messages": MARKER}):
@@ -154,7 +154,7 @@ def test_keys_prompts_and_answers_are_in_no_log(
             assert word not in text
 
 
-def test_what_libraries_say_of_values_is_left_out(book: Logbook) -> None:
+def test_what_libraries_say_of_values_is_left_out(book: LogFiles) -> None:
     async def forgotten() -> None:
         async def failing() -> None:
             raise RuntimeError(MARKER)
@@ -196,14 +196,14 @@ def test_what_libraries_say_of_values_is_left_out(book: Logbook) -> None:
         "cannot connect to postgresql://bespoke:S3cret_part-1@db.internal/bespoke",
     ],
 )
-def test_a_secret_in_a_message_or_a_field_is_redacted(book: Logbook, text: str) -> None:
+def test_a_secret_in_a_message_or_a_field_is_redacted(book: LogFiles, text: str) -> None:
     log.warning("%s", text, extra={"model": text})
     log.exception("failed", exc_info=OSError(text))
     assert "[redacted]" in book.text
     assert "S3cret" not in book.text
 
 
-def test_a_databases_error_says_what_is_wrong_and_not_with_which_row(store: Store, book: Logbook) -> None:
+def test_a_databases_error_says_what_is_wrong_and_not_with_which_row(store: Store, book: LogFiles) -> None:
     def run(values: str) -> None:
         with store.write() as connection:
             connection.exec_driver_sql(
@@ -221,7 +221,7 @@ def test_a_databases_error_says_what_is_wrong_and_not_with_which_row(store: Stor
     assert MARKER not in book.text
 
 
-def test_what_programs_say_is_kept(book: Logbook) -> None:
+def test_what_programs_say_is_kept(book: LogFiles) -> None:
     log.error("x", exc_info=OSError(28, "No space left on device", "/journals/a"))
     log.error("x", exc_info=AttributeError("'NoneType' object has no attribute 'price'"))
     told = [record["exception"] for record in book.records]
@@ -231,7 +231,7 @@ def test_what_programs_say_is_kept(book: Logbook) -> None:
     ]
 
 
-def test_a_traceback_names_its_frames(book: Logbook) -> None:
+def test_a_traceback_names_its_frames(book: LogFiles) -> None:
     try:
         json.loads("{")
     except ValueError:
@@ -247,7 +247,7 @@ def test_others_are_heard_from_warnings_on_and_we_from_the_level_that_is_set(dir
             logging.getLogger(name).debug("debug")
             logging.getLogger(name).info("info")
         logging.getLogger("httpx").warning("warning")
-    told = [(record["logger"], record["message"]) for record in Logbook(directory).records]
+    told = [(record["logger"], record["message"]) for record in LogFiles(directory).records]
     ours = [(name, level) for name in ("serve.x", "quantize.x") for level in ("debug", "info")]
     assert told == [*ours, ("httpx", "warning")]
 
@@ -256,14 +256,14 @@ def test_text_is_for_people(directory: Path) -> None:
     with logging_to(directory, form="text"):
         log.info("answered", extra={"route": CHAT, "status": 200, "unknown": "x"})
         log.error("failed", exc_info=OSError("away"))
-    first, second, third = Logbook(directory).text.splitlines()
+    first, second, third = LogFiles(directory).text.splitlines()
     process = f"process=gateway pid={os.getpid()}"
     assert first.partition(" ")[2] == f"INFO serve.somewhere answered {process} route={CHAT} status=200"
     assert second.partition(" ")[2] == f"ERROR serve.somewhere failed {process}"
     assert third == "OSError: away"
 
 
-def test_a_record_is_one_line_whatever_is_in_it(book: Logbook) -> None:
+def test_a_record_is_one_line_whatever_is_in_it(book: LogFiles) -> None:
     log.warning("first\nsecond\r\u2028\x00 %s", "x" * 100_000)
     assert len(book.text) < 6000
     assert json.loads(book.text)["message"].startswith("first\nsecond\r\u2028\x00 x")
@@ -277,8 +277,8 @@ def test_files_are_rotated_and_their_number_is_bounded(directory: Path) -> None:
     files = [path for path in directory.iterdir() if ".log" in path.name]
     assert sorted(path.name for path in files) == ["gateway-0.log", "gateway-0.log.1", "gateway-0.log.2"]
     assert all(path.stat().st_size < 4096 + 512 for path in files)
-    assert "record 199" in Logbook(directory).text
-    assert "record 0 " not in Logbook(directory).text
+    assert "record 199" in LogFiles(directory).text
+    assert "record 0 " not in LogFiles(directory).text
 
 
 PROCESS = """
@@ -308,12 +308,12 @@ def kill(process: "subprocess.Popen[str]") -> None:
 
 def test_processes_have_files_of_their_own_and_take_over_those_of_the_dead(directory: Path) -> None:
     first, second = started(directory), started(directory)
-    assert Logbook(directory).files == ["gateway-0", "gateway-1"]
+    assert LogFiles(directory).files == ["gateway-0", "gateway-1"]
     kill(first)
     third = started(directory)
     kill(second)
     kill(third)
-    assert Logbook(directory).files == ["gateway-0", "gateway-1"]
+    assert LogFiles(directory).files == ["gateway-0", "gateway-1"]
     records = [json.loads(line) for line in (directory / "gateway-0.log").read_text().splitlines()]
     assert [record["pid"] for record in records] == [first.pid, third.pid]
     assert {record["message"] for record in records} == {"the last words"}  # of two that were killed
@@ -332,7 +332,7 @@ def test_the_processes_that_vllm_starts_log_in_files_of_their_own(
         )
         subprocess.run([sys.executable, "-c", program], check=True)
         assert os.environ["VLLM_CONFIGURE_LOGGING"] == "0"
-    (record,) = Logbook(directory).records
+    (record,) = LogFiles(directory).records
     assert (record["process"], record["message"]) == ("engine-tiny-vllm", "EngineCore died")
 
 
@@ -354,7 +354,7 @@ def test_ray_serves_own_records_come_to_our_file_and_to_no_other(
             ray.error("Request failed.", exc_info=RuntimeError(MARKER))
     finally:
         ray.handlers[:], ray.propagate = handlers, propagate
-    (record,) = Logbook(directory).records
+    (record,) = LogFiles(directory).records
     assert record["exception"] == "RuntimeError (its message is not logged)"
     assert MARKER not in capfd.readouterr().err
 
@@ -366,7 +366,7 @@ def test_a_full_disk_fails_no_request_and_prints_no_secret(
     with logging_to(directory) as file, monkeypatch.context() as patched:
         full = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115 # whose end fails, too
         patched.setattr(file, "stream", full)
-        assert Played(tmp_path, SAYING).ask("POST", CHAT, BODY).status_code == 200
+        assert ScriptedApp(tmp_path, SAYING).ask("POST", CHAT, BODY).status_code == 200
         log.error("bsk-S3cret")
         with suppress(OSError):
             full.close()

@@ -15,10 +15,10 @@ from opentelemetry.semconv.attributes import error_attributes, http_attributes, 
 
 from serve.engine.protocol import Accepted, Delta, Finished, Message, Sampling
 from serve.errors import EngineLost, EngineUnavailable
-from serve.inference.request import Call
+from serve.inference.request import InferenceRequest
 from tests.serve.conftest import TINY, free_port
 from tests.support.collector import Collector, Received
-from tests.support.scripted_app import BROKEN, HELLO, LEFT, Played, Script
+from tests.support.scripted_app import BROKEN, HELLO, LEFT, Script, ScriptedApp
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 MARKER = "the-customer-s-own-words"
@@ -34,7 +34,7 @@ def collector() -> Iterator[Collector]:
         yield collector
 
 
-class Traced(Played):
+class Traced(ScriptedApp):
     """A gateway that traces; `ended` has told everything to the collector."""
 
     def __init__(self, home: Path, endpoint: str, *scripts: Script, **settings: Any) -> None:
@@ -244,12 +244,12 @@ def test_a_client_may_ask_for_less_than_the_ratio_and_never_for_more(
 def test_a_generation_that_no_request_is_around_is_one_trace(tmp_path: Path, collector: Collector) -> None:
     """A batch's line."""
     traced = Traced(tmp_path, collector.endpoint, HELLO)
-    principal = traced.app.state.context.tenants.door.authenticate(traced.keys["acme"])
+    principal = traced.app.state.context.tenants.key_cache.authenticate(traced.keys["acme"])
     prompt = (Message("user", MARKER),)
 
     async def generate() -> None:
         async for _ in await traced.gateway.generate(
-            principal, Call("req_1", TINY, prompt, Sampling(), "max_tokens", tier="batch")
+            principal, InferenceRequest("req_1", TINY, prompt, Sampling(), "max_tokens", tier="batch")
         ):
             pass
 

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from serve.api.errors import render
 from serve.errors import RateLimited, StoreUnavailable
 from serve.formats.errors import body_of
-from serve.rate_limits import Ticket
+from serve.rate_limits import Permit
 from serve.rate_limits.leases import grants_table, places_table
 from serve.rate_limits.limits import Limits, Subject
 from serve.storage.database import Store
@@ -27,7 +27,7 @@ def test_a_request_passes_after_the_time_that_its_refusal_named_and_none_before(
     async def test() -> None:
         subjects, first = tenant(requests_per_min=5), gateways.clock.now
         for number in range(5):
-            assert isinstance(await attempt(gateways.all[number % 3], subjects), Ticket)
+            assert isinstance(await attempt(gateways.all[number % 3], subjects), Permit)
             gateways.clock.now += 3
         for gateway in gateways.all:
             await gateway.settle()
@@ -42,7 +42,7 @@ def test_a_request_passes_after_the_time_that_its_refusal_named_and_none_before(
         gateways.clock.now = first + 59.9
         assert isinstance(await attempt(gateways.all[1], subjects), RateLimited)
         gateways.clock.now = first + 60
-        assert isinstance(await attempt(gateways.all[2], subjects), Ticket)
+        assert isinstance(await attempt(gateways.all[2], subjects), Permit)
 
     run(test)
 
@@ -76,11 +76,11 @@ def test_within_a_large_limit_almost_no_request_goes_to_the_store(gateways: Gate
 def test_without_limits_nothing_goes_to_the_store(gateways: Gateways) -> None:
     async def test() -> None:
         gateways.stores[0].away = True
-        ticket = await gateways.all[0].admit(
+        permit = await gateways.all[0].admit(
             [Subject("tenant", "acme", Limits()), Subject("key", "k", Limits(context_tokens=5))], tokens=10
         )
-        ticket.release(3)
-        assert ticket.standing is None
+        permit.release(3)
+        assert permit.standing is None
         await gateways.all[0].settle()
         assert gateways.writes == 0
 
@@ -109,10 +109,10 @@ def test_tokens_that_were_not_used_can_be_spent_again_here_at_once_and_elsewhere
 def test_tokens_released_after_their_slice_was_closed_still_come_back(gateways: Gateways) -> None:
     async def test() -> None:
         subjects, (here, there, _) = tenant(tokens_per_min=1000), gateways.all
-        ticket = await here.admit(subjects, tokens=1000)
+        permit = await here.admit(subjects, tokens=1000)
         gateways.clock.now += 30
         await here.settle()
-        ticket.release(10)
+        permit.release(10)
         await here.admit(subjects, tokens=490)  # nothing is stranded in the gateway that was asked
         await there.admit(subjects, tokens=500)
 
@@ -124,11 +124,11 @@ def test_budget_that_a_gateway_does_not_use_is_free_elsewhere_when_its_lease_end
         subjects, (here, there, _) = tenant(requests_per_min=100), gateways.all
         await here.admit(subjects, tokens=1)  # leases 5
         passed = [await attempt(there, subjects) for _ in range(99)]
-        assert sum(isinstance(answer, Ticket) for answer in passed) == 95
+        assert sum(isinstance(answer, Permit) for answer in passed) == 95
         gateways.clock.now += LEASE_S
         await here.settle()
         passed = [await attempt(there, subjects) for _ in range(5)]
-        assert sum(isinstance(answer, Ticket) for answer in passed) == 4
+        assert sum(isinstance(answer, Permit) for answer in passed) == 4
 
     run(test)
 
@@ -139,7 +139,7 @@ def test_a_gateway_that_stops_gives_back_everything(gateways: Gateways) -> None:
         (await here.admit(subjects, tokens=1)).release(1)
         await here.close()
         passed = [await attempt(there, subjects) for _ in range(100)]
-        assert sum(isinstance(answer, Ticket) for answer in passed) == 99
+        assert sum(isinstance(answer, Permit) for answer in passed) == 99
 
     run(test)
 
@@ -174,14 +174,14 @@ def test_what_the_tenant_gave_is_put_back_when_the_key_refuses(gateways: Gateway
 def test_the_standing_is_that_of_the_tightest_subject(gateways: Gateways) -> None:
     async def test() -> None:
         key = Subject("key", "key_1", Limits(requests_per_min=3))
-        ticket = await gateways.all[0].admit(
+        permit = await gateways.all[0].admit(
             [*tenant(requests_per_min=100, tokens_per_min=50), key], tokens=20
         )
-        assert ticket.standing is not None
-        assert ticket.standing.requests is not None
-        assert ticket.standing.tokens is not None
-        assert (ticket.standing.requests.limit, ticket.standing.requests.remaining) == (3, 2)
-        assert (ticket.standing.tokens.limit, ticket.standing.tokens.remaining) == (50, 30)
+        assert permit.standing is not None
+        assert permit.standing.requests is not None
+        assert permit.standing.tokens is not None
+        assert (permit.standing.requests.limit, permit.standing.requests.remaining) == (3, 2)
+        assert (permit.standing.tokens.limit, permit.standing.tokens.remaining) == (50, 30)
 
     run(test)
 
@@ -192,8 +192,8 @@ def test_concurrent_requests_are_limited_across_gateways_and_places_come_back(ga
         for _ in range(3):
             passed = await burst(gateways, subjects, 30)
             assert len(passed) == 4
-            for ticket in passed:
-                ticket.release(0)
+            for permit in passed:
+                permit.release(0)
             gateways.clock.now += 1
             for gateway in gateways.all:
                 await gateway.settle()
@@ -227,7 +227,7 @@ def test_a_dead_gateways_places_come_back_when_its_lease_ends(gateways: Gateways
         gateways.clock.now += 0.1
         await alive.admit(subjects, tokens=1)
         # Under its old name, the dead one's successor starts with nothing.
-        assert isinstance(await attempt(gateways.start(0), subjects), Ticket)
+        assert isinstance(await attempt(gateways.start(0), subjects), Permit)
 
     run(test)
 
@@ -235,12 +235,12 @@ def test_a_dead_gateways_places_come_back_when_its_lease_ends(gateways: Gateways
 def test_a_living_gateway_keeps_the_places_of_its_long_requests(gateways: Gateways) -> None:
     async def test() -> None:
         subjects, (busy, other, _) = tenant(concurrent_requests=1), gateways.all
-        ticket = await busy.admit(subjects, tokens=1)
+        permit = await busy.admit(subjects, tokens=1)
         for _ in range(60):
             gateways.clock.now += 1
             await busy.settle()
         assert isinstance(await attempt(other, subjects), RateLimited)
-        ticket.release(0)
+        permit.release(0)
         await busy.settle()
         gateways.clock.now += 1
         await other.admit(subjects, tokens=1)
@@ -282,7 +282,7 @@ def test_requests_that_are_cancelled_while_they_wait_leave_nothing_taken(gateway
                     await asyncio.sleep(0.0005)
             waiting.cancel()
             answer, *_ = await asyncio.gather(waiting, return_exceptions=True)
-            if isinstance(answer, Ticket):  # it was through before the cancellation
+            if isinstance(answer, Permit):  # it was through before the cancellation
                 answer.release(0)
                 gateways.clock.now += 61
             else:

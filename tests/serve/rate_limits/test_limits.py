@@ -3,7 +3,7 @@
 import pytest
 
 from serve.errors import InvalidRequest
-from serve.rate_limits.limits import HIGHEST, MODEL_LENGTH_MAX, MODELS_MAX, LimitBook, Limits
+from serve.rate_limits.limits import HIGHEST, MODEL_LENGTH_MAX, MODELS_MAX, Limits, LimitStore
 from serve.storage.database import Store
 from tests.serve.conftest import NOON
 
@@ -12,11 +12,11 @@ FULL = Limits(5, 1000, 2, 2048, ("tiny", "acme/*"))
 
 def test_a_subject_without_a_row_has_no_limits(store: Store) -> None:
     with store.read() as connection:
-        assert LimitBook(store).of(connection, "tenant", "acme") == Limits()
+        assert LimitStore(store).of(connection, "tenant", "acme") == Limits()
 
 
 def test_limits_are_read_back_as_they_were_set_and_setting_replaces_all_of_them(store: Store) -> None:
-    book = LimitBook(store)
+    book = LimitStore(store)
     with store.write() as connection:
         book.set(connection, "key", "key_1", FULL, at=NOON)
         assert book.of(connection, "key", "key_1") == FULL
@@ -25,7 +25,7 @@ def test_limits_are_read_back_as_they_were_set_and_setting_replaces_all_of_them(
 
 
 def test_a_tenant_and_a_key_of_one_name_have_limits_of_their_own(store: Store) -> None:
-    book = LimitBook(store)
+    book = LimitStore(store)
     with store.write() as connection:
         book.set(connection, "tenant", "acme", FULL, at=NOON)
         assert book.of(connection, "key", "acme") == Limits()
@@ -36,7 +36,7 @@ def test_a_tenant_and_a_key_of_one_name_have_limits_of_their_own(store: Store) -
 def test_a_number_that_cannot_be_a_limit_is_refused_by_name_and_changes_nothing(
     store: Store, field: str, value: object
 ) -> None:
-    book = LimitBook(store)
+    book = LimitStore(store)
     with store.write() as connection:
         book.set(connection, "tenant", "acme", FULL, at=NOON)
         with pytest.raises(InvalidRequest) as refused:
@@ -47,7 +47,7 @@ def test_a_number_that_cannot_be_a_limit_is_refused_by_name_and_changes_nothing(
 
 @pytest.mark.parametrize("field", HIGHEST)
 def test_the_bounds_themselves_are_taken(store: Store, field: str) -> None:
-    book = LimitBook(store)
+    book = LimitStore(store)
     for value in (1, HIGHEST[field]):
         with store.write() as connection:
             book.set(connection, "tenant", "acme", Limits(**{field: value}), at=NOON)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from serve.errors import RateLimited
-from serve.rate_limits import Admission, Ticket
+from serve.rate_limits import Permit, RateLimiter
 from serve.rate_limits.limits import Limits, Subject
 from serve.storage.database import Store
 from tests.serve.conftest import NewDatabase
@@ -53,7 +53,7 @@ def test_in_no_60_seconds_do_more_requests_start_than_the_limit(gateways: Gatewa
         subjects = tenant(requests_per_min=40)
         for step in range(280):
             for number in range(step % 4):
-                if isinstance(await attempt(gateways.all[(step + number) % 3], subjects), Ticket):
+                if isinstance(await attempt(gateways.all[(step + number) % 3], subjects), Permit):
                     starts.append(gateways.clock.now)
             gateways.clock.now += 0.5
             for gateway in gateways.all:
@@ -70,14 +70,14 @@ def spend_in_a_process(url: str, number: int, start_at: float) -> int:
 
     async def spend() -> int:
         store = Store(url)
-        gateway = Admission(store, "same-name")
+        gateway = RateLimiter(store, "same-name")
         await asyncio.sleep(start_at - time.time())
         count = 67 if number else 66
         answers = await asyncio.gather(
             *(attempt(gateway, tenant(requests_per_min=100, concurrent_requests=90)) for _ in range(count))
         )
         store.close()
-        return sum(isinstance(answer, Ticket) for answer in answers)
+        return sum(isinstance(answer, Permit) for answer in answers)
 
     return asyncio.run(spend())
 
@@ -106,7 +106,7 @@ class AdmissionMachine(RuleBasedStateMachine):
             Subject("tenant", "acme", Limits(self.REQUESTS, self.TOKENS, self.PLACES)),
             Subject("key", "key_1", Limits(requests_per_min=self.REQUESTS + 1)),
         ]
-        self.running: list[tuple[Ticket, list[float]]] = []
+        self.running: list[tuple[Permit, list[float]]] = []
         self.started: list[list[float]] = []  # [start, tokens]
 
     def teardown(self) -> None:
@@ -116,12 +116,12 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @rule(at=st.integers(0, 1), count=st.integers(1, 4), tokens=st.integers(1, 90))
     def admit(self, at: int, count: int, tokens: int) -> None:
-        async def together() -> list[Ticket | RateLimited]:
+        async def together() -> list[Permit | RateLimited]:
             gateway = self.gateways.all[at]
             return await asyncio.gather(*(attempt(gateway, self.subjects, tokens) for _ in range(count)))
 
         for answer in self.loop.run_until_complete(together()):
-            if isinstance(answer, Ticket):
+            if isinstance(answer, Permit):
                 record = [self.gateways.clock.now, float(tokens)]
                 self.started.append(record)
                 self.running.append((answer, record))
@@ -129,9 +129,9 @@ class AdmissionMachine(RuleBasedStateMachine):
     @rule(data=st.data(), share=st.floats(0, 1))
     def release(self, data: st.DataObject, share: float) -> None:
         if self.running:
-            ticket, record = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
+            permit, record = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
             record[1] = int(record[1] * share)
-            ticket.release(int(record[1]))
+            permit.release(int(record[1]))
 
     @rule(at=st.integers(0, 1))
     def settle(self, at: int) -> None:

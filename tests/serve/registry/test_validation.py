@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from serve.errors import CatalogueError
+from serve.errors import RegistryError
 from serve.registry.validation import inspect
 from tests.support.lora_samples import (
     HIDDEN,
@@ -46,7 +46,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def refusal(adapter: Path, base: Path) -> str:
-    with pytest.raises(CatalogueError) as caught:
+    with pytest.raises(RegistryError) as caught:
         inspect(adapter, base, max_rank=8)
     return str(caught.value)
 
@@ -403,7 +403,7 @@ def test_broken_bytes_are_refused_or_harmless(
     path.write_bytes(raw[: data.draw(st.just(len(raw)) | place, label="length")])
     try:
         files = inspect(adapter, base, max_rank=8)
-    except CatalogueError:
+    except RegistryError:
         return
     with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as weights:
         assert len(weights.keys()) == files.tensors

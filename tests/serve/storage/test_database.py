@@ -22,8 +22,8 @@ import serve.rate_limits.limits
 import serve.registry.registry
 import serve.tenants  # noqa: F401
 from serve.errors import StoreUnavailable
-from serve.registry.registry import Catalogue
-from serve.registry.versions import State
+from serve.registry.registry import AdapterRegistry
+from serve.registry.versions import VersionState
 from serve.storage.database import Store, _alembic_config, metadata
 from tests.serve.conftest import on_sqlite
 
@@ -59,13 +59,13 @@ def test_adapters_of_an_older_store_are_pending_not_pinned_and_still_promoted(em
         ):
             connection.exec_driver_sql(f"INSERT INTO {row}")
     store.migrate()
-    catalogue = Catalogue(store, ["tiny"])
-    (entry,) = catalogue.entries()
-    assert (entry.ref.id, entry.state, entry.alias, entry.pinned) == (7, State.PENDING, "next", False)
+    registry = AdapterRegistry(store, ["tiny"])
+    (entry,) = registry.entries()
+    assert (entry.ref.id, entry.state, entry.alias, entry.pinned) == (7, VersionState.PENDING, "next", False)
     assert (entry.rank, entry.bytes, entry.reason, entry.retired_at) == (None, None, None, None)
-    assert catalogue.revision() == 0
-    assert catalogue.mark_ready(entry.ref, entry.registered_at)
-    assert [model.name for model in catalogue.models("acme")] == ["tiny", "acme/support", entry.ref.model]
+    assert registry.revision() == 0
+    assert registry.mark_ready(entry.ref, entry.registered_at)
+    assert [model.name for model in registry.models("acme")] == ["tiny", "acme/support", entry.ref.model]
 
 
 def test_processes_that_migrate_at_once_take_turns(empty_store: Store) -> None:

@@ -15,12 +15,12 @@ from serve.billing.ledger.ledger import Ledger
 from serve.billing.pricing.plans import PricePlan, Prices
 from serve.cli import app
 from serve.errors import InvalidRequest
-from serve.registry.registry import Catalogue
-from serve.registry.versions import AdapterRef
+from serve.registry.registry import AdapterRegistry
+from serve.registry.versions import AdapterVersion
 from serve.storage.database import Store
 from serve.tenants import Keys, PlatformKeys, Projects, Tenants
 from serve.tenants.audit import Audit, audit_table, command_actor, record
-from tests.serve.conftest import NOON, PLAN, RATES, TINY, Shop, on_sqlite
+from tests.serve.conftest import NOON, PLAN, RATES, TINY, BillingFixture, on_sqlite
 from tests.support.lora_samples import publish_base, publish_sample
 
 WHO = "platform:pkey_1"
@@ -29,26 +29,26 @@ WHO = "platform:pkey_1"
 class Office:
     """A shop with a project, a registered adapter and a platform key, on which everything can be done."""
 
-    def __init__(self, shop: Shop, home: Path) -> None:
+    def __init__(self, shop: BillingFixture, home: Path) -> None:
         self.home = home
         self.published: dict[int, Path] = {}
         self.tenants, self.ledger, self.prices = shop.tenants, shop.ledger, Prices(shop.store)
         self.key = shop.principal.key_id
         self.project = shop.tenants.projects.create("acme", "web", at=NOON).id
         self.platform_key = shop.tenants.platform_keys.create("ops", at=NOON)[0].id
-        self.catalogue = Catalogue(shop.store, [TINY])
+        self.registry = AdapterRegistry(shop.store, [TINY])
         publish_base(home, TINY)
         self.adapter = self.register(1)
 
-    def register(self, alpha: int, actor: str = "system") -> AdapterRef:
+    def register(self, alpha: int, actor: str = "system") -> AdapterVersion:
         directory = self.published.get(alpha) or publish_sample(self.home, "acme", "support", alpha=alpha)
         self.published[alpha] = directory
         base = self.home / "bases" / TINY
-        return self.catalogue.register(directory, at=NOON, base_dir=base, max_rank=16, actor=actor)
+        return self.registry.register(directory, at=NOON, base_dir=base, max_rank=16, actor=actor)
 
 
 @pytest.fixture
-def office(shop: Shop, tmp_path: Path) -> Office:
+def office(shop: BillingFixture, tmp_path: Path) -> Office:
     return Office(shop, tmp_path)
 
 
@@ -110,22 +110,26 @@ MUTATIONS: list[tuple[Callable[..., object], str, Callable[[Office], object]]] =
     (Prices.publish, "price.publish", lambda o: o.prices.publish(dearer(), at=NOON, actor=WHO)),
     (Prices.subscribe, "price.assign", lambda o: o.prices.subscribe("acme", PLAN.name, at=NOON, actor=WHO)),
     (Ledger.open_account, "tenant.credit", lambda o: o.ledger.open_account("acme", 5, actor=WHO)),
-    (Catalogue.register, "adapter.register", lambda o: o.register(2, actor=WHO)),
-    (Catalogue.promote, "adapter.promote", lambda o: o.catalogue.promote(o.adapter, at=NOON, actor=WHO)),
-    (Catalogue.pin, "adapter.pin", lambda o: o.catalogue.pin(o.adapter, True, actor=WHO)),
-    (Catalogue.retire, "adapter.retire", lambda o: o.catalogue.retire(o.adapter, NOON, actor=WHO)),
+    (AdapterRegistry.register, "adapter.register", lambda o: o.register(2, actor=WHO)),
+    (
+        AdapterRegistry.promote,
+        "adapter.promote",
+        lambda o: o.registry.promote(o.adapter, at=NOON, actor=WHO),
+    ),
+    (AdapterRegistry.pin, "adapter.pin", lambda o: o.registry.pin(o.adapter, True, actor=WHO)),
+    (AdapterRegistry.retire, "adapter.retire", lambda o: o.registry.retire(o.adapter, NOON, actor=WHO)),
 ]
 
 # These write, and are not somebody's doing: what gateways and engines find out, and short forms of the above.
 MACHINERY = {
     *(Keys.note_used, PlatformKeys.note_used, Tenants.create_key, Tenants.revoke_key),
-    *(Catalogue.mark_ready, Catalogue.reject),
+    *(AdapterRegistry.mark_ready, AdapterRegistry.reject),
 }
 
 
 def test_no_method_that_writes_has_been_forgotten() -> None:
     audited = {method for method, _, _ in MUTATIONS}
-    for cls in (Tenants, Projects, Keys, PlatformKeys, Prices, Catalogue):
+    for cls in (Tenants, Projects, Keys, PlatformKeys, Prices, AdapterRegistry):
         for name, method in inspect.getmembers(cls, inspect.isfunction):
             source = inspect.getsource(method)
             writes = any(mark in source for mark in ("_store.write()", "self._change()", "self._decide("))
@@ -136,7 +140,7 @@ def test_no_method_that_writes_has_been_forgotten() -> None:
 
 @pytest.mark.parametrize(("action", "act"), [(action, act) for _, action, act in MUTATIONS])
 def test_every_change_is_written_down_once_with_who_did_it(
-    shop: Shop, office: Office, action: str, act: Callable[[Office], object]
+    shop: BillingFixture, office: Office, action: str, act: Callable[[Office], object]
 ) -> None:
     audit = Audit(shop.store)
     before = audit.entries(limit=100)
@@ -151,7 +155,7 @@ def test_every_change_is_written_down_once_with_who_did_it(
 @on_sqlite  # one way to break the log is enough: that a transaction is one is tested on both
 @pytest.mark.parametrize("act", [act for _, _, act in MUTATIONS])
 def test_what_is_not_written_down_is_not_done(
-    shop: Shop, office: Office, act: Callable[[Office], object]
+    shop: BillingFixture, office: Office, act: Callable[[Office], object]
 ) -> None:
     def state() -> dict[str, list[object]]:
         with shop.store.read() as connection:
@@ -168,18 +172,18 @@ def test_what_is_not_written_down_is_not_done(
     assert state() == before
 
 
-def test_what_changes_nothing_is_not_written_down(shop: Shop, office: Office) -> None:
+def test_what_changes_nothing_is_not_written_down(shop: BillingFixture, office: Office) -> None:
     before = Audit(shop.store).entries(limit=100)
     office.tenants.change("acme", at=NOON, suspended=False)
     office.prices.publish(PLAN, at=NOON)
-    office.catalogue.pin(office.adapter, False)
+    office.registry.pin(office.adapter, False)
     office.register(1)
     assert Audit(shop.store).entries(limit=100) == before
 
 
-def test_no_secret_is_in_the_log(shop: Shop) -> None:
+def test_no_secret_is_in_the_log(shop: BillingFixture) -> None:
     _, first = shop.tenants.keys.create("acme", at=NOON, name="crm", limits={"models": ("acme/*",)})
-    key_id = shop.tenants.door.authenticate(first).key_id
+    key_id = shop.tenants.key_cache.authenticate(first).key_id
     _, second = shop.tenants.keys.rotate(key_id, overlap=timedelta(hours=1), at=NOON)
     _, third = shop.tenants.platform_keys.create("ops", at=NOON)
     with shop.store.read() as connection:
@@ -207,7 +211,7 @@ REPLACE = (
     ],
     indirect=["new_database"],
 )
-def test_the_store_itself_refuses_to_change_the_log(shop: Shop, statement: str) -> None:
+def test_the_store_itself_refuses_to_change_the_log(shop: BillingFixture, statement: str) -> None:
     before = Audit(shop.store).entries()
     assert before
     with (
@@ -218,7 +222,7 @@ def test_the_store_itself_refuses_to_change_the_log(shop: Shop, statement: str) 
     assert Audit(shop.store).entries() == before
 
 
-def test_the_log_is_read_newest_first_page_by_page_and_by_tenant_and_action(shop: Shop) -> None:
+def test_the_log_is_read_newest_first_page_by_page_and_by_tenant_and_action(shop: BillingFixture) -> None:
     audit = Audit(shop.store)
     shop.tenants.create("rival", at=NOON)
     for _ in range(3):
@@ -229,14 +233,14 @@ def test_the_log_is_read_newest_first_page_by_page_and_by_tenant_and_action(shop
     assert [entry.tenant for entry in audit.entries(action="tenant.create")] == ["rival", "acme"]
 
 
-def test_a_failed_change_leaves_no_row(shop: Shop) -> None:
+def test_a_failed_change_leaves_no_row(shop: BillingFixture) -> None:
     before = Audit(shop.store).entries(limit=100)
     with pytest.raises(InvalidRequest):
         shop.tenants.change("acme", at=NOON, suspended=True, limits={"tokens_per_min": -1})
     assert Audit(shop.store).entries(limit=100) == before
 
 
-def test_what_json_cannot_say_is_a_mistake_of_ours(shop: Shop) -> None:
+def test_what_json_cannot_say_is_a_mistake_of_ours(shop: BillingFixture) -> None:
     with shop.store.write() as connection, pytest.raises(TypeError, match="no place in the audit log"):
         record(connection, "a.b", "c", {"x": object()}, actor="system")
 

@@ -17,7 +17,7 @@ from serve.errors import (
 )
 from serve.rate_limits.limits import Limits
 from serve.tenants import Principal, Tenants, key_cache, keys_table, server_secret
-from tests.serve.conftest import NOON, Shop
+from tests.serve.conftest import NOON, BillingFixture
 
 HOUR = timedelta(hours=1)
 
@@ -35,7 +35,7 @@ class Clock:
 class Gateway:
     """One gateway's view of the store: its own door, its own memory."""
 
-    def __init__(self, shop: Shop, home: Path) -> None:
+    def __init__(self, shop: BillingFixture, home: Path) -> None:
         self.clock = Clock()
         self.tenants = Tenants(
             shop.store, server_secret(home), clock_s=lambda: self.clock.s, now=self.clock.now
@@ -46,15 +46,15 @@ class Gateway:
 
 
 @pytest.fixture
-def gateway(shop: Shop, tmp_path: Path) -> Gateway:
+def gateway(shop: BillingFixture, tmp_path: Path) -> Gateway:
     return Gateway(shop, tmp_path)
 
 
-def test_a_key_authenticates_its_tenant(shop: Shop) -> None:
+def test_a_key_authenticates_its_tenant(shop: BillingFixture) -> None:
     assert shop.tenants.door.authenticate(shop.secret) == shop.principal
 
 
-def test_the_store_holds_no_key_only_a_keyed_hash(shop: Shop) -> None:
+def test_the_store_holds_no_key_only_a_keyed_hash(shop: BillingFixture) -> None:
     with shop.store.read() as connection:
         row = connection.execute(sa.select(keys_table)).mappings().one()
     assert len(row["digest"]) == 64
@@ -69,7 +69,9 @@ def test_anything_but_a_live_key_is_refused(gateway: Gateway, key: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["revoke", "suspend", "archive"])
-def test_a_door_shuts_on_every_gateway_within_two_seconds(shop: Shop, tmp_path: Path, verb: str) -> None:
+def test_a_door_shuts_on_every_gateway_within_two_seconds(
+    shop: BillingFixture, tmp_path: Path, verb: str
+) -> None:
     gateways = [Gateway(shop, tmp_path) for _ in range(2)]
     project = shop.tenants.projects.create("acme", "web", at=NOON)
     key, secret = shop.tenants.keys.create("acme", at=NOON, project=project.id)
@@ -87,7 +89,7 @@ def test_a_door_shuts_on_every_gateway_within_two_seconds(shop: Shop, tmp_path: 
             gateway.ask(secret)
 
 
-def test_changed_limits_are_seen_within_two_seconds(shop: Shop, gateway: Gateway) -> None:
+def test_changed_limits_are_seen_within_two_seconds(shop: BillingFixture, gateway: Gateway) -> None:
     assert gateway.ask(shop.secret).may_use("tiny")
     shop.tenants.keys.change("acme", shop.principal.key_id, at=NOON, limits={"models": ("acme/*",)})
     shop.tenants.change("acme", at=NOON, limits={"tokens_per_min": 7})
@@ -107,7 +109,9 @@ def test_a_model_must_be_allowed_to_the_tenant_and_to_the_key() -> None:
     assert [name for name in "abc" if who.may_use(name)] == ["b"]
 
 
-def test_a_known_key_needs_no_store_for_a_second_and_then_does(shop: Shop, gateway: Gateway) -> None:
+def test_a_known_key_needs_no_store_for_a_second_and_then_does(
+    shop: BillingFixture, gateway: Gateway
+) -> None:
     gateway.ask(shop.secret)
     gateway.clock.s += 0.99
     assert gateway.tenants.door.known(shop.secret) == shop.principal
@@ -115,7 +119,7 @@ def test_a_known_key_needs_no_store_for_a_second_and_then_does(shop: Shop, gatew
     assert gateway.tenants.door.known(shop.secret) is None
 
 
-def test_a_refusal_is_not_remembered(shop: Shop, gateway: Gateway) -> None:
+def test_a_refusal_is_not_remembered(shop: BillingFixture, gateway: Gateway) -> None:
     shop.tenants.suspend("acme", True, at=NOON)
     with pytest.raises(TenantSuspended):
         gateway.ask(shop.secret)
@@ -123,7 +127,7 @@ def test_a_refusal_is_not_remembered(shop: Shop, gateway: Gateway) -> None:
     assert gateway.ask(shop.secret) == shop.principal
 
 
-def test_a_look_up_that_took_long_is_as_old_as_its_question(shop: Shop, gateway: Gateway) -> None:
+def test_a_look_up_that_took_long_is_as_old_as_its_question(shop: BillingFixture, gateway: Gateway) -> None:
     class Slow:
         digest = staticmethod(gateway.tenants.keys.digest)
 
@@ -133,13 +137,13 @@ def test_a_look_up_that_took_long_is_as_old_as_its_question(shop: Shop, gateway:
 
         def note_used(self, used: Mapping[str, datetime]) -> None: ...
 
-    slow = key_cache.Door(Slow(), clock_s=lambda: gateway.clock.s)
+    slow = key_cache.KeyCache(Slow(), clock_s=lambda: gateway.clock.s)
     slow.authenticate(shop.secret)
     assert slow.known(shop.secret) is None
 
 
 def test_a_door_remembers_a_bounded_number_of_keys(
-    shop: Shop, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+    shop: BillingFixture, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(key_cache, "REMEMBERED_MAX", 3)
     secrets = [shop.tenants.create_key("acme", at=NOON)[1] for _ in range(5)]
@@ -148,13 +152,15 @@ def test_a_door_remembers_a_bounded_number_of_keys(
     assert [gateway.tenants.door.known(secret) is not None for secret in secrets] == [False] * 2 + [True] * 3
 
 
-def test_a_store_that_is_away_is_said_to_be_never_that_the_key_is_wrong(tmp_path: Path, shop: Shop) -> None:
+def test_a_store_that_is_away_is_said_to_be_never_that_the_key_is_wrong(
+    tmp_path: Path, shop: BillingFixture
+) -> None:
     away = Tenants(type(shop.store)(f"sqlite:///{tmp_path}/no/such/ledger.db"), server_secret(tmp_path))
     with pytest.raises(StoreUnavailable):
         away.door.authenticate(shop.secret)
 
 
-def test_a_key_works_until_it_expires(shop: Shop, gateway: Gateway) -> None:
+def test_a_key_works_until_it_expires(shop: BillingFixture, gateway: Gateway) -> None:
     _, secret = shop.tenants.keys.create("acme", at=NOON, expires_at=NOON + HOUR)
     gateway.clock.s = 3599
     gateway.ask(secret)
@@ -165,7 +171,7 @@ def test_a_key_works_until_it_expires(shop: Shop, gateway: Gateway) -> None:
         shop.tenants.keys.create("acme", at=NOON, expires_at=NOON)
 
 
-def test_a_rotated_key_and_its_successor_overlap(shop: Shop, gateway: Gateway) -> None:
+def test_a_rotated_key_and_its_successor_overlap(shop: BillingFixture, gateway: Gateway) -> None:
     project = shop.tenants.projects.create("acme", "web", at=NOON)
     old, old_secret = shop.tenants.keys.create(
         "acme",
@@ -188,7 +194,7 @@ def test_a_rotated_key_and_its_successor_overlap(shop: Shop, gateway: Gateway) -
         gateway.ask(old_secret)
 
 
-def test_a_rotation_does_not_lengthen_a_keys_life_and_happens_once(shop: Shop) -> None:
+def test_a_rotation_does_not_lengthen_a_keys_life_and_happens_once(shop: BillingFixture) -> None:
     old, _ = shop.tenants.keys.create("acme", at=NOON, expires_at=NOON + HOUR)
     later = NOON + HOUR / 2
     new, _ = shop.tenants.keys.rotate(old.id, overlap=24 * HOUR, at=later)
@@ -204,7 +210,7 @@ def test_a_rotation_does_not_lengthen_a_keys_life_and_happens_once(shop: Shop) -
             shop.tenants.keys.rotate(shop.principal.key_id, overlap=overlap, at=NOON)
 
 
-def test_last_use_is_written_in_batches_and_only_forward(shop: Shop, gateway: Gateway) -> None:
+def test_last_use_is_written_in_batches_and_only_forward(shop: BillingFixture, gateway: Gateway) -> None:
     key, secret = shop.tenants.create_key("acme", at=NOON)
     gateway.ask(shop.secret)
     gateway.ask(secret)
@@ -219,7 +225,7 @@ def test_last_use_is_written_in_batches_and_only_forward(shop: Shop, gateway: Ga
 
 
 def test_last_use_survives_a_store_that_is_away(
-    shop: Shop, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+    shop: BillingFixture, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway.ask(shop.secret)
     with monkeypatch.context() as broken:
@@ -234,7 +240,7 @@ def test_last_use_survives_a_store_that_is_away(
     assert shop.tenants.keys.get(shop.principal.key_id).last_used_at == NOON
 
 
-def test_what_does_not_exist_is_said(shop: Shop) -> None:
+def test_what_does_not_exist_is_said(shop: BillingFixture) -> None:
     with pytest.raises(UnknownRecord):
         shop.tenants.create_key("nobody", at=NOON)
     for tenant in (None, "acme", "rival"):
@@ -246,7 +252,7 @@ def test_what_does_not_exist_is_said(shop: Shop) -> None:
         shop.tenants.keys.create("acme", at=NOON, scopes=frozenset({"admin"}), project="proj_1")
 
 
-def test_platform_keys_and_tenant_keys_open_their_own_doors_only(shop: Shop) -> None:
+def test_platform_keys_and_tenant_keys_open_their_own_doors_only(shop: BillingFixture) -> None:
     key, secret = shop.tenants.platform_keys.create("ops", at=NOON)
     assert secret.startswith("bsp-")
     assert shop.tenants.platform_door.authenticate(secret).key_id == key.id
@@ -262,7 +268,7 @@ def test_platform_keys_and_tenant_keys_open_their_own_doors_only(shop: Shop) -> 
         shop.tenants.platform_door.authenticate(secret)
 
 
-def test_no_secret_is_in_what_a_key_looks_like(shop: Shop) -> None:
+def test_no_secret_is_in_what_a_key_looks_like(shop: BillingFixture) -> None:
     key, secret = shop.tenants.create_key("acme", at=NOON)
     operator_key, operator_secret = shop.tenants.platform_keys.create("ops", at=NOON)
     for shown, hidden in ((key, secret), (operator_key, operator_secret)):

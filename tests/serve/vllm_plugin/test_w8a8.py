@@ -58,7 +58,7 @@ def test_an_int8_base_answers_with_and_without_an_adapter(base_dir: Path, loop: 
         assert plain.finished.completion_tokens == adapted.finished.completion_tokens == 8
         assert plain.text != adapted.text
         assert host.ask(None, "Hello there").text == plain.text
-        assert engine.resident == [adapter.id]
+        assert engine.loaded_adapters == [adapter.id]
     finally:
         engine.shutdown()
 

@@ -12,16 +12,16 @@ from fastapi.routing import APIRoute
 
 from serve.api import admin, errors, models
 from serve.api.dependencies import Context
-from serve.api.middleware import Edge
-from serve.billing.budgets.service import Budgets
+from serve.api.middleware import RequestMiddleware
+from serve.billing.budgets.service import BudgetService
 from serve.billing.credits.charges import Charge, charge
 from serve.billing.invoicing.invoices import Invoices
 from serve.billing.pricing.plans import Prices
 from serve.errors import StoreUnavailable
 from serve.observability.metrics import Metrics
-from serve.registry.registry import Catalogue
+from serve.registry.registry import AdapterRegistry
 from serve.tenants.audit import Audit
-from tests.serve.conftest import NOON, PLAN, TINY, Shop
+from tests.serve.conftest import NOON, PLAN, TINY, BillingFixture
 from tests.support.lora_samples import publish_base, publish_sample
 
 Json = dict[str, Any]
@@ -29,7 +29,7 @@ LONG_AGO = datetime(2025, 2, 1, tzinfo=UTC)
 ADMIN = frozenset({"admin"})
 
 
-def old_invoice(shop: Shop, tenant: str) -> str:
+def old_invoice(shop: BillingFixture, tenant: str) -> str:
     """The number of an invoice that is final, of a month long ago."""
     at = LONG_AGO - timedelta(days=1)
     with shop.store.write() as connection:
@@ -40,16 +40,16 @@ def old_invoice(shop: Shop, tenant: str) -> str:
     return invoices.finalize(draft.number, at=LONG_AGO).number
 
 
-class Desk:
+class AdminClient:
     """The admin API of a shop with two tenants, and what it takes to name each of their things."""
 
-    def __init__(self, shop: Shop, home: Path) -> None:
+    def __init__(self, shop: BillingFixture, home: Path) -> None:
         self.shop, tenants = shop, shop.tenants
-        self.catalogue = Catalogue(shop.store, [TINY])
+        self.registry = AdapterRegistry(shop.store, [TINY])
         self.app = FastAPI()
         self.app.state.context = Context(
             tenants=tenants,
-            catalogue=self.catalogue,
+            registry=self.registry,
             engines={},
             store=shop.store,
             metrics=Metrics(adapters_max=1),
@@ -68,9 +68,9 @@ class Desk:
             key_id = tenants.create_key(tenant, at=NOON)[0].id
             project = tenants.projects.create(tenant, "web", at=NOON).id
             directory = publish_sample(home, tenant, "support")
-            adapter = self.catalogue.register(directory, at=NOON, base_dir=home / "bases" / TINY, max_rank=16)
-            self.catalogue.promote(adapter, at=NOON)
-            other = self.catalogue.register(
+            adapter = self.registry.register(directory, at=NOON, base_dir=home / "bases" / TINY, max_rank=16)
+            self.registry.promote(adapter, at=NOON)
+            other = self.registry.register(
                 publish_sample(home, tenant, "support", alpha=3),
                 at=NOON,
                 base_dir=home / "bases" / TINY,
@@ -80,7 +80,7 @@ class Desk:
                 "tenant": tenant,
                 "key": key_id,
                 "project": project,
-                "budget": Budgets(shop.store)
+                "budget": BudgetService(shop.store)
                 .create(tenant, "project", project, "month", 9, at=NOON)
                 .budget.id,
                 "name": "support",
@@ -93,7 +93,7 @@ class Desk:
     def ask(self, method: str, path: str, key: str | None = None, **request: Any) -> httpx.Response:
         async def send() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://desk") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://admin_client") as client:
                 return await client.request(method, path, **request)
 
         headers = {"authorization": f"Bearer {key or self.platform}"} | request.pop("headers", {})
@@ -117,8 +117,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk(shop: Shop, tmp_path: Path) -> Desk:
-    return Desk(shop, tmp_path)
+def admin_client(shop: BillingFixture, tmp_path: Path) -> AdminClient:
+    return AdminClient(shop, tmp_path)
 
 
 A, T = "/admin/v1", "/admin/v1/tenants/{tenant}"
@@ -165,51 +165,58 @@ def test_every_route_that_changes_something_is_tried_here() -> None:
 
 
 @pytest.mark.parametrize("route", BODIES)
-def test_the_operator_may_do_all_and_it_is_written_down(desk: Desk, route: tuple[str, str]) -> None:
-    other, _ = desk.shop.tenants.platform_keys.create("other", at=NOON)
+def test_the_operator_may_do_all_and_it_is_written_down(
+    admin_client: AdminClient, route: tuple[str, str]
+) -> None:
+    other, _ = admin_client.shop.tenants.platform_keys.create("other", at=NOON)
     names = {"key": other.id} if "platform" in route[1] else {}
     if route[1].endswith("/unpin"):
-        desk.call((route[0], route[1].replace("/unpin", "/pin")), "acme", desk.platform)
-    seen = {entry.id for entry in Audit(desk.shop.store).entries(limit=100)}
-    answer = desk.call(route, "acme", desk.platform, **names)
+        admin_client.call((route[0], route[1].replace("/unpin", "/pin")), "acme", admin_client.platform)
+    seen = {entry.id for entry in Audit(admin_client.shop.store).entries(limit=100)}
+    answer = admin_client.call(route, "acme", admin_client.platform, **names)
     assert answer.status_code in (200, 201), answer.text
-    new = [entry for entry in Audit(desk.shop.store).entries(limit=100) if entry.id not in seen]
+    new = [entry for entry in Audit(admin_client.shop.store).entries(limit=100) if entry.id not in seen]
     assert new
-    assert {entry.actor for entry in new} == {f"platform:{desk.platform_id}"}
+    assert {entry.actor for entry in new} == {f"platform:{admin_client.platform_id}"}
 
 
-def test_to_a_tenants_admin_others_and_what_is_missing_look_the_same(desk: Desk) -> None:
-    before = Audit(desk.shop.store).entries(limit=1)
+def test_to_a_tenants_admin_others_and_what_is_missing_look_the_same(admin_client: AdminClient) -> None:
+    before = Audit(admin_client.shop.store).entries(limit=1)
     for tenant, other in (("acme", "rival"), ("rival", "acme")):
         for route in ROUTES:
-            foreign = desk.call(route, other, desk.admins[tenant])
-            missing = desk.call(route, "nobody", desk.admins[tenant])
+            foreign = admin_client.call(route, other, admin_client.admins[tenant])
+            missing = admin_client.call(route, "nobody", admin_client.admins[tenant])
             assert (foreign.status_code, foreign.content) == (missing.status_code, missing.content), route
             assert foreign.status_code == 404, route
-    assert Audit(desk.shop.store).entries(limit=1) == before
+    assert Audit(admin_client.shop.store).entries(limit=1) == before
 
 
 @pytest.mark.parametrize("route", OWN)
-def test_a_tenants_admin_rules_its_own_projects_and_keys(desk: Desk, route: tuple[str, str]) -> None:
-    answer = desk.call(route, "acme", desk.admins["acme"])
+def test_a_tenants_admin_rules_its_own_projects_and_keys(
+    admin_client: AdminClient, route: tuple[str, str]
+) -> None:
+    answer = admin_client.call(route, "acme", admin_client.admins["acme"])
     assert answer.status_code in (200, 201), answer.text
 
 
-def test_and_nothing_else(desk: Desk) -> None:
-    missing = desk.call(("GET", T), "nobody", desk.admins["acme"])
+def test_and_nothing_else(admin_client: AdminClient) -> None:
+    missing = admin_client.call(("GET", T), "nobody", admin_client.admins["acme"])
     for route in set(ROUTES) - set(OWN):
-        answer = desk.call(route, "acme", desk.admins["acme"])
+        answer = admin_client.call(route, "acme", admin_client.admins["acme"])
         assert (answer.status_code, answer.content) == (404, missing.content), route
 
 
 @pytest.mark.parametrize("route", [route for route in OWN if "{key}" in route[1] or "{project}" in route[1]])
 def test_anothers_key_under_ones_own_name_is_like_one_that_does_not_exist(
-    desk: Desk, route: tuple[str, str]
+    admin_client: AdminClient, route: tuple[str, str]
 ) -> None:
     what = "key" if "{key}" in route[1] else "project"
-    theirs = desk.names["rival"][what]
+    theirs = admin_client.names["rival"][what]
     missing = theirs[:-1] + ("0" if theirs[-1] != "0" else "1")
-    answers = [desk.call(route, "acme", desk.admins["acme"], **{what: one}) for one in (theirs, missing)]
+    answers = [
+        admin_client.call(route, "acme", admin_client.admins["acme"], **{what: one})
+        for one in (theirs, missing)
+    ]
     assert [answer.status_code for answer in answers] == [404, 404]
     assert answers[0].text.replace(theirs, "…") == answers[1].text.replace(missing, "…")
 
@@ -222,16 +229,18 @@ def test_anothers_key_under_ones_own_name_is_like_one_that_does_not_exist(
         ("plain", 403, "insufficient_permissions"),
     ],
 )
-def test_nobody_else_gets_in(desk: Desk, key: str, status: int, code: str) -> None:
+def test_nobody_else_gets_in(admin_client: AdminClient, key: str, status: int, code: str) -> None:
     for route in ROUTES:
-        answer = desk.call(route, "acme", desk.shop.secret if key == "plain" else key)
+        answer = admin_client.call(route, "acme", admin_client.shop.secret if key == "plain" else key)
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), route
 
 
-def test_a_body_is_not_looked_at_before_the_key(desk: Desk) -> None:
+def test_a_body_is_not_looked_at_before_the_key(admin_client: AdminClient) -> None:
     broken = {"content": b"{", "headers": {"content-type": "application/json"}}
-    assert desk.ask("POST", "/admin/v1/tenants", "bsp-wrong", **broken).status_code == 401
-    answer = desk.ask("POST", "/admin/v1/tenants", content=b"{", headers={"content-type": "application/json"})
+    assert admin_client.ask("POST", "/admin/v1/tenants", "bsp-wrong", **broken).status_code == 401
+    answer = admin_client.ask(
+        "POST", "/admin/v1/tenants", content=b"{", headers={"content-type": "application/json"}
+    )
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == "The body is not valid JSON."
 
@@ -253,21 +262,21 @@ WRONG: list[tuple[str, Json | None, str | None]] = [
 ]
 
 
-def test_what_is_wrong_is_named(desk: Desk) -> None:
+def test_what_is_wrong_is_named(admin_client: AdminClient) -> None:
     for path, body, param in WRONG:
-        error = desk.say("POST", path, body, status=400)["error"]
+        error = admin_client.say("POST", path, body, status=400)["error"]
         assert (error["param"], error["type"]) == (param, "invalid_request_error"), (path, body)
         assert error["code"] == "invalid_value", (path, body)
 
 
-def test_a_body_that_is_too_large_is_413(desk: Desk) -> None:
-    desk.app.add_middleware(Edge, metrics=Metrics(adapters_max=1), body_bytes_max=10_000)
+def test_a_body_that_is_too_large_is_413(admin_client: AdminClient) -> None:
+    admin_client.app.add_middleware(RequestMiddleware, metrics=Metrics(adapters_max=1), body_bytes_max=10_000)
 
     async def chunks() -> Any:
         yield b'{"name": "' + b"x" * 20_000
 
     headers = {"content-type": "application/json"}
-    assert desk.ask("POST", "/admin/v1/tenants", content=chunks(), headers=headers).status_code == 413
+    assert admin_client.ask("POST", "/admin/v1/tenants", content=chunks(), headers=headers).status_code == 413
 
 
 REFUSED: list[tuple[str, str, Json | None, int, str]] = [
@@ -286,96 +295,106 @@ REFUSED: list[tuple[str, str, Json | None, int, str]] = [
 ]
 
 
-def test_errors_are_openai_shaped(desk: Desk) -> None:
+def test_errors_are_openai_shaped(admin_client: AdminClient) -> None:
     for method, path, body, status, code in REFUSED:
-        error = desk.say(method, path, body, status)["error"]
+        error = admin_client.say(method, path, body, status)["error"]
         assert set(error) == {"message", "type", "param", "code"}, path
         assert error["code"] == code, path
 
 
-def test_the_alias_keeps_its_version_from_being_retired(desk: Desk) -> None:
-    path = "/tenants/acme/adapters/support/versions/" + desk.names["acme"]["version"]
-    assert desk.say("POST", path + "/promote")["alias"] == "next"
-    assert desk.say("POST", path + "/pin")["pinned"] is True
-    error = desk.say("POST", path + "/retire", status=409)["error"]
+def test_the_alias_keeps_its_version_from_being_retired(admin_client: AdminClient) -> None:
+    path = "/tenants/acme/adapters/support/versions/" + admin_client.names["acme"]["version"]
+    assert admin_client.say("POST", path + "/promote")["alias"] == "next"
+    assert admin_client.say("POST", path + "/pin")["pinned"] is True
+    error = admin_client.say("POST", path + "/retire", status=409)["error"]
     assert "promote another version first" in error["message"]
 
 
-def test_a_store_that_is_away_is_503_never_401(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_away_is_503_never_401(
+    admin_client: AdminClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def away(*_: object) -> None:
         raise StoreUnavailable()
 
-    monkeypatch.setattr(desk.shop.tenants.platform_keys, "find", away)
-    answer = desk.ask("GET", "/admin/v1/tenants")
+    monkeypatch.setattr(admin_client.shop.tenants.platform_keys, "find", away)
+    answer = admin_client.ask("GET", "/admin/v1/tenants")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
 
 
-def test_a_key_from_its_making_to_its_end(desk: Desk) -> None:
-    made = desk.say("POST", "/tenants/acme/keys", {"name": "crm", "limits": {"models": ["acme/*"]}}, 201)
-    assert desk.ask("GET", "/v1/models", made["secret"]).status_code == 200
+def test_a_key_from_its_making_to_its_end(admin_client: AdminClient) -> None:
+    made = admin_client.say(
+        "POST", "/tenants/acme/keys", {"name": "crm", "limits": {"models": ["acme/*"]}}, 201
+    )
+    assert admin_client.ask("GET", "/v1/models", made["secret"]).status_code == 200
     without = {"headers": {"x-api-key": made["secret"], "authorization": ""}}
-    assert desk.ask("GET", "/v1/models", **without).status_code == 401  # Authorization is there, and empty
-    listed = desk.say("GET", "/tenants/acme/keys?limit=100")
+    assert (
+        admin_client.ask("GET", "/v1/models", **without).status_code == 401
+    )  # Authorization is there, and empty
+    listed = admin_client.say("GET", "/tenants/acme/keys?limit=100")
     (shown,) = [key for key in listed["data"] if key["id"] == made["id"]]
     assert shown == {name: value for name, value in made.items() if name != "secret"}
     assert made["secret"] not in str(listed)
     path = f"/tenants/acme/keys/{made['id']}"
-    changed = desk.say("PATCH", path, {"name": "shop", "limits": {"models": None, "requests_per_min": 3}})
+    changed = admin_client.say(
+        "PATCH", path, {"name": "shop", "limits": {"models": None, "requests_per_min": 3}}
+    )
     assert (changed["name"], changed["limits"]["models"]) == ("shop", None)
     assert changed["limits"]["requests_per_min"] == 3
-    new = desk.say("POST", path + "/rotate", {"overlap_s": 60}, 201)
+    new = admin_client.say("POST", path + "/rotate", {"overlap_s": 60}, 201)
     assert (new["name"], new["limits"]) == ("shop", changed["limits"])
-    desk.say("POST", path + "/rotate", {}, 409)
-    assert desk.say("DELETE", path)["revoked_at"]
-    assert desk.ask("GET", "/v1/models", new["secret"]).status_code == 200
+    admin_client.say("POST", path + "/rotate", {}, 409)
+    assert admin_client.say("DELETE", path)["revoked_at"]
+    assert admin_client.ask("GET", "/v1/models", new["secret"]).status_code == 200
 
 
-def test_anthropics_header_is_taken_where_openais_is_missing(desk: Desk) -> None:
+def test_anthropics_header_is_taken_where_openais_is_missing(admin_client: AdminClient) -> None:
     async def send(headers: dict[str, str]) -> int:
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(desk.app), base_url="http://desk"
+            transport=httpx.ASGITransport(admin_client.app), base_url="http://admin_client"
         ) as client:
             return (await client.get("/v1/models", headers=headers)).status_code
 
-    secret = desk.shop.secret
+    secret = admin_client.shop.secret
     assert asyncio.run(send({"x-api-key": secret})) == 200
     assert asyncio.run(send({"x-api-key": secret, "authorization": "Bearer bsk-no"})) == 401
     assert asyncio.run(send({})) == 401
 
 
-def test_a_suspended_tenant_is_told_so(desk: Desk) -> None:
-    assert desk.say("PATCH", "/tenants/acme", {"suspended": True})["suspended_at"]
+def test_a_suspended_tenant_is_told_so(admin_client: AdminClient) -> None:
+    assert admin_client.say("PATCH", "/tenants/acme", {"suspended": True})["suspended_at"]
     for path in ("/v1/models", "/admin/v1/tenants/acme/keys"):
-        answer = desk.ask("GET", path, desk.admins["acme"])
+        answer = admin_client.ask("GET", path, admin_client.admins["acme"])
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "tenant_suspended")
-    assert desk.say("PATCH", "/tenants/acme", {"suspended": False})["suspended_at"] is None
+    assert admin_client.say("PATCH", "/tenants/acme", {"suspended": False})["suspended_at"] is None
 
 
-def test_an_admin_key_grants_no_more_than_its_tenant_may(desk: Desk) -> None:
-    desk.say("PATCH", "/tenants/acme", {"scopes": ["inference", "admin"]})
-    answer = desk.ask("POST", "/admin/v1/tenants/acme/keys", desk.admins["acme"], json={"scopes": ["files"]})
+def test_an_admin_key_grants_no_more_than_its_tenant_may(admin_client: AdminClient) -> None:
+    admin_client.say("PATCH", "/tenants/acme", {"scopes": ["inference", "admin"]})
+    answer = admin_client.ask(
+        "POST", "/admin/v1/tenants/acme/keys", admin_client.admins["acme"], json={"scopes": ["files"]}
+    )
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "scope_not_allowed")
 
 
-def test_lists_come_page_by_page(desk: Desk) -> None:
-    Prices(desk.shop.store).publish(PLAN.model_copy(update={"name": "gold"}), at=NOON)
+def test_lists_come_page_by_page(admin_client: AdminClient) -> None:
+    Prices(admin_client.shop.store).publish(PLAN.model_copy(update={"name": "gold"}), at=NOON)
     for path in ("/tenants", "/tenants/acme/keys", "/tenants/acme/adapters", "/prices", "/audit"):
-        whole = desk.say("GET", path + "?limit=100")
+        whole = admin_client.say("GET", path + "?limit=100")
         assert whole["object"] == "list"
         assert not whole["has_more"]
         ids = [item["id"] for item in whole["data"]]
         assert (whole["first_id"], whole["last_id"]) == (ids[0], ids[-1])
-        first = desk.say("GET", path + "?limit=1")
+        first = admin_client.say("GET", path + "?limit=1")
         assert [item["id"] for item in first["data"]] == ids[:1]
         assert first["has_more"]
-        rest = desk.say("GET", f"{path}?limit=100&after={first['last_id']}")
+        rest = admin_client.say("GET", f"{path}?limit=100&after={first['last_id']}")
         assert [item["id"] for item in rest["data"]] == ids[1:]
-    empty = desk.say("GET", "/audit?tenant=nobody")
+    empty = admin_client.say("GET", "/audit?tenant=nobody")
     assert (empty["data"], empty["first_id"], empty["last_id"]) == ([], None, None)
 
 
-def test_the_document_says_what_is_true(desk: Desk) -> None:
-    document = desk.app.openapi()
+def test_the_document_says_what_is_true(admin_client: AdminClient) -> None:
+    document = admin_client.app.openapi()
     for path, operations in document["paths"].items():
         for operation in operations.values():
             if path.startswith("/admin/"):

@@ -6,14 +6,14 @@ import pytest
 
 from serve.billing.invoicing.invoices import Invoices
 from tests.serve.api.organization.test_organization import Json, Office
-from tests.serve.conftest import NOON, Shop
+from tests.serve.conftest import NOON, BillingFixture
 
 DECEMBER = datetime(2026, 12, 2, tzinfo=UTC)
 PATH = "invoices"
 
 
 @pytest.fixture
-def office(shop: Shop) -> Office:
+def office(shop: BillingFixture) -> Office:
     return Office(shop)
 
 
@@ -25,7 +25,7 @@ def read(office: Office, path: str, who: str = "acme", **params: str) -> Json:
     return said
 
 
-def issue(shop: Shop, tenant: str) -> str:
+def issue(shop: BillingFixture, tenant: str) -> str:
     invoices = Invoices(shop.store)
     draft = invoices.create(tenant, "2026-11", at=DECEMBER)
     invoices.review(draft.number, at=DECEMBER)

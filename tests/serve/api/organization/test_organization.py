@@ -14,11 +14,11 @@ from fastapi import FastAPI
 from serve.api import errors, organization
 from serve.api.dependencies import Context
 from serve.api.organization import costs, forecast, usage
-from serve.billing.budgets.service import Budgets
+from serve.billing.budgets.service import BudgetService
 from serve.billing.credits.charges import Charge, charge
 from serve.billing.ledger.ledger import Hold
 from serve.billing.metering.events import UsageEvent
-from tests.serve.conftest import NOON, Shop
+from tests.serve.conftest import NOON, BillingFixture
 from tests.support.usage_events import usage_event
 
 Json = dict[str, Any]
@@ -31,7 +31,7 @@ DAY_S = 86_400
 class Office:
     """The organization API of a shop with two tenants; the time is noon."""
 
-    def __init__(self, shop: Shop) -> None:
+    def __init__(self, shop: BillingFixture) -> None:
         self.shop, tenants = shop, shop.tenants
         given = {"tenants": tenants, "store": shop.store}
         blank = dict.fromkeys(Context.__dataclass_fields__.keys() - given.keys())
@@ -99,7 +99,7 @@ class Office:
 
 
 @pytest.fixture
-def office(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> Office:
+def office(shop: BillingFixture, monkeypatch: pytest.MonkeyPatch) -> Office:
     for module in (usage, costs, forecast):
         monkeypatch.setattr(module, "now", lambda: NOON)
     return Office(shop)
@@ -376,7 +376,7 @@ def test_a_forecast_adds_the_last_days_mean_for_each_day_that_is_left(office: Of
 
 
 def test_the_balance_shows_credit_and_budgets_in_force(office: Office) -> None:
-    budgets = Budgets(office.shop.store)
+    budgets = BudgetService(office.shop.store)
     kept = budgets.create("acme", "tenant", "acme", "month", 5000, at=NOON).budget
     gone = budgets.create("acme", "tenant", "acme", "day", 5000, at=NOON).budget
     budgets.retire("acme", gone.id, at=NOON)

@@ -16,9 +16,9 @@ from hypothesis.stateful import (
 )
 
 from serve.billing.budgets.budgets import Budget, spend_table
-from serve.billing.budgets.service import Budgets
+from serve.billing.budgets.service import BudgetService
 from serve.billing.ledger.accounts import holds_table, transfers_table
-from serve.billing.ledger.ledger import Closing, Hold, Ledger, Opening
+from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Resolution
 from serve.billing.metering.events import UsageEvent
 from serve.billing.pricing.plans import Prices
 from serve.errors import AlreadyExists, BudgetExceeded, InsufficientCredit
@@ -48,7 +48,7 @@ class BudgetMachine(RuleBasedStateMachine):
         self.keys = {inside: self.project, outside: None}
         self.subjects = [("tenant", "acme"), ("project", self.project), ("key", inside), ("key", outside)]
         self.plan_id = Prices(self.store).publish(PLAN, at=NOON).id
-        self.ledger, self.budgets = Ledger(self.store), Budgets(self.store)
+        self.ledger, self.budgets = Ledger(self.store), BudgetService(self.store)
         self.ledger.open_account("acme", CREDIT)
         self.at, self.count = START, 0
         self.open: dict[str, tuple[Hold, datetime]] = {}
@@ -70,9 +70,9 @@ class BudgetMachine(RuleBasedStateMachine):
         for amount in amounts:
             self.count += 1
             key = data.draw(st.sampled_from(list(self.keys)))
-            sale = json.dumps({"key_id": key, "project": self.keys[key]})
-            hold = Hold(f"r{self.count}", "acme", amount, self.keys[key], key, sale)
-            openings.append(Opening(hold, self.at, LEASE))
+            terms = json.dumps({"key_id": key, "project": self.keys[key]})
+            hold = Hold(f"r{self.count}", "acme", amount, self.keys[key], key, terms)
+            openings.append(HoldRequest(hold, self.at, LEASE))
         account = self.ledger.account("acme")
         left = account.available_nanos
         for opening, outcome in zip(openings, self.ledger.apply(openings), strict=True):
@@ -91,7 +91,7 @@ class BudgetMachine(RuleBasedStateMachine):
     def close(self, data: st.DataObject, share: float, twice: bool, void: bool) -> None:
         hold, _ = self.open.pop(data.draw(st.sampled_from(sorted(self.open))))
         event = None if void else self.event(hold, int(hold.amount_nanos * share))
-        closing = Closing(hold.request_id, "acme", self.at, event=event, reason="test" if void else None)
+        closing = Resolution(hold.request_id, "acme", self.at, event=event, reason="test" if void else None)
         outcomes = self.ledger.apply([closing] * (2 if twice else 1))
         assert outcomes == [True, False][: len(outcomes)]
         self.closed.append(hold)

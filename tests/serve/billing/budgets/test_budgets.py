@@ -13,10 +13,10 @@ import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
-from serve.billing.budgets.alerts import figures, notify_due
+from serve.billing.budgets.alerts import figures, send_due_alerts
 from serve.billing.budgets.budgets import spend_table
-from serve.billing.budgets.service import Budgets, Standing
-from serve.billing.ledger.ledger import Closing, Hold, Opening
+from serve.billing.budgets.service import BudgetService, BudgetUsage
+from serve.billing.ledger.ledger import Hold, HoldRequest, Resolution
 from serve.billing.metering.events import UsageEvent
 from serve.billing.webhooks.delivery import secret_of
 from serve.billing.webhooks.outbox import notices_table
@@ -34,7 +34,7 @@ from serve.formats.errors import anthropic_body_of, body_of, status_of
 from serve.observability.metrics import render_budgets
 from serve.tenants import server_secret
 from serve.tenants.audit import Audit
-from tests.serve.conftest import NOON, Shop, on_sqlite
+from tests.serve.conftest import NOON, BillingFixture, on_sqlite
 from tests.support.usage_events import usage_event
 
 LEASE = timedelta(minutes=10)
@@ -44,11 +44,11 @@ HOOK = "https://hooks.example.com/budgets"
 class Till:
     """A shop's requests, by a key in a project."""
 
-    def __init__(self, shop: Shop) -> None:
+    def __init__(self, shop: BillingFixture) -> None:
         self.shop = shop
         self.project = shop.tenants.projects.create("acme", "web", at=NOON).id
         self.key = shop.tenants.keys.create("acme", at=NOON, project=self.project)[0].id
-        self.budgets = Budgets(shop.store)
+        self.budgets = BudgetService(shop.store)
         self.subjects = {"tenant": "acme", "project": self.project, "key": self.key}
         self.count = 0
 
@@ -68,7 +68,7 @@ class Till:
     def hold(self, amount_nanos: int, *, at: datetime = NOON, key: str | None = None) -> Hold:
         self.count += 1
         who = {"project": None, "key_id": key} if key else {"project": self.project, "key_id": self.key}
-        made = Hold(f"r{self.count}", "acme", amount_nanos, sale=json.dumps(who), **who)
+        made = Hold(f"r{self.count}", "acme", amount_nanos, terms=json.dumps(who), **who)
         self.shop.ledger.hold(made, at=at, lease=LEASE)
         return made
 
@@ -89,12 +89,12 @@ class Till:
         self.settle(self.hold(cost_nanos, at=at), cost_nanos, at)
 
     def standing(self, budget: str, at: datetime = NOON) -> tuple[int, int]:
-        found: Standing = self.budgets.get("acme", budget, at=at)
+        found: BudgetUsage = self.budgets.get("acme", budget, at=at)
         return found.spent_nanos, found.held_nanos
 
 
 @pytest.fixture
-def till(shop: Shop) -> Till:
+def till(shop: BillingFixture) -> Till:
     return Till(shop)
 
 
@@ -145,10 +145,10 @@ def test_in_one_transaction_of_many_the_refused_leave_the_others_alone(till: Til
     holds = [
         Hold(f"many-{i}", "acme", amount, till.project, till.key) for i, amount in enumerate((60, 60, 40))
     ]
-    outcomes = till.shop.ledger.apply([Opening(hold, NOON, LEASE) for hold in holds])
+    outcomes = till.shop.ledger.apply([HoldRequest(hold, NOON, LEASE) for hold in holds])
     assert [outcome is True for outcome in outcomes] == [True, False, True]
     assert till.standing(budget) == (0, 100)
-    closings = [Closing(hold.request_id, "acme", NOON) for hold in holds]
+    closings = [Resolution(hold.request_id, "acme", NOON) for hold in holds]
     assert till.shop.ledger.apply(closings) == [True, False, True]
     assert till.standing(budget) == (0, 0)
 
@@ -286,7 +286,7 @@ def test_of_many_who_make_the_same_budget_one_does(till: Till) -> None:
 
     def make(_: int) -> bool:
         try:
-            Budgets(till.shop.store).create("new", "tenant", "new", "day", 5, at=NOON)
+            BudgetService(till.shop.store).create("new", "tenant", "new", "day", 5, at=NOON)
         except AlreadyExists:
             return False
         return True
@@ -343,7 +343,7 @@ def test_each_threshold_is_told_once_in_each_period(till: Till, caplog: pytest.L
         (50, NOON + timedelta(days=1)),
     ):
         till.spend(cost, at)
-        told.append([one.threshold_pct for one in notify_due(store, at) + notify_due(store, at)])
+        told.append([one.threshold_pct for one in send_due_alerts(store, at) + send_due_alerts(store, at)])
     assert told == [[], [50], [], [100], [], [50]]
     with store.read() as connection:
         query = sa.select(notices_table).order_by(notices_table.c.created_at, notices_table.c.body)
@@ -374,7 +374,9 @@ def test_a_threshold_is_told_once_whoever_looks(till: Till) -> None:
     till.spend(80)
     with ThreadPoolExecutor(6) as pool:
         told = [
-            one for found in pool.map(lambda _: notify_due(till.shop.store, NOON), range(6)) for one in found
+            one
+            for found in pool.map(lambda _: send_due_alerts(till.shop.store, NOON), range(6))
+            for one in found
         ]
     assert sorted(one.budget.scope for one in told) == ["key", "project", "tenant"]
     assert {one.threshold_pct for one in told} == {80}
@@ -384,7 +386,7 @@ def test_what_was_spent_in_a_periods_last_seconds_is_told_in_the_next(till: Till
     late = datetime(2026, 11, 30, 23, 59, 59, tzinfo=UTC)
     till.budget("tenant", 100, at=late)
     till.spend(100, late)
-    (told,) = notify_due(till.shop.store, late + timedelta(seconds=5))
+    (told,) = send_due_alerts(till.shop.store, late + timedelta(seconds=5))
     assert told.span == "2026-11"
 
 
@@ -392,13 +394,13 @@ def test_a_raised_limit_makes_thresholds_tell_again_and_a_lowered_one_tells_at_o
     budget = till.budget("tenant", 100)
     store = till.shop.store
     till.spend(80)
-    assert [one.threshold_pct for one in notify_due(store, NOON)] == [80]
+    assert [one.threshold_pct for one in send_due_alerts(store, NOON)] == [80]
     till.budgets.change("acme", budget, {"limit_nanos": 200}, at=NOON)
-    assert notify_due(store, NOON) == []
+    assert send_due_alerts(store, NOON) == []
     till.spend(20)
-    assert [one.threshold_pct for one in notify_due(store, NOON)] == [50]
+    assert [one.threshold_pct for one in send_due_alerts(store, NOON)] == [50]
     till.budgets.change("acme", budget, {"limit_nanos": 100}, at=NOON)
-    assert [one.threshold_pct for one in notify_due(store, NOON)] == [100]
+    assert [one.threshold_pct for one in send_due_alerts(store, NOON)] == [100]
 
 
 def test_nothing_is_told_of_what_is_retired_or_has_not_been_used(till: Till) -> None:
@@ -406,17 +408,17 @@ def test_nothing_is_told_of_what_is_retired_or_has_not_been_used(till: Till) -> 
     retired = till.budget("tenant", 100)
     till.settle(till.hold(100, key=till.shop.principal.key_id), 100)
     till.budgets.retire("acme", retired, at=NOON)
-    assert notify_due(till.shop.store, NOON) == []
+    assert send_due_alerts(till.shop.store, NOON) == []
 
 
 def test_the_largest_limit_neither_overflows_nor_tells_too_early(till: Till) -> None:
     budget = till.budget("tenant", 10**18, notify_pcts=(100, 200))
     with till.shop.store.write() as connection:
         connection.execute(spend_table.update().values(spent_nanos=10**18 - 1))
-    assert notify_due(till.shop.store, NOON) == []
+    assert send_due_alerts(till.shop.store, NOON) == []
     with till.shop.store.write() as connection:
         connection.execute(spend_table.update().values(spent_nanos=2 * 10**18))
-    assert [one.threshold_pct for one in notify_due(till.shop.store, NOON)] == [200]
+    assert [one.threshold_pct for one in send_due_alerts(till.shop.store, NOON)] == [200]
     assert till.standing(budget)[0] == 2 * 10**18
 
 
@@ -424,7 +426,7 @@ def test_the_metrics_name_the_fullest_budgets_by_id(till: Till, monkeypatch: pyt
     full, half = till.budget("tenant", 100, hard=False), till.budget("project", 200)
     till.budget("key", 1000)
     till.spend(100)
-    notify_due(till.shop.store, NOON)
+    send_due_alerts(till.shop.store, NOON)
     monkeypatch.setattr("serve.billing.budgets.alerts.SHOWN_MAX", 2)
     shown = figures(till.shop.store, NOON)
     text = render_budgets(shown).decode()

@@ -12,7 +12,7 @@ from serve.billing.jobs import expire_due
 from serve.billing.ledger.ledger import Hold
 from serve.errors import Conflict, UnknownRecord
 from tests.serve.billing.invoicing.test_calculation import buy
-from tests.serve.conftest import NOON, Shop
+from tests.serve.conftest import NOON, BillingFixture
 
 DAY = timedelta(days=1)
 BEGIN = datetime(2026, 11, 1, tzinfo=UTC)
@@ -91,7 +91,7 @@ def test_what_expires_first_is_spent_first_and_promotions_before_prepaid_money()
     }
 
 
-def test_a_grant_raises_the_credit_at_once_and_what_is_left_of_it_expires_once(shop: Shop) -> None:
+def test_a_grant_raises_the_credit_at_once_and_what_is_left_of_it_expires_once(shop: BillingFixture) -> None:
     made = Credits(shop.store).grant("acme", 500_000, kind="prepaid", at=NOON, expires_at=NOON + DAY)
     assert made.expires_at == datetime(2026, 11, 24, tzinfo=UTC)  # the end of the day
     assert shop.ledger.account("acme").credit_nanos == 1_000_500_000
@@ -105,7 +105,7 @@ def test_a_grant_raises_the_credit_at_once_and_what_is_left_of_it_expires_once(s
     assert shop.ledger.account("acme").credit_nanos == 1_000_000_000 + cost
 
 
-def test_what_a_request_holds_does_not_expire(shop: Shop) -> None:
+def test_what_a_request_holds_does_not_expire(shop: BillingFixture) -> None:
     shop.ledger.open_account("acme", 0)
     Credits(shop.store).grant("acme", 100, kind="promotional", at=NOON, expires_at=NOON + DAY)
     shop.ledger.hold(Hold("r", "acme", 70), at=NOON, lease=5 * DAY)
@@ -113,7 +113,7 @@ def test_what_a_request_holds_does_not_expire(shop: Shop) -> None:
     assert (taken, shop.ledger.account("acme").available_nanos) == (30, 0)
 
 
-def test_a_grant_needs_an_account_a_future_and_bounds(shop: Shop) -> None:
+def test_a_grant_needs_an_account_a_future_and_bounds(shop: BillingFixture) -> None:
     credits = Credits(shop.store)
     with pytest.raises(UnknownRecord):
         credits.grant("nobody", 1, kind="prepaid", at=NOON)
@@ -123,7 +123,7 @@ def test_a_grant_needs_an_account_a_future_and_bounds(shop: Shop) -> None:
         credits.grant("acme", CREDIT_NANOS_MAX, kind="prepaid", at=NOON)
 
 
-def test_grants_are_listed_oldest_first_in_pages(shop: Shop) -> None:
+def test_grants_are_listed_oldest_first_in_pages(shop: BillingFixture) -> None:
     credits = Credits(shop.store)
     ids = [credits.grant("acme", 5, kind="line", at=NOON + n * DAY).id for n in range(3)]
     first = credits.page("acme", limit=2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pypdf import PdfReader
 
-from serve.billing.invoicing.billing_details import SELLER, Parties
+from serve.billing.invoicing.billing_details import SELLER, BillingDetails
 from serve.billing.invoicing.document import InvoiceDocument, Party
 from serve.billing.invoicing.export import json_text, write_csv
 from serve.billing.invoicing.invoices import Invoices, period_bounds
@@ -16,14 +16,14 @@ from serve.billing.ledger.ledger import Hold
 from serve.billing.money import nanos_of_usd, usd
 from serve.billing.pricing.plans import BatchRates, Prices, Rates, Tokens
 from serve.errors import OperatorError, UnknownRecord
-from tests.serve.conftest import NOON, PLAN, RATES, Shop
+from tests.serve.conftest import NOON, PLAN, RATES, BillingFixture
 from tests.support.usage_events import usage_event
 
 MONTH = "2026-11"
 
 
 def buy(
-    shop: Shop, number: int, *, adapter: bool, days: int = 0, tier: str = "default", times: int = 1
+    shop: BillingFixture, number: int, *, adapter: bool, days: int = 0, tier: str = "default", times: int = 1
 ) -> int:
     """One settled request; returns its cost."""
     tokens = Tokens(times * (100 + number), times * 20, times * (30 + number))
@@ -50,7 +50,7 @@ def text_of(path: Path) -> str:
     return "".join(page.extract_text() for page in PdfReader(path).pages)
 
 
-def test_an_invoice_is_the_sum_of_the_months_events_to_the_nano(shop: Shop) -> None:
+def test_an_invoice_is_the_sum_of_the_months_events_to_the_nano(shop: BillingFixture) -> None:
     costs = [buy(shop, number, adapter=number % 2 == 0) for number in range(7)]
     buy(shop, 100, adapter=False, days=20)  # December
     invoice = Invoices(shop.store).create("acme", MONTH, at=NOON)
@@ -61,7 +61,9 @@ def test_an_invoice_is_the_sum_of_the_months_events_to_the_nano(shop: Shop) -> N
     assert shop.ledger.account("acme").spent_nanos == sum(costs) + december
 
 
-def test_running_a_month_again_gives_the_same_invoice_and_more_usage_a_new_revision(shop: Shop) -> None:
+def test_running_a_month_again_gives_the_same_invoice_and_more_usage_a_new_revision(
+    shop: BillingFixture,
+) -> None:
     invoices = Invoices(shop.store)
     buy(shop, 1, adapter=True)
     first = invoices.create("acme", MONTH, at=NOON)
@@ -71,7 +73,7 @@ def test_running_a_month_again_gives_the_same_invoice_and_more_usage_a_new_revis
     assert (first.number, second.number) == ("acme-2026-11-r1", "acme-2026-11-r2")
 
 
-def test_the_files_say_what_the_invoice_says(shop: Shop, tmp_path: Path) -> None:
+def test_the_files_say_what_the_invoice_says(shop: BillingFixture, tmp_path: Path) -> None:
     for number in range(3):
         buy(shop, number, adapter=number > 0)
     invoice = Invoices(shop.store).create("acme", MONTH, at=NOON)
@@ -89,8 +91,10 @@ def test_the_files_say_what_the_invoice_says(shop: Shop, tmp_path: Path) -> None
         assert expected in text
 
 
-def test_seller_and_buyer_are_on_the_invoice_whatever_their_letters_are(shop: Shop, tmp_path: Path) -> None:
-    parties = Parties(shop.store)
+def test_seller_and_buyer_are_on_the_invoice_whatever_their_letters_are(
+    shop: BillingFixture, tmp_path: Path
+) -> None:
+    parties = BillingDetails(shop.store)
     parties.put(SELLER, Party(name="Bespoke GmbH", address="Hauptstraße 1\n10115 Berlin", tax_id="DE123"))
     parties.put("acme", Party(name="Łódź 東京 株式会社", address="ul. Żółta 5", tax_id="PL9"))
     buy(shop, 1, adapter=True)
@@ -103,14 +107,14 @@ def test_seller_and_buyer_are_on_the_invoice_whatever_their_letters_are(shop: Sh
         parties.put("nobody", Party(name="x"))
 
 
-def test_without_their_details_the_pdf_says_what_is_missing(shop: Shop, tmp_path: Path) -> None:
+def test_without_their_details_the_pdf_says_what_is_missing(shop: BillingFixture, tmp_path: Path) -> None:
     write_pdf(Invoices(shop.store).create("acme", MONTH, at=NOON), tmp_path / "i.pdf")
     text = text_of(tmp_path / "i.pdf")
     assert "the seller's details are not set" in text
     assert "no billing details given" in text
 
 
-def test_batches_are_lines_of_their_own_at_their_own_rates(shop: Shop, tmp_path: Path) -> None:
+def test_batches_are_lines_of_their_own_at_their_own_rates(shop: BillingFixture, tmp_path: Path) -> None:
     half = Rates(**{name: nanos // 2 for name, nanos in RATES.model_dump().items()})
     plan = PLAN.model_copy(update={"batch": BatchRates(base=half, adapter=half)})
     prices = Prices(shop.store)
@@ -150,7 +154,7 @@ def test_a_document_from_before_0009_is_read_as_what_it_said() -> None:
     assert [(item.quantity, item.nanos) for item in document.lines[0].items] == [(3, 30), (2, 20), (1, 10)]
 
 
-def test_a_month_without_usage_is_an_empty_invoice(shop: Shop, tmp_path: Path) -> None:
+def test_a_month_without_usage_is_an_empty_invoice(shop: BillingFixture, tmp_path: Path) -> None:
     invoice = Invoices(shop.store).create("acme", MONTH, at=NOON)
     assert (invoice.document.lines, invoice.document.total_nanos) == ((), 0)
     write_csv(invoice, tmp_path / "i.csv")
@@ -163,6 +167,6 @@ def test_what_is_not_a_month_is_refused(period: str) -> None:
         period_bounds(period)
 
 
-def test_an_unknown_tenant_has_no_invoice(shop: Shop) -> None:
+def test_an_unknown_tenant_has_no_invoice(shop: BillingFixture) -> None:
     with pytest.raises(UnknownRecord):
         Invoices(shop.store).create("nobody", MONTH, at=NOON)

@@ -19,7 +19,7 @@ from serve.billing.pricing.plans import PricePlan, Prices
 from serve.errors import Conflict, InvalidRequest, UnknownRecord
 from serve.tenants.audit import Audit
 from tests.serve.billing.invoicing.test_calculation import MONTH, buy
-from tests.serve.conftest import NOON, PLAN, Shop
+from tests.serve.conftest import NOON, PLAN, BillingFixture
 
 DECEMBER = datetime(2026, 12, 2, tzinfo=UTC)
 JANUARY = datetime(2027, 1, 2, tzinfo=UTC)
@@ -31,7 +31,7 @@ TIERS = {
 }
 
 
-def on_plan(shop: Shop, **changes: object) -> Shop:
+def on_plan(shop: BillingFixture, **changes: object) -> BillingFixture:
     """The shop's tenant pays another version of its plan, from the beginning."""
     plan = PricePlan.model_validate(PLAN.model_dump() | changes)
     prices = Prices(shop.store)
@@ -40,12 +40,12 @@ def on_plan(shop: Shop, **changes: object) -> Shop:
     return replace(shop, price=price)
 
 
-def tiered(shop: Shop, **changes: object) -> Shop:
+def tiered(shop: BillingFixture, **changes: object) -> BillingFixture:
     rates = PLAN.base.model_dump() | {"completion_nanos_per_mtok": TIERS}
     return on_plan(shop, base=rates, **changes)
 
 
-def finalize(shop: Shop, period: str = MONTH, at: datetime = DECEMBER) -> Invoice:
+def finalize(shop: BillingFixture, period: str = MONTH, at: datetime = DECEMBER) -> Invoice:
     invoices = Invoices(shop.store)
     draft = invoices.create("acme", period, at=at)
     if draft.state == State.DRAFT:
@@ -53,7 +53,7 @@ def finalize(shop: Shop, period: str = MONTH, at: datetime = DECEMBER) -> Invoic
     return invoices.finalize(draft.number, at=at, actor="ada", reason="checked")
 
 
-def test_a_final_invoice_has_a_number_a_fingerprint_and_a_history(shop: Shop) -> None:
+def test_a_final_invoice_has_a_number_a_fingerprint_and_a_history(shop: BillingFixture) -> None:
     buy(shop, 1, adapter=True)
     final = finalize(shop)
     assert (final.number, final.state, final.is_draft) == ("INV-2026-000001", State.FINALIZED, False)
@@ -73,7 +73,7 @@ def test_a_final_invoice_has_a_number_a_fingerprint_and_a_history(shop: Shop) ->
     assert invoices.get("acme-2026-11-r1").number == final.number
 
 
-def test_only_what_was_reviewed_becomes_final_and_only_after_its_month(shop: Shop) -> None:
+def test_only_what_was_reviewed_becomes_final_and_only_after_its_month(shop: BillingFixture) -> None:
     buy(shop, 1, adapter=True)
     invoices = Invoices(shop.store)
     draft = invoices.create("acme", MONTH, at=NOON)
@@ -94,7 +94,7 @@ def test_only_what_was_reviewed_becomes_final_and_only_after_its_month(shop: Sho
     assert finalize(shop).number == "INV-2026-000001"
 
 
-def test_months_become_final_in_their_order(shop: Shop) -> None:
+def test_months_become_final_in_their_order(shop: BillingFixture) -> None:
     buy(shop, 1, adapter=True)
     buy(shop, 2, adapter=True, days=20)
     with pytest.raises(Conflict, match=MONTH):
@@ -103,7 +103,7 @@ def test_months_become_final_in_their_order(shop: Shop) -> None:
     assert numbers == ["INV-2027-000001", "INV-2027-000002"]
 
 
-def test_late_usage_is_on_the_next_invoice_and_says_so(shop: Shop) -> None:
+def test_late_usage_is_on_the_next_invoice_and_says_so(shop: BillingFixture) -> None:
     buy(shop, 1, adapter=True)
     final = finalize(shop)
     late = buy(shop, 2, adapter=True)  # settled in November, after November was closed
@@ -120,7 +120,7 @@ def test_late_usage_is_on_the_next_invoice_and_says_so(shop: Shop) -> None:
     assert [r.id for r in usage.requests(december, Within(line=1)).items] == ["r3"]
 
 
-def test_the_account_agrees_with_the_invoices_to_the_nano(shop: Shop) -> None:
+def test_the_account_agrees_with_the_invoices_to_the_nano(shop: BillingFixture) -> None:
     shop = tiered(
         shop, minimum_nanos=3_000_000, tax={"name": "VAT", "percent": "19"}, included={"prompt_tokens": 50}
     )
@@ -135,13 +135,13 @@ def test_the_account_agrees_with_the_invoices_to_the_nano(shop: Shop) -> None:
     assert Invoices(shop.store).recomputed(final.number) == document
 
 
-def spent(shop: Shop) -> int:
+def spent(shop: BillingFixture) -> int:
     """What the account was charged, less what was refunded."""
     account = shop.ledger.account("acme")
     return account.spent_nanos - (account.credit_nanos - 1_000_000_000)
 
 
-def test_a_graduated_month_is_refunded_what_its_requests_were_charged_too_much(shop: Shop) -> None:
+def test_a_graduated_month_is_refunded_what_its_requests_were_charged_too_much(shop: BillingFixture) -> None:
     shop = tiered(shop)
     listed = sum(buy(shop, number, adapter=False) for number in range(9))
     final = finalize(shop)
@@ -149,7 +149,7 @@ def test_a_graduated_month_is_refunded_what_its_requests_were_charged_too_much(s
     assert spent(shop) == final.document.total_nanos
 
 
-def test_credits_pay_promotions_before_tax_and_prepaid_money_after_it(shop: Shop) -> None:
+def test_credits_pay_promotions_before_tax_and_prepaid_money_after_it(shop: BillingFixture) -> None:
     shop = on_plan(shop, tax={"name": "VAT", "percent": "10"})
     credits = Credits(shop.store)
     promotion = credits.grant("acme", 10_000, kind="promotional", at=NOON)
@@ -170,7 +170,7 @@ def test_credits_pay_promotions_before_tax_and_prepaid_money_after_it(shop: Shop
     assert again == document
 
 
-def test_prepaid_money_pays_each_month_only_once(shop: Shop) -> None:
+def test_prepaid_money_pays_each_month_only_once(shop: BillingFixture) -> None:
     grant = Credits(shop.store).grant("acme", 30_000, kind="prepaid", at=NOON)
     buy(shop, 1, adapter=False)
     buy(shop, 2, adapter=False, days=20)
@@ -180,7 +180,7 @@ def test_prepaid_money_pays_each_month_only_once(shop: Shop) -> None:
     assert documents[1].due_nanos == documents[1].total_nanos - paid[1] > 0
 
 
-def test_a_payment_is_posted_once_and_what_was_credited_is_not_due(shop: Shop) -> None:
+def test_a_payment_is_posted_once_and_what_was_credited_is_not_due(shop: BillingFixture) -> None:
     buy(shop, 1, adapter=False, times=1000)
     final = finalize(shop)
     CreditNotes(shop.store).issue(final.number, [(None, 1_000_000)], reason="slow", at=DECEMBER)
@@ -194,7 +194,7 @@ def test_a_payment_is_posted_once_and_what_was_credited_is_not_due(shop: Shop) -
         invoices.void(final.number, at=DECEMBER)
 
 
-def test_a_void_invoice_is_reversed_and_its_month_gets_a_new_one(shop: Shop) -> None:
+def test_a_void_invoice_is_reversed_and_its_month_gets_a_new_one(shop: BillingFixture) -> None:
     shop = tiered(shop)
     listed = sum(buy(shop, number, adapter=False) for number in range(9))
     first = finalize(shop)
@@ -210,7 +210,7 @@ def test_a_void_invoice_is_reversed_and_its_month_gets_a_new_one(shop: Shop) -> 
     assert invoices.create("acme", MONTH, at=JANUARY) == second
 
 
-def test_credit_notes_never_exceed_the_invoice_or_its_line(shop: Shop) -> None:
+def test_credit_notes_never_exceed_the_invoice_or_its_line(shop: BillingFixture) -> None:
     shop = on_plan(shop, tax={"name": "VAT", "percent": "25"})
     buy(shop, 1, adapter=False)
     notes, final = CreditNotes(shop.store), finalize(shop)
@@ -232,7 +232,7 @@ def test_credit_notes_never_exceed_the_invoice_or_its_line(shop: Shop) -> None:
         Invoices(shop.store).void(final.number, at=DECEMBER)
 
 
-def test_a_draft_is_not_credited(shop: Shop) -> None:
+def test_a_draft_is_not_credited(shop: BillingFixture) -> None:
     buy(shop, 1, adapter=False)
     draft = Invoices(shop.store).create("acme", MONTH, at=DECEMBER)
     with pytest.raises(Conflict, match="final"):
@@ -241,7 +241,7 @@ def test_a_draft_is_not_credited(shop: Shop) -> None:
 
 @pytest.mark.parametrize("table", [invoices_table, states_table, finals_table, notes_table])
 @pytest.mark.parametrize("verb", ["update", "delete", "replace"])
-def test_the_store_itself_keeps_what_is_final(shop: Shop, table: sa.Table, verb: str) -> None:
+def test_the_store_itself_keeps_what_is_final(shop: BillingFixture, table: sa.Table, verb: str) -> None:
     buy(shop, 1, adapter=False)
     final = finalize(shop)
     CreditNotes(shop.store).issue(final.number, [(None, 1)], reason="x", at=DECEMBER)
@@ -257,7 +257,7 @@ def test_the_store_itself_keeps_what_is_final(shop: Shop, table: sa.Table, verb:
         connection.execute(statement)
 
 
-def test_invoices_that_become_final_at_once_are_numbered_without_gaps(shop: Shop) -> None:
+def test_invoices_that_become_final_at_once_are_numbered_without_gaps(shop: BillingFixture) -> None:
     invoices, names = Invoices(shop.store), [f"t{n}" for n in range(6)]
     for name in names:
         shop.tenants.create(name, at=NOON)
@@ -277,7 +277,7 @@ def test_invoices_that_become_final_at_once_are_numbered_without_gaps(shop: Shop
     assert numbers == [f"INV-2026-{n:06d}" for n in range(1, 7)]
 
 
-def test_of_two_who_finalize_one_invoice_one_does(shop: Shop) -> None:
+def test_of_two_who_finalize_one_invoice_one_does(shop: BillingFixture) -> None:
     shop = tiered(shop)
     for number in range(9):
         buy(shop, number, adapter=False)
@@ -302,7 +302,7 @@ def test_of_two_who_finalize_one_invoice_one_does(shop: Shop) -> None:
         assert connection.execute(kinds).scalar() == 1
 
 
-def test_a_line_is_followed_to_its_days_keys_and_requests(shop: Shop) -> None:
+def test_a_line_is_followed_to_its_days_keys_and_requests(shop: BillingFixture) -> None:
     for number in range(5):
         buy(shop, number, adapter=number == 4, days=number % 2)
     with shop.store.write() as connection:
@@ -329,7 +329,7 @@ def test_a_line_is_followed_to_its_days_keys_and_requests(shop: Shop) -> None:
         usage.requests(final, after="nothing")
 
 
-def test_invoices_are_listed_newest_first_by_tenant_state_and_month(shop: Shop) -> None:
+def test_invoices_are_listed_newest_first_by_tenant_state_and_month(shop: BillingFixture) -> None:
     buy(shop, 1, adapter=False)
     final, invoices = finalize(shop), Invoices(shop.store)
     draft = invoices.create("acme", "2026-12", at=JANUARY)
@@ -344,7 +344,7 @@ def test_invoices_are_listed_newest_first_by_tenant_state_and_month(shop: Shop) 
         invoices.get(final.number, tenant="rival")
 
 
-def test_a_tenant_is_billed_in_one_currency(shop: Shop) -> None:
+def test_a_tenant_is_billed_in_one_currency(shop: BillingFixture) -> None:
     prices = Prices(shop.store)
     prices.publish(PLAN.model_copy(update={"name": "euro", "currency": "EUR"}), at=NOON)
     with pytest.raises(Conflict, match="USD"):

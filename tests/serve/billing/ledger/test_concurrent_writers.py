@@ -12,34 +12,34 @@ import pytest
 import sqlalchemy as sa
 
 from serve.billing.budgets.budgets import spend_table
-from serve.billing.budgets.service import Budgets
-from serve.billing.ledger.ledger import Closing, Hold, Ledger, Opening
-from serve.billing.ledger.writer import Books
+from serve.billing.budgets.service import BudgetService
+from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Resolution
+from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.rollups import hours_table
 from serve.errors import BudgetExceeded, StoreUnavailable
 from serve.storage.database import Store
 from tests.serve.billing.budgets.test_budgets import Till
-from tests.serve.conftest import NOON, Shop
+from tests.serve.conftest import NOON, BillingFixture
 
 LEASE = timedelta(minutes=10)
 T = TypeVar("T")
 
 
 @pytest.fixture
-def till(shop: Shop) -> Till:
+def till(shop: BillingFixture) -> Till:
     return Till(shop)
 
 
 @pytest.fixture
-def stores(shop: Shop) -> Iterator[list[Store]]:
+def stores(shop: BillingFixture) -> Iterator[list[Store]]:
     """Three gateways' handles on the shop's store."""
     with ExitStack() as stack:
         yield [stack.enter_context(closing(Store(shop.store.url))) for _ in range(3)]
 
 
 def a_hold(till: Till, number: int, amount_nanos: int) -> Hold:
-    sale = json.dumps({"project": till.project, "key_id": till.key})
-    return Hold(f"many-{number}", "acme", amount_nanos, till.project, till.key, sale)
+    terms = json.dumps({"project": till.project, "key_id": till.key})
+    return Hold(f"many-{number}", "acme", amount_nanos, till.project, till.key, terms)
 
 
 def patiently(act: Callable[[], T]) -> T:
@@ -89,9 +89,10 @@ def test_200_parallel_holds_at_the_edge_of_a_hard_budget_never_overshoot_it(
 
 def test_group_commit_of_three_gateways_keeps_the_budget_too(till: Till, stores: list[Store]) -> None:
     budget = till.budget("project", 1000)
-    books = [Books(Ledger(store)) for store in stores]
+    commit_queue = [CommitQueue(Ledger(store)) for store in stores]
     openings = [
-        books[number % 3].submit(Opening(a_hold(till, number, 30), NOON, LEASE)) for number in range(200)
+        commit_queue[number % 3].submit(HoldRequest(a_hold(till, number, 30), NOON, LEASE))
+        for number in range(200)
     ]
     outcomes = [opening.result(60) for opening in openings]
     assert sum(outcome is True for outcome in outcomes) == 33
@@ -101,10 +102,10 @@ def test_group_commit_of_three_gateways_keeps_the_budget_too(till: Till, stores:
     for number, outcome in enumerate(outcomes):
         if outcome is True:
             event = till.event(a_hold(till, number, 30), 30)
-            one = Closing(event.request_id, "acme", NOON, event=event)
-            closings += [book.submit(one) for book in books]  # each is delivered three times
+            one = Resolution(event.request_id, "acme", NOON, event=event)
+            closings += [book.submit(one) for book in commit_queue]  # each is delivered three times
     assert sum(closing.result(60) is True for closing in closings) == 33
-    for book in books:
+    for book in commit_queue:
         book.stop()
     assert till.standing(budget) == (990, 0)
 
@@ -159,7 +160,7 @@ def test_limits_changed_and_budgets_retired_under_way_leak_nothing(till: Till, s
         return spent
 
     def manage() -> None:
-        budgets = Budgets(stores[0])
+        budgets = BudgetService(stores[0])
         for number in range(10):
             budgets.change(
                 "acme", first, {"limit_nanos": 500 * (number % 4), "hard": number % 3 > 0}, at=NOON

@@ -12,31 +12,31 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from serve.billing.invoicing.periods import periods_table
 from serve.billing.ledger.accounts import transfers_table
-from serve.billing.ledger.ledger import Closing, Hold, Ledger, Opening
+from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Resolution
 from serve.billing.metering.events import UsageEvent, usage_table
-from serve.billing.metering.queries import Usage
+from serve.billing.metering.queries import UsageQueries
 from serve.billing.metering.rollups import hours_table
 from serve.billing.pricing.plans import Prices, Tokens
 from serve.errors import InsufficientCredit
 from serve.storage.database import Store
 from serve.tenants import Principal, Tenants
-from tests.serve.conftest import NOON, PLAN, NewDatabase, Shop
+from tests.serve.conftest import NOON, PLAN, BillingFixture, NewDatabase
 from tests.support.usage_events import usage_event
 
 LEASE = timedelta(minutes=10)
 
 
-def hold(shop: Shop, request_id: str, amount_nanos: int) -> Hold:
+def hold(shop: BillingFixture, request_id: str, amount_nanos: int) -> Hold:
     made = Hold(request_id, "acme", amount_nanos)
     shop.ledger.hold(made, at=NOON, lease=LEASE)
     return made
 
 
-def event(shop: Shop, request_id: str, cost_nanos: int = 700) -> UsageEvent:
+def event(shop: BillingFixture, request_id: str, cost_nanos: int = 700) -> UsageEvent:
     return usage_event(request_id, key_id=shop.principal.key_id, plan_id=shop.price.id, cost_nanos=cost_nanos)
 
 
-def test_settling_charges_the_cost_and_gives_back_the_rest_of_the_hold(shop: Shop) -> None:
+def test_settling_charges_the_cost_and_gives_back_the_rest_of_the_hold(shop: BillingFixture) -> None:
     made = hold(shop, "r1", 1000)
     assert shop.ledger.account("acme").held_nanos == 1000
     assert shop.ledger.settle(made, event(shop, "r1"), at=NOON)
@@ -44,7 +44,7 @@ def test_settling_charges_the_cost_and_gives_back_the_rest_of_the_hold(shop: Sho
     assert (account.held_nanos, account.spent_nanos) == (0, 700)
 
 
-def test_voiding_gives_back_everything(shop: Shop) -> None:
+def test_voiding_gives_back_everything(shop: BillingFixture) -> None:
     made = hold(shop, "r1", 1000)
     assert shop.ledger.void(made, "test", at=NOON)
     account = shop.ledger.account("acme")
@@ -53,7 +53,7 @@ def test_voiding_gives_back_everything(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("first", ["settle", "void"])
-def test_a_closed_request_cannot_be_closed_again(shop: Shop, first: str) -> None:
+def test_a_closed_request_cannot_be_closed_again(shop: BillingFixture, first: str) -> None:
     made = hold(shop, "r1", 1000)
     close = {
         "settle": lambda: shop.ledger.settle(made, event(shop, "r1"), at=NOON),
@@ -66,7 +66,7 @@ def test_a_closed_request_cannot_be_closed_again(shop: Shop, first: str) -> None
     assert shop.ledger.account("acme") == before
 
 
-def test_a_settle_that_fails_half_way_leaves_nothing_behind(shop: Shop) -> None:
+def test_a_settle_that_fails_half_way_leaves_nothing_behind(shop: BillingFixture) -> None:
     first = hold(shop, "r1", 1000)
     shop.ledger.settle(first, event(shop, "r1"), at=NOON)
     second = hold(shop, "r2", 1000)
@@ -76,7 +76,7 @@ def test_a_settle_that_fails_half_way_leaves_nothing_behind(shop: Shop) -> None:
     assert shop.ledger.account("acme").held_nanos == 1000
 
 
-def test_a_hold_beyond_the_credit_is_refused_and_leaves_nothing_behind(shop: Shop) -> None:
+def test_a_hold_beyond_the_credit_is_refused_and_leaves_nothing_behind(shop: BillingFixture) -> None:
     with pytest.raises(InsufficientCredit) as refused:
         hold(shop, "r1", 1_000_000_001)
     assert refused.value.available_nanos == 1_000_000_000
@@ -84,7 +84,7 @@ def test_a_hold_beyond_the_credit_is_refused_and_leaves_nothing_behind(shop: Sho
     assert shop.ledger.account("acme").held_nanos == 0
 
 
-def test_parallel_holds_never_overshoot_the_credit(shop: Shop) -> None:
+def test_parallel_holds_never_overshoot_the_credit(shop: BillingFixture) -> None:
     def attempt(number: int) -> bool:
         try:
             hold(shop, f"r{number}", 150_000_000)
@@ -98,7 +98,7 @@ def test_parallel_holds_never_overshoot_the_credit(shop: Shop) -> None:
     assert shop.ledger.account("acme").available_nanos == 100_000_000
 
 
-def test_a_hold_expires_with_its_lease(shop: Shop) -> None:
+def test_a_hold_expires_with_its_lease(shop: BillingFixture) -> None:
     made = hold(shop, "r1", 1000)
     assert not shop.ledger.open_holds(expired_at=NOON + LEASE)
     (expired,) = shop.ledger.open_holds(expired_at=NOON + LEASE + timedelta(seconds=1))
@@ -107,30 +107,32 @@ def test_a_hold_expires_with_its_lease(shop: Shop) -> None:
 
 @pytest.mark.parametrize("kind", ["transfers", "usage_events"])
 @pytest.mark.parametrize("change", ["UPDATE {} SET tenant_id = 'acme'", "DELETE FROM {}"])
-def test_the_store_itself_refuses_to_change_what_was_written(shop: Shop, kind: str, change: str) -> None:
+def test_the_store_itself_refuses_to_change_what_was_written(
+    shop: BillingFixture, kind: str, change: str
+) -> None:
     shop.ledger.settle(hold(shop, "r1", 1000), event(shop, "r1"), at=NOON)
     with pytest.raises(sa.exc.DatabaseError, match="append-only"), shop.store.write() as connection:
         connection.exec_driver_sql(change.format(kind))
 
 
-def test_many_steps_are_one_transaction_and_each_has_its_own_outcome(shop: Shop) -> None:
+def test_many_steps_are_one_transaction_and_each_has_its_own_outcome(shop: BillingFixture) -> None:
     shop.ledger.open_account("acme", 2500)
-    holds = [Opening(Hold(f"r{number}", "acme", 1000), NOON, LEASE) for number in range(3)]
+    holds = [HoldRequest(Hold(f"r{number}", "acme", 1000), NOON, LEASE) for number in range(3)]
     *admitted, refused = shop.ledger.apply(holds)
     assert admitted == [True, True]
     assert isinstance(refused, InsufficientCredit)
     closings = [
-        Closing("r0", "acme", NOON, event=event(shop, "r0")),
-        Closing("r0", "acme", NOON, event=event(shop, "r0")),  # the same settlement, delivered twice
-        Closing("r1", "acme", NOON, reason="test"),
-        Closing("r9", "acme", NOON, reason="never held"),
+        Resolution("r0", "acme", NOON, event=event(shop, "r0")),
+        Resolution("r0", "acme", NOON, event=event(shop, "r0")),  # the same settlement, delivered twice
+        Resolution("r1", "acme", NOON, reason="test"),
+        Resolution("r9", "acme", NOON, reason="never held"),
     ]
     assert shop.ledger.apply(closings) == [True, False, True, False]
     account = shop.ledger.account("acme")
     assert (account.credit_nanos, account.spent_nanos, account.held_nanos) == (2500, 700, 0)
 
 
-def test_the_ledger_is_double_entry(shop: Shop) -> None:
+def test_the_ledger_is_double_entry(shop: BillingFixture) -> None:
     """What was credited to an account, less what was debited, is its balance; all of them together are 0."""
     shop.ledger.settle(hold(shop, "r1", 1000), event(shop, "r1"), at=NOON)
     shop.ledger.open_account("acme", 5000)
@@ -144,7 +146,7 @@ def test_the_ledger_is_double_entry(shop: Shop) -> None:
     assert balances == {"acme": 5000 - 700, "platform": -5000, "revenue": 700}
 
 
-def test_an_events_hour_and_its_engines_total_are_summed_with_its_settlement(shop: Shop) -> None:
+def test_an_events_hour_and_its_engines_total_are_summed_with_its_settlement(shop: BillingFixture) -> None:
     for number in range(3):
         shop.ledger.settle(hold(shop, f"r{number}", 1000), event(shop, f"r{number}"), at=NOON)
     c = hours_table.c
@@ -154,7 +156,7 @@ def test_an_events_hour_and_its_engines_total_are_summed_with_its_settlement(sho
     assert tuple(row) == (NOON, "2026-11", "tiny", 3, 30, 15, 2100)
 
 
-def test_what_is_settled_after_its_month_was_closed_belongs_to_the_next_one(shop: Shop) -> None:
+def test_what_is_settled_after_its_month_was_closed_belongs_to_the_next_one(shop: BillingFixture) -> None:
     with shop.store.write() as connection:
         for period in ("2026-11", "2026-12"):
             row = {"tenant_id": "acme", "period": period, "closed_at": NOON}
@@ -164,12 +166,14 @@ def test_what_is_settled_after_its_month_was_closed_belongs_to_the_next_one(shop
         assert connection.execute(sa.select(usage_table.c.period)).scalar_one() == "2027-01"
 
 
-def test_totals_count_the_prompt_once_for_the_customer_and_per_sample_for_the_engine(shop: Shop) -> None:
+def test_totals_count_the_prompt_once_for_the_customer_and_per_sample_for_the_engine(
+    shop: BillingFixture,
+) -> None:
     made = hold(shop, "r1", 1000)
     one = event(shop, "r1")
     two_samples = UsageEvent(**{name: getattr(one, name) for name in one.__slots__} | {"samples": 2})
     shop.ledger.settle(made, two_samples, at=NOON)
-    usage = Usage(shop.store)
+    usage = UsageQueries(shop.store)
     assert [total.tokens for total in usage.totals()] == [Tokens(10, 4, 5)]
     assert usage.by_engine()["r", "b"].prompt_tokens == 20
 
@@ -189,7 +193,7 @@ class LedgerMachine(RuleBasedStateMachine):
         ledger = Ledger(self.store)
         ledger.open_account("acme", 5000)
         principal = Principal("acme", key.id, key.scopes)
-        self.shop = Shop(self.store, tenants, ledger, principal, secret, price)
+        self.shop = BillingFixture(self.store, tenants, ledger, principal, secret, price)
         self.holds: list[Hold] = []
 
     def teardown(self) -> None:

@@ -7,11 +7,11 @@ from datetime import timedelta
 
 import pytest
 
-from serve.billing.ledger.ledger import Closing, Hold, Ledger, Opening, Outcome
-from serve.billing.ledger.writer import Books
+from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Outcome, Resolution
+from serve.billing.ledger.writer import CommitQueue
 from serve.errors import InsufficientCredit, StoreUnavailable
 from tests.serve.billing.ledger.test_ledger import event
-from tests.serve.conftest import NOON, Shop, wait_until
+from tests.serve.conftest import NOON, BillingFixture, wait_until
 
 LEASE = timedelta(minutes=10)
 
@@ -19,44 +19,44 @@ LEASE = timedelta(minutes=10)
 class GatedLedger(Ledger):
     """Waits at `gate` before each transaction, and remembers their sizes."""
 
-    def __init__(self, shop: Shop) -> None:
+    def __init__(self, shop: BillingFixture) -> None:
         super().__init__(shop.store)
         self.gate = threading.Event()
         self.sizes: list[int] = []
 
-    def apply(self, entries: Sequence[Opening | Closing]) -> list[Outcome]:
+    def apply(self, entries: Sequence[HoldRequest | Resolution]) -> list[Outcome]:
         self.sizes.append(len(entries))
         assert self.gate.wait(30)
         return super().apply(entries)
 
 
 @pytest.fixture
-def ledger(shop: Shop) -> GatedLedger:
+def ledger(shop: BillingFixture) -> GatedLedger:
     return GatedLedger(shop)
 
 
 @pytest.fixture
-def books(ledger: GatedLedger) -> Iterator[Books]:
-    books = Books(ledger)
-    yield books
+def commit_queue(ledger: GatedLedger) -> Iterator[CommitQueue]:
+    commit_queue = CommitQueue(ledger)
+    yield commit_queue
     ledger.gate.set()
-    books.stop()
+    commit_queue.stop()
 
 
-def opening(request_id: str, amount_nanos: int = 1000) -> Opening:
-    return Opening(Hold(request_id, "acme", amount_nanos), NOON, LEASE)
+def opening(request_id: str, amount_nanos: int = 1000) -> HoldRequest:
+    return HoldRequest(Hold(request_id, "acme", amount_nanos), NOON, LEASE)
 
 
-def settlement(shop: Shop, request_id: str) -> Closing:
-    return Closing(request_id, "acme", NOON, event=event(shop, request_id))
+def settlement(shop: BillingFixture, request_id: str) -> Resolution:
+    return Resolution(request_id, "acme", NOON, event=event(shop, request_id))
 
 
 def test_what_waits_while_the_store_writes_is_the_next_transaction(
-    shop: Shop, ledger: GatedLedger, books: Books
+    shop: BillingFixture, ledger: GatedLedger, commit_queue: CommitQueue
 ) -> None:
-    first = books.submit(opening("r0"))
+    first = commit_queue.submit(opening("r0"))
     wait_until(lambda: ledger.sizes == [1])
-    others = [books.submit(opening(f"r{number}")) for number in range(1, 20)]
+    others = [commit_queue.submit(opening(f"r{number}")) for number in range(1, 20)]
     ledger.gate.set()
     assert [future.result(30) for future in (first, *others)] == [True] * 20
     assert ledger.sizes == [1, 19]
@@ -64,21 +64,23 @@ def test_what_waits_while_the_store_writes_is_the_next_transaction(
 
 
 def test_a_hold_and_its_settlement_in_one_transaction_are_both_done(
-    shop: Shop, ledger: GatedLedger, books: Books
+    shop: BillingFixture, ledger: GatedLedger, commit_queue: CommitQueue
 ) -> None:
-    waiting = books.submit(opening("r0"))
+    waiting = commit_queue.submit(opening("r0"))
     wait_until(lambda: ledger.sizes == [1])
-    both = [books.submit(opening("r1")), books.submit(settlement(shop, "r1"))]
+    both = [commit_queue.submit(opening("r1")), commit_queue.submit(settlement(shop, "r1"))]
     ledger.gate.set()
     assert [future.result(30) for future in (waiting, *both)] == [True] * 3
     assert ledger.sizes == [1, 2]
     assert shop.ledger.account("acme").spent_nanos == 700
 
 
-def test_one_that_is_refused_refuses_nobody_else(shop: Shop, ledger: GatedLedger, books: Books) -> None:
+def test_one_that_is_refused_refuses_nobody_else(
+    shop: BillingFixture, ledger: GatedLedger, commit_queue: CommitQueue
+) -> None:
     async def scenario() -> list[object]:
         asking = [
-            asyncio.create_task(books.open(opening(f"r{number}", amount)))
+            asyncio.create_task(commit_queue.open(opening(f"r{number}", amount)))
             for number, amount in enumerate([1000, 10**12, 1000])
         ]
         await asyncio.sleep(0)
@@ -90,19 +92,19 @@ def test_one_that_is_refused_refuses_nobody_else(shop: Shop, ledger: GatedLedger
 
 
 def test_one_that_breaks_the_transaction_breaks_it_for_itself_only(
-    shop: Shop, ledger: GatedLedger, books: Books
+    shop: BillingFixture, ledger: GatedLedger, commit_queue: CommitQueue
 ) -> None:
     def broken(_connection: object) -> None:
         raise ZeroDivisionError
 
     ledger.gate.set()
-    holds = [books.submit(opening(f"r{number}")) for number in range(3)]
+    holds = [commit_queue.submit(opening(f"r{number}")) for number in range(3)]
     assert all(future.result(30) for future in holds)
     ledger.gate.clear()
-    waiting = books.submit(opening("r9"))
+    waiting = commit_queue.submit(opening("r9"))
     wait_until(lambda: ledger.sizes[-1] == 1)
-    bad = Closing("r1", "acme", NOON, reason="test", also=broken)
-    closing = [books.submit(each) for each in (settlement(shop, "r0"), bad, settlement(shop, "r2"))]
+    bad = Resolution("r1", "acme", NOON, reason="test", in_transaction=broken)
+    closing = [commit_queue.submit(each) for each in (settlement(shop, "r0"), bad, settlement(shop, "r2"))]
     ledger.gate.set()
     assert waiting.result(30)
     outcomes = [future.result(30) for future in closing]
@@ -112,42 +114,42 @@ def test_one_that_breaks_the_transaction_breaks_it_for_itself_only(
 
 
 def test_a_store_that_is_away_is_told_to_everybody_who_waits(
-    shop: Shop, books: Books, ledger: GatedLedger, monkeypatch: pytest.MonkeyPatch
+    shop: BillingFixture, commit_queue: CommitQueue, ledger: GatedLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(_entries: object) -> list[Outcome]:
         raise StoreUnavailable()
 
     monkeypatch.setattr(ledger, "apply", away)
     with pytest.raises(StoreUnavailable):
-        asyncio.run(books.open(opening("r0")))
+        asyncio.run(commit_queue.open(opening("r0")))
     monkeypatch.undo()
     ledger.gate.set()
-    asyncio.run(books.open(opening("r0")))
+    asyncio.run(commit_queue.open(opening("r0")))
 
 
 def test_after_it_is_stopped_what_waited_is_done_and_nothing_more_is_taken(
-    shop: Shop, ledger: GatedLedger, books: Books
+    shop: BillingFixture, ledger: GatedLedger, commit_queue: CommitQueue
 ) -> None:
-    waiting = [books.submit(opening(f"r{number}")) for number in range(5)]
+    waiting = [commit_queue.submit(opening(f"r{number}")) for number in range(5)]
     ledger.gate.set()
-    books.stop()
+    commit_queue.stop()
     assert all(future.done() for future in waiting)
     with pytest.raises(StoreUnavailable):
-        books.submit(opening("r9"))
+        commit_queue.submit(opening("r9"))
     assert len(shop.ledger.open_holds()) == 5
 
 
 def test_the_settlement_of_one_that_stopped_waiting_is_done_all_the_same(
-    shop: Shop, ledger: GatedLedger, books: Books
+    shop: BillingFixture, ledger: GatedLedger, commit_queue: CommitQueue
 ) -> None:
     async def scenario() -> None:
-        asking = asyncio.create_task(books.open(opening("r0")))
+        asking = asyncio.create_task(commit_queue.open(opening("r0")))
         while not ledger.sizes:
             await asyncio.sleep(0.001)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         ledger.gate.set()
-        await books.open(opening("r1"))
+        await commit_queue.open(opening("r1"))
 
     asyncio.run(scenario())
     assert [one.hold.request_id for one in shop.ledger.open_holds()] == ["r0", "r1"]

@@ -9,25 +9,25 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
-from serve.billing.budgets.service import Budgets
+from serve.billing.budgets.service import BudgetService
 from serve.billing.ledger.accounts import transfer
-from serve.billing.ledger.ledger import Closing, Hold
+from serve.billing.ledger.ledger import Hold, Resolution
 from serve.billing.ledger.verification import verify
 from serve.billing.metering.events import FailedAttempt, usage_table
-from serve.billing.metering.queries import DAY, HOUR, MINUTE, Question, Usage, floor, parts
+from serve.billing.metering.queries import DAY, HOUR, MINUTE, UsageQueries, UsageQuery, floor, parts
 from serve.billing.metering.rollups import hours_table, rebuild, rollup_drift
 from serve.cli import app
 from serve.errors import InvalidRequest
 from serve.storage.database import Store
 from serve.tenants.audit import Audit
-from tests.serve.conftest import NOON, Shop, on_sqlite
+from tests.serve.conftest import NOON, BillingFixture, on_sqlite
 from tests.support.usage_events import usage_event
 
 MIDNIGHT = NOON.replace(hour=0)
 LEASE = timedelta(minutes=5)
 
 
-def use(shop: Shop, *times: datetime, **changes: object) -> None:
+def use(shop: BillingFixture, *times: datetime, **changes: object) -> None:
     """One request, 1000 nano-USD, settled at each of `times`."""
     for at in times:
         with shop.store.read() as connection:
@@ -44,8 +44,8 @@ def use(shop: Shop, *times: datetime, **changes: object) -> None:
         assert shop.ledger.settle(hold, event, at=at)
 
 
-def count(shop: Shop, start: datetime, end: datetime, width: timedelta | None = None) -> int:
-    return sum(used.requests for used in Usage(shop.store).ask(Question(start, end, width)))
+def count(shop: BillingFixture, start: datetime, end: datetime, width: timedelta | None = None) -> int:
+    return sum(used.requests for used in UsageQueries(shop.store).query(UsageQuery(start, end, width)))
 
 
 def damage(store: Store, statement: str) -> None:
@@ -54,7 +54,9 @@ def damage(store: Store, statement: str) -> None:
 
 
 @pytest.mark.parametrize("width", [MINUTE, HOUR, DAY, None])
-def test_any_two_moments_hold_exactly_what_was_used_between_them(shop: Shop, width: timedelta | None) -> None:
+def test_any_two_moments_hold_exactly_what_was_used_between_them(
+    shop: BillingFixture, width: timedelta | None
+) -> None:
     use(shop, *(MIDNIGHT + timedelta(minutes=25 * number, seconds=number) for number in range(12)))
     edges = [MIDNIGHT + timedelta(minutes=minutes) for minutes in (0, 25, 50, 51, 60, 120, 200, 299, 300)]
     for start in edges:
@@ -66,19 +68,19 @@ def test_any_two_moments_hold_exactly_what_was_used_between_them(shop: Shop, wid
             assert count(shop, start, end, width) == expected, (start, end)
 
 
-def test_totals_of_a_cut_hour_are_those_of_its_events(shop: Shop) -> None:
+def test_totals_of_a_cut_hour_are_those_of_its_events(shop: BillingFixture) -> None:
     use(shop, MIDNIGHT, NOON, NOON + timedelta(minutes=30))
-    totals = Usage(shop.store).totals(start=NOON - HOUR / 2, end=NOON + HOUR / 2)
+    totals = UsageQueries(shop.store).totals(start=NOON - HOUR / 2, end=NOON + HOUR / 2)
     assert [(total.requests, total.cost_nanos) for total in totals] == [(1, 1000)]
-    assert Usage(shop.store).totals()[0].requests == 3
+    assert UsageQueries(shop.store).totals()[0].requests == 3
 
 
-def test_more_groups_than_allowed_are_refused(shop: Shop) -> None:
+def test_more_groups_than_allowed_are_refused(shop: BillingFixture) -> None:
     use(shop, MIDNIGHT, MIDNIGHT + DAY)
-    question = Question(MIDNIGHT, MIDNIGHT + 2 * DAY, groups_max=1)
+    question = UsageQuery(MIDNIGHT, MIDNIGHT + 2 * DAY, groups_max=1)
     with pytest.raises(InvalidRequest):
-        Usage(shop.store).ask(question)
-    assert len(Usage(shop.store).ask(replace(question, groups_max=2))) == 2
+        UsageQueries(shop.store).query(question)
+    assert len(UsageQueries(shop.store).query(replace(question, groups_max=2))) == 2
 
 
 def test_the_parts_of_a_window_are_disjoint_and_complete() -> None:
@@ -92,11 +94,11 @@ def test_the_parts_of_a_window_are_disjoint_and_complete() -> None:
             assert all(a == floor(a, HOUR) and b == floor(b, HOUR) for t, a, b in found if t is hours_table)
 
 
-def busy(shop: Shop) -> None:
+def busy(shop: BillingFixture) -> None:
     """A bit of everything that moves money."""
     key = shop.principal.key_id
-    Budgets(shop.store).create("acme", "tenant", "acme", "total", 10**9, at=MIDNIGHT)
-    Budgets(shop.store).create("acme", "key", key, "day", 10**9, at=MIDNIGHT, hard=False)
+    BudgetService(shop.store).create("acme", "tenant", "acme", "total", 10**9, at=MIDNIGHT)
+    BudgetService(shop.store).create("acme", "key", key, "day", 10**9, at=MIDNIGHT, hard=False)
     use(shop, MIDNIGHT, NOON, NOON + HOUR)
     use(shop, NOON, tier="batch", model="acme/support", adapter_version="acme/support@1", cold_loads=1)
     shop.ledger.hold(Hold("void", "acme", 5, key_id=key), at=NOON, lease=LEASE)
@@ -112,7 +114,7 @@ def busy(shop: Shop) -> None:
         prompt_tokens=3,
         completion_tokens=2,
     )
-    shop.ledger.apply([Closing("void", "acme", NOON, reason="failed", failed=(attempt,))])
+    shop.ledger.apply([Resolution("void", "acme", NOON, reason="failed", failed=(attempt,))])
     shop.ledger.hold(Hold("open", "acme", 7, key_id=key), at=NOON, lease=LEASE)
     moves = {"grant": 10, "withdraw": 1, "expire": 2, "charge": 3, "refund": 4, "payment": 5}
     with shop.store.write() as connection:
@@ -120,10 +122,10 @@ def busy(shop: Shop) -> None:
             transfer(connection, "acme", kind, amount, reference=kind, reason="test", at=NOON)
 
 
-def test_a_ledger_that_was_only_written_by_itself_agrees(shop: Shop) -> None:
+def test_a_ledger_that_was_only_written_by_itself_agrees(shop: BillingFixture) -> None:
     busy(shop)
     checks = verify(shop.store)
-    assert [one for one in checks if one.differences] == []
+    assert [one for one in checks if one.mismatches] == []
     assert sum(one.compared for one in checks) > 20
     assert [rollup_drift(shop.store, (MIDNIGHT + days * DAY).date()) for days in (-1, 0, 1)] == [0, 0, 0]
 
@@ -141,18 +143,18 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_sum_that_is_wrong_is_found(shop: Shop, name: str) -> None:
+def test_a_sum_that_is_wrong_is_found(shop: BillingFixture, name: str) -> None:
     busy(shop)
     damage(shop.store, DAMAGE[name])
-    assert any(one.name.startswith(name) for one in verify(shop.store) if one.differences)
+    assert any(one.name.startswith(name) for one in verify(shop.store) if one.mismatches)
 
 
-def test_a_settlement_without_its_event_is_found(shop: Shop) -> None:
+def test_a_settlement_without_its_event_is_found(shop: BillingFixture) -> None:
     busy(shop)
     row = "'ghost', 2, 'settle', 'acme', 'acme', 'revenue', 0, '2026-11-22 12:00:00'"
     names = "request_id, phase, kind, tenant_id, debit, credit, amount_nanos, created_at"
     damage(shop.store, f"INSERT INTO transfers ({names}) VALUES ({row})")
-    wrong = {one.name: one.differences for one in verify(shop.store) if one.differences}
+    wrong = {one.name: one.mismatches for one in verify(shop.store) if one.mismatches}
     assert set(wrong) >= {
         "settlements = usage events",
         "a settlement's amount = its event's cost (-1: it has none)",
@@ -167,21 +169,21 @@ def test_a_settlement_without_its_event_is_found(shop: Shop) -> None:
         "UPDATE usage_hours SET model = 'ghost' WHERE model = 'tiny'",
     ],
 )
-def test_a_day_is_made_anew_from_its_events(shop: Shop, wreck: str) -> None:
+def test_a_day_is_made_anew_from_its_events(shop: BillingFixture, wreck: str) -> None:
     busy(shop)
-    day, before = MIDNIGHT.date(), Usage(shop.store).totals()
+    day, before = MIDNIGHT.date(), UsageQueries(shop.store).totals()
     damage(shop.store, wreck)
     wrong = rollup_drift(shop.store, day)
     assert wrong > 0
     assert rebuild(shop.store, day, actor="test", at=NOON) == wrong
     assert rollup_drift(shop.store, day) == 0
-    assert Usage(shop.store).totals() == before
-    assert all(not one.differences for one in verify(shop.store))
+    assert UsageQueries(shop.store).totals() == before
+    assert all(not one.mismatches for one in verify(shop.store))
     (entry,) = Audit(shop.store).entries(action="usage.rebuild")
     assert (entry.subject, entry.details["wrong"]) == ("2026-11-22", wrong)
 
 
-def test_only_the_day_that_is_rebuilt_changes(shop: Shop) -> None:
+def test_only_the_day_that_is_rebuilt_changes(shop: BillingFixture) -> None:
     use(shop, MIDNIGHT - timedelta(seconds=1), MIDNIGHT, MIDNIGHT + DAY)
     damage(shop.store, "DELETE FROM usage_hours")
     assert rebuild(shop.store, MIDNIGHT.date(), actor="test", at=NOON) == 1
@@ -190,7 +192,7 @@ def test_only_the_day_that_is_rebuilt_changes(shop: Shop) -> None:
 
 @on_sqlite
 def test_the_commands_show_forecast_and_verify(
-    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shop: BillingFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy(shop)
     monkeypatch.setenv("BESPOKE_DATABASE_URL", shop.store.url)

@@ -22,7 +22,7 @@ from serve.billing.pricing.plans import (
     read_plan,
 )
 from serve.errors import UnknownRecord
-from tests.serve.conftest import CONFIGS, NOON, PLAN, Shop
+from tests.serve.conftest import CONFIGS, NOON, PLAN, BillingFixture
 
 prices_st = st.integers(0, 10**12)
 counts_st = st.integers(0, 10**6)
@@ -61,7 +61,7 @@ def test_cents_are_rounded_half_to_even() -> None:
     assert [cents(n) for n in (5_000_000, 15_000_000, 25_000_001)] == ["0.00", "0.02", "0.03"]
 
 
-def test_publishing_an_unchanged_plan_makes_no_new_version(shop: Shop) -> None:
+def test_publishing_an_unchanged_plan_makes_no_new_version(shop: BillingFixture) -> None:
     prices = Prices(shop.store)
     assert prices.publish(PLAN, at=NOON).version == 1
     dearer = PLAN.model_copy(update={"base": PLAN.base.model_copy(update={"prompt_nanos_per_mtok": 1})})
@@ -69,7 +69,7 @@ def test_publishing_an_unchanged_plan_makes_no_new_version(shop: Shop) -> None:
     assert prices.publish(dearer, at=NOON).version == 2
 
 
-def test_the_price_in_force_is_the_one_at_the_requests_time(shop: Shop) -> None:
+def test_the_price_in_force_is_the_one_at_the_requests_time(shop: BillingFixture) -> None:
     prices = Prices(shop.store)
     dearer = PLAN.model_copy(update={"base": PLAN.base.model_copy(update={"prompt_nanos_per_mtok": 1})})
     prices.publish(dearer, at=NOON)
@@ -81,7 +81,7 @@ def test_the_price_in_force_is_the_one_at_the_requests_time(shop: Shop) -> None:
     assert [version and version.version for version in versions] == [None, 1, 1, 2]
 
 
-def test_a_batch_has_prices_of_its_own_or_else_the_ordinary_ones(shop: Shop) -> None:
+def test_a_batch_has_prices_of_its_own_or_else_the_ordinary_ones(shop: BillingFixture) -> None:
     cheap = PLAN.base.model_copy(update={"prompt_nanos_per_mtok": 1})
     plan = PLAN.model_copy(update={"batch": BatchRates(base=cheap, adapter=PLAN.adapter)})
     assert plan.rates(adapter=False, batch=True) == cheap
@@ -89,7 +89,7 @@ def test_a_batch_has_prices_of_its_own_or_else_the_ordinary_ones(shop: Shop) -> 
     assert shop.price.rates(adapter=False, batch=True) == shop.price.rates(adapter=False)
 
 
-def test_a_plan_without_batch_prices_is_stored_as_it_was_before_there_were_any(shop: Shop) -> None:
+def test_a_plan_without_batch_prices_is_stored_as_it_was_before_there_were_any(shop: BillingFixture) -> None:
     rates = {name: nanos for name, nanos in PLAN.base.model_dump().items() if name != "cold_load_nanos"}
     before = {"name": "standard", "currency": "USD", "base": rates, "adapter": rates}
     with shop.store.read() as connection:
@@ -105,7 +105,7 @@ def test_our_own_batch_prices_are_half() -> None:
         assert {name: 2 * nanos for name, nanos in half.items()} == plan.rates(adapter=adapter).model_dump()
 
 
-def test_an_unknown_plan_or_tenant_is_named(shop: Shop) -> None:
+def test_an_unknown_plan_or_tenant_is_named(shop: BillingFixture) -> None:
     with pytest.raises(UnknownRecord, match="gold"):
         Prices(shop.store).subscribe("acme", "gold", at=NOON)
     with pytest.raises(UnknownRecord, match="nobody"):

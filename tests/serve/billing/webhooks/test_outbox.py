@@ -31,7 +31,7 @@ from serve.billing.webhooks.outbox import deliver_due as deliver
 from serve.billing.webhooks.outbox import notices_table, write
 from serve.errors import InvalidRequest
 from serve.storage.database import Store
-from tests.serve.conftest import NOON, Shop
+from tests.serve.conftest import NOON, BillingFixture
 
 SERVER_SECRET = b"a secret of the server's"
 
@@ -108,7 +108,9 @@ def row(store: Store, notice: str) -> "sa.Row[Any]":
         return connection.execute(sa.select(notices_table).where(notices_table.c.id == notice)).one()
 
 
-def test_a_notice_arrives_once_and_its_receiver_can_check_who_sent_it(shop: Shop, receiver: Receiver) -> None:
+def test_a_notice_arrives_once_and_its_receiver_can_check_who_sent_it(
+    shop: BillingFixture, receiver: Receiver
+) -> None:
     note(shop.store, "ntc_1", receiver.url)
     assert deliver_due(shop.store, NOON) == 1
     assert deliver_due(shop.store, NOON + timedelta(hours=2)) == 0
@@ -139,7 +141,7 @@ def test_each_tenant_has_a_secret_of_its_own() -> None:
 
 
 def test_what_is_not_taken_is_tried_again_ever_later_and_given_up_after_a_day(
-    shop: Shop, receiver: Receiver, caplog: pytest.LogCaptureFixture
+    shop: BillingFixture, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "serve.billing.webhooks.outbox")
     receiver.status = 500
@@ -164,7 +166,9 @@ def test_what_is_not_taken_is_tried_again_ever_later_and_given_up_after_a_day(
     assert receiver.url not in caplog.text
 
 
-def test_a_notice_that_failed_arrives_when_its_receiver_is_back(shop: Shop, receiver: Receiver) -> None:
+def test_a_notice_that_failed_arrives_when_its_receiver_is_back(
+    shop: BillingFixture, receiver: Receiver
+) -> None:
     receiver.status = 503
     note(shop.store, "ntc_1", receiver.url)
     deliver_due(shop.store, NOON)
@@ -174,7 +178,7 @@ def test_a_notice_that_failed_arrives_when_its_receiver_is_back(shop: Shop, rece
 
 
 def test_slow_and_dead_receivers_hold_up_nobody_else(
-    shop: Shop, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    shop: BillingFixture, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery, "TIMEOUT_S", 0.5)
     shop.tenants.create("rival", at=NOON)
@@ -210,7 +214,7 @@ def test_an_answer_that_never_ends_is_not_read_to_its_end(
         asyncio.run(post(receiver.url, {}, b"{}"))
 
 
-def test_redirects_are_not_followed(shop: Shop, receiver: Receiver) -> None:
+def test_redirects_are_not_followed(shop: BillingFixture, receiver: Receiver) -> None:
     with receiving() as other:
         receiver.status, receiver.headers = 307, {"location": other.url}
         note(shop.store, "ntc_1", receiver.url)
@@ -219,7 +223,7 @@ def test_redirects_are_not_followed(shop: Shop, receiver: Receiver) -> None:
     assert row(shop.store, "ntc_1").last_error == "HTTP 307"
 
 
-def test_two_stewards_do_not_send_a_notice_side_by_side(shop: Shop, receiver: Receiver) -> None:
+def test_two_stewards_do_not_send_a_notice_side_by_side(shop: BillingFixture, receiver: Receiver) -> None:
     receiver.wait_s = 0.3
     note(shop.store, "ntc_1", receiver.url)
     stewards = [threading.Thread(target=deliver_due, args=(shop.store, NOON)) for _ in range(4)]
@@ -231,7 +235,7 @@ def test_two_stewards_do_not_send_a_notice_side_by_side(shop: Shop, receiver: Re
 
 
 def test_what_a_steward_claimed_and_did_not_live_to_send_is_sent_by_another(
-    shop: Shop, receiver: Receiver
+    shop: BillingFixture, receiver: Receiver
 ) -> None:
     async def dies(*_: object) -> int:
         raise KeyboardInterrupt
@@ -243,7 +247,7 @@ def test_what_a_steward_claimed_and_did_not_live_to_send_is_sent_by_another(
     assert deliver_due(shop.store, NOON + timedelta(seconds=60)) == 1
 
 
-def test_a_notice_without_a_webhook_is_never_sent(shop: Shop) -> None:
+def test_a_notice_without_a_webhook_is_never_sent(shop: BillingFixture) -> None:
     note(shop.store, "ntc_1", "")
     assert deliver_due(shop.store, NOON + timedelta(days=1)) == 0
     assert row(shop.store, "ntc_1").tries == 0

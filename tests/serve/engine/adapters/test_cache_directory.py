@@ -41,7 +41,7 @@ def test_folders_of_dead_processes_go_and_those_of_living_ones_stay(parents: tup
     kept = [folder(parent, pid) for parent in parents for pid in (os.getpid(), os.getppid())]
     others = [folder(parents[0], "nobody"), parents[0] / f"other-{dead}-abc"]
     others[1].mkdir()
-    cache.sweep()
+    cache.sweep_directories()
     assert not any(path.exists() for path in gone)
     assert all((path / "weights.bin").exists() for path in kept)
     assert all(path.exists() for path in others), "what is not its own is not its business"
@@ -49,12 +49,12 @@ def test_folders_of_dead_processes_go_and_those_of_living_ones_stay(parents: tup
 
 def test_a_new_folder_is_this_processs_own_and_comes_after_a_sweep(parents: tuple[Path, Path]) -> None:
     gone = folder(parents[1], dead_pid())
-    made = cache.make()
+    made = cache.make_directory()
     assert not gone.exists()
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
-    cache.sweep()
+    cache.sweep_directories()
     assert made.exists()
-    assert cache.make() != made
+    assert cache.make_directory() != made
 
 
 def test_without_room_in_memory_the_folder_is_on_disk(
@@ -62,6 +62,6 @@ def test_without_room_in_memory_the_folder_is_on_disk(
 ) -> None:
     memory, disk = parents
     monkeypatch.setattr(cache, "_FREE_BYTES_MIN", 0)
-    assert cache.make().parent == memory
+    assert cache.make_directory().parent == memory
     monkeypatch.setattr(cache, "_FREE_BYTES_MIN", 1 << 62)
-    assert cache.make().parent == disk
+    assert cache.make_directory().parent == disk

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from serve.engine.adapters.probe import probe
 from serve.engine.protocol import Counters, Delta, Event, Finished
-from serve.registry.versions import AdapterRef
+from serve.registry.versions import AdapterVersion
 from tests.serve.engine.conftest import MEMORY, SLOTS, Host, until
 
 REQUESTS, IN_FLIGHT_MAX, DISTURB_EVERY = 2200, 24, 12
@@ -29,10 +29,10 @@ class Shop:
 
     host: Host
     answers: dict[str, dict[tuple[str, int], str]] = field(default_factory=dict)
-    aliases: dict[str, AdapterRef] = field(default_factory=dict)
-    retired: list[AdapterRef] = field(default_factory=list)
+    aliases: dict[str, AdapterVersion] = field(default_factory=dict)
+    retired: list[AdapterVersion] = field(default_factory=list)
 
-    def learn(self, adapter: AdapterRef | None) -> None:
+    def learn(self, adapter: AdapterVersion | None) -> None:
         short = [(text, 6 + number % 5) for number, text in enumerate(OPENINGS)]
         long = [(LONG_OPENING + text, tokens) for text, tokens in short]
         known = self.host.references(adapter, short, 3) | self.host.references(adapter, long, 2)
@@ -121,7 +121,7 @@ async def disturb(shop: Shop, seeds: dict[str, int], rng: random.Random, record:
         case 1:
             pinned = rng.sample(list(shop.aliases.values()), rng.randrange(3))
             wanted = {ref.id for ref in rng.sample(known, len(known) // 2)} | {ref.id for ref in pinned}
-            await engine.keep(frozenset(wanted), pinned)
+            await engine.apply_desired(frozenset(wanted), pinned)
             record.done["kept"] += 1
         case _:
             await engine.unload(rng.choice(known).id)
@@ -209,6 +209,6 @@ def test_under_churn_every_answer_is_that_of_its_own_version_and_every_token_is_
     assert after.residency.waiting == 0
     for moved in ("memory_loads", "memory_evictions", "slot_loads", "slot_evictions"):
         assert getattr(after.residency, moved) > getattr(before.residency, moved), moved
-    host.run(host.engine.keep(frozenset(), []))
-    assert host.engine.resident == []
+    host.run(host.engine.apply_desired(frozenset(), []))
+    assert host.engine.loaded_adapters == []
     assert host.counters().residency.slots == 0

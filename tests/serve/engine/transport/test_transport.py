@@ -19,8 +19,8 @@ from serve.engine.protocol import (
     Texts,
 )
 from serve.engine.transport.frames import Address, Hello
-from serve.engine.transport.gateway_side import Inbox
-from serve.engine.transport.replica_side import Desk
+from serve.engine.transport.gateway_side import ReplicaListener
+from serve.engine.transport.replica_side import ReplicaServer
 from serve.errors import (
     BespokeError,
     ContextLengthExceeded,
@@ -29,7 +29,7 @@ from serve.errors import (
     EngineUnavailable,
     Overloaded,
 )
-from serve.registry.versions import AdapterRef
+from serve.registry.versions import AdapterVersion
 
 BASE = "tiny"
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class Engine:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.resident: list[int] = []
+        self.loaded_adapters: list[int] = []
         self.running = 0
         self.cancelled = 0
         self.aborted: dict[str, asyncio.Event] = {}
@@ -77,13 +77,13 @@ class Engine:
 class Handle:
     """Ray Serve's handle, as far as RemoteEngine uses it: tells every desk the same."""
 
-    def __init__(self, desks: list[Desk]) -> None:
+    def __init__(self, desks: list[ReplicaServer]) -> None:
         self.desks = desks
 
     def broadcast(self, method: str, *args: Any) -> Any:
         class Response:
             async def results_async(_self, **_options: Any) -> list[Any]:
-                calls = (getattr(desk, method)(*args) for desk in self.desks)
+                calls = (getattr(replica_server, method)(*args) for replica_server in self.desks)
                 return list(await asyncio.gather(*calls, return_exceptions=True))
 
         return Response()
@@ -97,7 +97,7 @@ class World:
     ) -> None:
         self.engines = {name: Engine(name) for name in names}
         self.desks = {
-            name: Desk(engine, Hello(BASE, name, load_max)) for name, engine in self.engines.items()
+            name: ReplicaServer(engine, Hello(BASE, name, load_max)) for name, engine in self.engines.items()
         }
         self.handle = Handle(list(self.desks.values()))
         self._queued_max = queued_max
@@ -105,11 +105,11 @@ class World:
         self._numbers = iter(range(10_000))
 
     def gateway(self) -> RemoteEngine:
-        self.inbox = Inbox("127.0.0.1")
+        self.listener = ReplicaListener("127.0.0.1")
         return RemoteEngine(
             BASE,
             self.handle,
-            self.inbox,
+            self.listener,
             context_tokens_max=100,
             queued_max=self._queued_max,
             accept_timeout_s=self._wait_s,
@@ -118,14 +118,14 @@ class World:
 
     async def __aenter__(self) -> "World":
         self.remote = self.gateway()
-        self._following = asyncio.create_task(self.remote.follow())
+        self._following = asyncio.create_task(self.remote.discover())
         await until(lambda: len(self.remote._replicas) == len(self.desks))
         return self
 
     async def __aexit__(self, *_error: object) -> None:
         self._following.cancel()
-        for desk in self.desks.values():
-            die(desk)
+        for replica_server in self.desks.values():
+            die(replica_server)
 
     async def ask(
         self, prompt: str = "", adapter: int | None = None, taken: list[list[Event]] | None = None
@@ -136,7 +136,7 @@ class World:
         return "".join(event.text for batch in taken for event in batch if isinstance(event, Delta))
 
     def request(self, prompt: str = "", adapter: int | None = None) -> GenerationRequest:
-        ref = None if adapter is None else AdapterRef(adapter, "acme", "support", "0" * 16)
+        ref = None if adapter is None else AdapterVersion(adapter, "acme", "support", "0" * 16)
         return GenerationRequest(f"req_{next(self._numbers)}", ref, Texts((prompt,)), Sampling(), "acme")
 
     @property
@@ -144,9 +144,9 @@ class World:
         return sum(engine.running for engine in self.engines.values())
 
 
-def die(desk: Desk) -> None:
+def die(replica_server: ReplicaServer) -> None:
     """As the kernel ends the connections of a process that is gone."""
-    for line in desk._lines.values():
+    for line in replica_server._lines.values():
         line._transport.abort()
 
 
@@ -219,7 +219,7 @@ def test_a_gateway_that_dies_takes_its_requests_along_and_no_others() -> None:
     async def scenario() -> None:
         async with World() as world:
             other = world.gateway()
-            following = asyncio.create_task(other.follow())
+            following = asyncio.create_task(other.discover())
             mine = asyncio.create_task(world.ask("stay"))
             await until(lambda: bool(other._replicas))
             theirs = asyncio.create_task(other.generate(world.request("stay"), lambda _batch: None))
@@ -332,7 +332,7 @@ def test_one_adapter_keeps_to_one_replica_and_follows_who_holds_it() -> None:
         async with World("abc") as world:
             (home,) = {await world.ask(adapter=7) for _ in range(5)}
             holder = next(name for name in "abc" if name != home)
-            world.engines[home].resident, world.engines[holder].resident = [], [7]
+            world.engines[home].loaded_adapters, world.engines[holder].loaded_adapters = [], [7]
             async with asyncio.timeout(10):
                 while await world.ask(adapter=7) != holder:
                     await asyncio.sleep(0.05)
@@ -361,7 +361,7 @@ def test_other_gateways_requests_count_as_load() -> None:
     async def scenario() -> None:
         async with World("ab") as world:
             other = world.gateway()
-            following = asyncio.create_task(other.follow())
+            following = asyncio.create_task(other.discover())
             await until(lambda: len(other._replicas) == 2)
             tasks = [asyncio.create_task(world.ask("stay", adapter=7)) for _ in range(6)]
             await until(lambda: world.running == 6)
@@ -380,7 +380,7 @@ def test_who_does_not_bear_the_token_is_not_listened_to(
 
     async def scenario() -> None:
         async with World() as world:
-            address: Address = await world.inbox.address()
+            address: Address = await world.listener.address()
             reader, writer = await asyncio.open_connection(address.host, address.port)
             writer.write(first)
             assert await reader.read() == b""

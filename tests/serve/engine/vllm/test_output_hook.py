@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from serve.engine.protocol import Delta, Event, Finished
-from serve.engine.vllm.outputs import Reader, Tap
+from serve.engine.vllm.outputs import OutputHook, OutputParser
 
 
 def queue(*outputs: Any) -> Any:
@@ -30,14 +30,16 @@ def output(text: str, *, ends: bool = False) -> Any:
     return SimpleNamespace(outputs=[one], finished=ends, prompt_logprobs=None, num_cached_tokens=0)
 
 
-def reader() -> Reader:
-    return Reader(None, [[1, 2]], request=None, samples=1, parser=lambda: None, whole=False, logprobs=None)
+def reader() -> OutputParser:
+    return OutputParser(
+        None, [[1, 2]], request=None, samples=1, parser=lambda: None, whole=False, logprobs=None
+    )
 
 
 def test_what_came_before_the_tap_comes_first_and_once() -> None:
     async def scenario() -> None:
         taken: list[list[Event]] = []
-        tap, one = Tap(reader(), taken.append), queue(output("a"))
+        tap, one = OutputHook(reader(), taken.append), queue(output("a"))
         tap.open(0, one)
         assert one.output is None
         one.put(output("b", ends=True))
@@ -49,7 +51,7 @@ def test_what_came_before_the_tap_comes_first_and_once() -> None:
 
 def test_what_vllm_raises_ends_the_wait_and_not_vllms_caller() -> None:
     async def scenario() -> None:
-        tap, one = Tap(reader(), lambda _batch: None), queue()
+        tap, one = OutputHook(reader(), lambda _batch: None), queue()
         tap.open(0, one)
         one.put(RuntimeError("its core has died"))
         with pytest.raises(RuntimeError, match="its core has died"):
@@ -63,7 +65,7 @@ def test_a_bug_in_who_takes_the_events_ends_this_request_alone() -> None:
         def broken(_batch: list[Event]) -> None:
             raise ZeroDivisionError
 
-        tap, one = Tap(reader(), broken), queue()
+        tap, one = OutputHook(reader(), broken), queue()
         tap.open(0, one)
         one.put(output("a"))
         with pytest.raises(ZeroDivisionError):
@@ -76,7 +78,7 @@ def test_what_comes_after_the_wait_was_given_up_is_counted_and_not_handed_on() -
     async def scenario() -> None:
         taken: list[list[Event]] = []
         counting = reader()
-        tap, one = Tap(counting, taken.append), queue()
+        tap, one = OutputHook(counting, taken.append), queue()
         tap.open(0, one)
         tap.ended.cancel()
         one.put(output("a"))

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from serve.engine.protocol import Delta, Finished
-from serve.engine.vllm.outputs import Reader
+from serve.engine.vllm.outputs import OutputParser
 
 HALF = "\ud83d"
 
@@ -24,7 +24,7 @@ class Parser:
 
 def read(reason: str, *, parser: Any = None, whole: bool = False) -> list[Any]:
     asked = SimpleNamespace(parallel_tool_calls=None, tool_choice="auto")
-    reader = Reader(
+    reader = OutputParser(
         None, [[1, 2]], request=asked, samples=1, parser=lambda: parser, whole=whole, logprobs=None
     )
     one = SimpleNamespace(

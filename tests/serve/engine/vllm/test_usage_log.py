@@ -4,12 +4,13 @@ import asyncio
 
 import pytest
 
-from serve.engine.protocol import Final
+from serve.billing.metering.terms import RequestUsage
+from serve.billing.pricing.plans import Tokens
 from serve.engine.vllm import usage_log as finals_module
-from serve.engine.vllm.usage_log import Finals
+from serve.engine.vllm.usage_log import UsageLog
 from serve.errors import EngineUnavailable
 
-DONE = Final("r", "b", 10, 4, 7)
+DONE = RequestUsage("r", "b", Tokens(10, 4, 7))
 
 
 class Runner:
@@ -17,24 +18,24 @@ class Runner:
 
     def __init__(self) -> None:
         self.aborted = asyncio.Event()
-        self.finals = Finals(self.abort)
+        self.finals = UsageLog(self.abort)
 
     async def abort(self, _request_id: str) -> None:
         self.aborted.set()
 
     async def run(self, request_id: str) -> None:
-        with self.finals.remembering(request_id, lambda: DONE):
+        with self.finals.recording(request_id, lambda: DONE):
             await self.aborted.wait()
 
 
 def test_a_request_that_runs_is_ended_and_its_last_count_told() -> None:
-    async def scenario() -> Final | None:
+    async def scenario() -> RequestUsage | None:
         runner = Runner()
         running = asyncio.create_task(runner.run("a"))
         await asyncio.sleep(0)
-        told = await runner.finals.of("a")
+        told = await runner.finals.final_usage("a")
         await running
-        assert await runner.finals.of("a") == told
+        assert await runner.finals.final_usage("a") == told
         return told
 
     assert asyncio.run(scenario()) == DONE
@@ -43,7 +44,7 @@ def test_a_request_that_runs_is_ended_and_its_last_count_told() -> None:
 def test_a_request_that_was_ended_before_it_began_never_begins() -> None:
     async def scenario() -> None:
         runner = Runner()
-        assert await runner.finals.of("late") is None
+        assert await runner.finals.final_usage("late") is None
         with pytest.raises(EngineUnavailable):
             await runner.run("late")
 
@@ -51,11 +52,11 @@ def test_a_request_that_was_ended_before_it_began_never_begins() -> None:
 
 
 def test_what_was_done_is_remembered_however_it_ended() -> None:
-    async def scenario() -> Final | None:
+    async def scenario() -> RequestUsage | None:
         finals = Runner().finals
-        with pytest.raises(ZeroDivisionError), finals.remembering("a", lambda: DONE):
+        with pytest.raises(ZeroDivisionError), finals.recording("a", lambda: DONE):
             raise ZeroDivisionError
-        return await finals.of("a")
+        return await finals.final_usage("a")
 
     assert asyncio.run(scenario()) == DONE
 
@@ -63,11 +64,11 @@ def test_what_was_done_is_remembered_however_it_ended() -> None:
 def test_only_the_last_ones_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finals_module, "KEPT_MAX", 2)
 
-    async def scenario() -> list[Final | None]:
+    async def scenario() -> list[RequestUsage | None]:
         finals = Runner().finals
         for name in "abc":
-            with finals.remembering(name, lambda: DONE):
+            with finals.recording(name, lambda: DONE):
                 pass
-        return [await finals.of(name) for name in "bca"]
+        return [await finals.final_usage(name) for name in "bca"]
 
     assert asyncio.run(scenario()) == [DONE, DONE, None]

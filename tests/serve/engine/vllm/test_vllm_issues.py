@@ -13,9 +13,9 @@ from finetune.card import CARD_NAME, WEIGHTS_NAME, content_version, read_card, w
 from finetune.digest import file_sha256
 from serve.engine.adapters.probe import NOISE, distance, probe
 from serve.engine.protocol import Accepted, Delta, Event
-from serve.errors import BespokeError, CatalogueError, EngineUnavailable
+from serve.errors import BespokeError, EngineUnavailable, RegistryError
 from serve.registry.validation import inspect
-from serve.registry.versions import AdapterRef
+from serve.registry.versions import AdapterVersion
 from tests.serve.engine.conftest import RANK_MAX, TENANT, Host, collect
 
 OPENINGS = ("The", "Bicycle tea", "Hello there", "Once", "Rain on", "Why do", "Blue", "Seven", "It", "Please")
@@ -33,12 +33,12 @@ async def begun(events: AsyncIterator[list[Event]]) -> str:
     raise AssertionError("the stream ended at once")
 
 
-def long_reference(host: Host, adapter: AdapterRef | None) -> tuple[str, str]:
+def long_reference(host: Host, adapter: AdapterVersion | None) -> tuple[str, str]:
     (((prompt, _), text),) = host.references(adapter, [(text, LONG_TOKENS) for text in OPENINGS], 1).items()
     return prompt, text
 
 
-def calm(host: Host, name: str) -> tuple[AdapterRef, str, str]:
+def calm(host: Host, name: str) -> tuple[AdapterVersion, str, str]:
     """An adapter with a long answer that is sure."""
     for seed in range(20):
         adapter = host.publish(name, seed, size=CALM)
@@ -57,7 +57,7 @@ def test_47724_adapters_added_while_others_decode_change_nobodys_tokens(host: Ho
     for other in others:
         host.run(host.engine.unload(other.id))
 
-    async def streaming(adapter: AdapterRef | None, prompt: str, through: asyncio.Event) -> list[str]:
+    async def streaming(adapter: AdapterVersion | None, prompt: str, through: asyncio.Event) -> list[str]:
         """One long answer after another, until the others are through."""
         texts = []
         while not through.is_set():
@@ -113,15 +113,15 @@ def test_42125_streams_of_the_old_version_finish_on_it_after_the_alias_has_moved
         stream = host.stream(old, old_prompt, LONG_TOKENS)[1]
         start = await begun(stream)
         rest = asyncio.create_task(collect(stream))
-        await host.engine.keep(frozenset({new.id}), [new])  # the catalogue has dropped the old one
-        assert old.id in host.engine.resident, "it was to be in flight still"
+        await host.engine.apply_desired(frozenset({new.id}), [new])  # the catalogue has dropped the old one
+        assert old.id in host.engine.loaded_adapters, "it was to be in flight still"
         answer = await host.answer(new, new_prompt, tokens)
         return start + (await rest).text, answer.text
 
     assert host.run(scenario()) == (old_text, new_text)
 
 
-def misnamed(host: Host, name: str, seed: int, old: str, new: str) -> AdapterRef:
+def misnamed(host: Host, name: str, seed: int, old: str, new: str) -> AdapterVersion:
     """A whole adapter with a card that agrees, of whose tensors none is named as the base's modules are."""
     good = host.publish(name, seed).path(host.adapters_dir)
     with tempfile.TemporaryDirectory(dir=host.adapters_dir.parent) as staging:
@@ -146,7 +146,7 @@ def test_34186_an_adapter_with_a_foreign_prefix_is_refused_by_its_tensors_name(
     host: Host, old: str, new: str
 ) -> None:
     path = misnamed(host, "foreign", 1, old, new).path(host.adapters_dir)
-    with pytest.raises(CatalogueError, match=r"base_model\..*wrong_model\..*layers\.0"):
+    with pytest.raises(RegistryError, match=r"base_model\..*wrong_model\..*layers\.0"):
         inspect(path, host.base_dir, max_rank=RANK_MAX)
 
 
@@ -175,7 +175,7 @@ def test_a_good_adapter_passes_its_probe_and_leaves_the_base_as_it_was(host: Hos
     before = host.run(host.engine.logprobs(None))
     adapter = host.publish("good", 1)
     assert host.run(probe(host.engine, adapter)) is None
-    assert adapter.id not in host.engine.resident
+    assert adapter.id not in host.engine.loaded_adapters
     assert host.run(host.engine.logprobs(None)) == pytest.approx(before, abs=NOISE / 10)
 
 

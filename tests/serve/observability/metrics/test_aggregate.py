@@ -6,7 +6,8 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve.deployment.app import build_app
-from serve.observability.metrics import Exposition, Metrics, merge, render_engines, render_fleet
+from serve.engine.metrics import render_engines
+from serve.observability.metrics import Exposition, Metrics, merge, render_aggregate
 from serve.settings import Settings
 from tests.support.exposition import busy
 from tests.support.scripted_app import HELLO, ScriptedEngine
@@ -43,8 +44,8 @@ def gateway(name: str, requests: int) -> Metrics:
     return metrics
 
 
-def scrape(home: Path, fleet: Fleet | None) -> Samples:
-    app = build_app(Settings(home=home), {"tiny": ScriptedEngine(HELLO)}, peers=fleet)
+def scrape(home: Path, pool: Fleet | None) -> Samples:
+    app = build_app(Settings(home=home), {"tiny": ScriptedEngine(HELLO)}, peers=pool)
     with TestClient(app) as client:
         return samples(client.get("/metrics").content)
 
@@ -91,7 +92,12 @@ def test_merged_expositions_have_each_family_once_and_every_sample_as_it_was() -
     other = Metrics(gateway="other")
     other.request('/v1/"odd"\\\n# HELP route', 200, 0.1)
     other.request("/v1/models", 200, 0.1)
-    texts = [busy().exposition().text, other.exposition().text, render_engines([]), render_fleet(2, 2, {})]
+    texts = [
+        busy().exposition().text,
+        other.exposition().text,
+        render_engines([]),
+        render_aggregate(2, 2, {}),
+    ]
     merged = merge(texts)
     described = [line for line in merged.splitlines() if line.startswith((b"# HELP", b"# TYPE"))]
     assert len(described) == len(set(described))

@@ -14,7 +14,7 @@ from serve.deployment.app import build_app
 from serve.observability.metrics import Metrics
 from serve.settings import Settings
 from tests.serve.conftest import TINY
-from tests.support.scripted_app import BROKEN, HELLO, LEFT, Json, Played, ScriptedEngine
+from tests.support.scripted_app import BROKEN, HELLO, LEFT, Json, ScriptedApp, ScriptedEngine
 
 TOKEN = "let-me-see-é"
 WIDE = "0.0.0.0"
@@ -107,7 +107,7 @@ ASKED = [
 ]
 
 
-def broken(played: Played, route: str) -> tuple[float, float]:
+def broken(played: ScriptedApp, route: str) -> tuple[float, float]:
     """How many streams of `route` have broken off, and how many engines have failed, as the metrics say."""
     value = played.app.state.context.metrics.registry.get_sample_value
     failed = {"type": "server_error", "code": "engine_failed"}
@@ -121,7 +121,7 @@ def broken(played: Played, route: str) -> tuple[float, float]:
 def test_a_stream_that_breaks_off_is_an_error_although_its_status_is_200(
     tmp_path: Path, route: str, body: Json
 ) -> None:
-    played = Played(tmp_path, HELLO, BROKEN, BROKEN)
+    played = ScriptedApp(tmp_path, HELLO, BROKEN, BROKEN)
     for count in (0, 1):
         assert played.ask("POST", route, body | {"model": TINY, "stream": True}).status_code == 200
         assert broken(played, route) == (count, count)
@@ -130,7 +130,7 @@ def test_a_stream_that_breaks_off_is_an_error_although_its_status_is_200(
 
 
 def test_a_client_that_leaves_during_its_upload_is_no_failure_of_the_service(tmp_path: Path) -> None:
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     came: Iterator[Json]
 
     async def receive() -> Json:
@@ -152,7 +152,7 @@ def test_what_nobody_expected_is_answered_with_the_requests_id(
     async def bug(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    played = Played(tmp_path, HELLO)
+    played = ScriptedApp(tmp_path, HELLO)
     monkeypatch.setattr(played.gateway, "generate", bug)
     ((route, body), *_) = ASKED
     answer = played.ask("POST", route, body | {"model": TINY})
@@ -161,7 +161,7 @@ def test_what_nobody_expected_is_answered_with_the_requests_id(
 
 
 def test_a_client_that_leaves_breaks_no_stream(tmp_path: Path) -> None:
-    played = Played(tmp_path, LEFT)
+    played = ScriptedApp(tmp_path, LEFT)
     ((route, body), *_) = ASKED
     played.leave(route, body | {"model": TINY, "stream": True}, after=b"Hel")
     assert broken(played, route) == (0, 0)

@@ -3,7 +3,7 @@
 import pytest
 
 from serve.engine.protocol import Delta
-from serve.observability.metrics import Metrics, Pace
+from serve.observability.metrics import Metrics, TokenLatency
 from serve.observability.metrics import token_latency as module
 from serve.observability.metrics.token_latency import BUCKETS_S
 
@@ -12,16 +12,18 @@ def tokens(*counts: int) -> list[Delta]:
     return [Delta(index, "x", count) for index, count in enumerate(counts)]
 
 
-def paced(monkeypatch: pytest.MonkeyPatch, steps: list[tuple[float, list[Delta]]], choices: int = 1) -> Pace:
+def paced(
+    monkeypatch: pytest.MonkeyPatch, steps: list[tuple[float, list[Delta]]], choices: int = 1
+) -> TokenLatency:
     """The pace of a request whose deltas come at these moments."""
-    pace = Pace(choices)
+    pace = TokenLatency(choices)
     for at_s, deltas in steps:
         monkeypatch.setattr(module, "monotonic", lambda at_s=at_s: at_s)
         pace.note(deltas)
     return pace
 
 
-def buckets(pace: Pace) -> dict[float, int]:
+def buckets(pace: TokenLatency) -> dict[float, int]:
     bounds = (*BUCKETS_S, float("inf"))
     return {bound: count for bound, count in zip(bounds, pace.counts, strict=True) if count}
 
