@@ -85,7 +85,7 @@ async def create(body: BatchCreate, who: Inference, ctx: Ctx, batches: StoredBat
         endpoint=body.endpoint,
         input_file_id=body.input_file_id,
         metadata=body.metadata,
-        at=ctx.gateway.terms.now(),
+        at=ctx.gateway.context.now(),
     )
     return _wire(batch)
 
@@ -115,7 +115,7 @@ async def show(batch_id: str, who: Inference, batches: StoredBatches) -> BatchOb
 )
 async def cancel(batch_id: str, who: Inference, ctx: Ctx, batches: StoredBatches) -> BatchObject:
     """What runs already is finished, billed and in the output."""
-    at = ctx.gateway.terms.now()
+    at = ctx.gateway.context.now()
     return _wire(await asyncio.to_thread(batches.cancel, who.tenant, batch_id, at=at))
 
 

@@ -102,7 +102,7 @@ StoredBatches = Annotated[Batches, Depends(stored_batches)]
 )
 async def create(request: Request, who: Who, ctx: Ctx, files: Stored) -> FileObject:
     """The caller is known, and has room, before the body is read."""
-    at = ctx.gateway.terms.now()
+    at = ctx.gateway.context.now()
     await asyncio.to_thread(files.check_room, who.tenant, at=at)
     uploading: Counter[str] = request.app.state.uploading
     if uploading[who.tenant] >= UPLOADS_AT_ONCE:
@@ -137,7 +137,7 @@ async def index(
     page = await asyncio.to_thread(
         files.page,
         who.tenant,
-        at=ctx.gateway.terms.now(),
+        at=ctx.gateway.context.now(),
         purpose=purpose,
         after=after,
         limit=limit,
@@ -150,7 +150,7 @@ async def index(
 
 @router.get("/v1/files/{file_id}", response_model=FileObject, responses=errors(401, 403, 404, 503))
 async def show(file_id: str, who: Who, ctx: Ctx, files: Stored) -> FileObject:
-    return _wire(await asyncio.to_thread(files.get, who.tenant, file_id, at=ctx.gateway.terms.now()))
+    return _wire(await asyncio.to_thread(files.get, who.tenant, file_id, at=ctx.gateway.context.now()))
 
 
 @router.get(
@@ -160,7 +160,7 @@ async def show(file_id: str, who: Who, ctx: Ctx, files: Stored) -> FileObject:
 )
 async def content(file_id: str, who: Who, ctx: Ctx, files: Stored) -> FileResponse:
     """As it was sent. Never as something that a browser would run."""
-    file = await asyncio.to_thread(files.get, who.tenant, file_id, at=ctx.gateway.terms.now())
+    file = await asyncio.to_thread(files.get, who.tenant, file_id, at=ctx.gateway.context.now())
     path = await asyncio.to_thread(files.path_of, who.tenant, file.id)
     safe = {"x-content-type-options": "nosniff", "cache-control": "private, no-store"}
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename, headers=safe)
@@ -169,7 +169,7 @@ async def content(file_id: str, who: Who, ctx: Ctx, files: Stored) -> FileRespon
 @router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=errors(401, 403, 404, 409, 503))
 async def delete(file_id: str, who: Who, ctx: Ctx, files: Stored, batches: StoredBatches) -> FileDeleted:
     """409 while a batch reads it."""
-    at, readers = ctx.gateway.terms.now(), batches.readers(file_id)
+    at, readers = ctx.gateway.context.now(), batches.readers(file_id)
     await asyncio.to_thread(files.delete, who.tenant, file_id, at=at, in_use=readers)
     return FileDeleted(id=file_id)
 

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse, Response
 
 from serve.api.dependencies import Context, Ctx
-from serve.api.schemas import Readiness, Status, errors
+from serve.api.schemas import HealthStatus, Readiness, errors
 from serve.engine.metrics import render_engines
 from serve.engine.protocol import Counters, Engine
 from serve.errors import EngineUnavailable, Unauthenticated, Unavailable
@@ -24,7 +24,7 @@ from serve.observability.metrics import merge, render_aggregate, render_budgets
 router = APIRouter()
 
 
-@router.get("/healthz", response_model=Status)
+@router.get("/healthz", response_model=HealthStatus)
 async def healthz() -> Json:
     """This process answers. Says nothing about what is behind it."""
     return {"status": "ok"}
@@ -92,7 +92,7 @@ async def _engines(ctx: Context) -> dict[str, list[Counters]]:
 
 async def _measured(steward: StewardClient | None) -> StewardStatus | None:
     try:
-        return None if steward is None else await steward.measurements()
+        return None if steward is None else await steward.status()
     except Unavailable:
         return None
 

@@ -167,4 +167,4 @@ def _responses(ctx: Context) -> StoredResponses:
 
 
 def _now(ctx: Context) -> datetime:
-    return ctx.gateway.terms.now()
+    return ctx.gateway.context.now()

@@ -151,11 +151,11 @@ class ModelList(_Object):
     data: list[Model]
 
 
-class Status(_Object):
+class HealthStatus(_Object):
     status: str
 
 
-class Readiness(Status):
+class Readiness(HealthStatus):
     bases: list[str]
 
 

@@ -66,7 +66,7 @@ async def answer_once(
     key = request.headers.get("idempotency-key")
     if key is not None:
         content = request.url.path.encode() + b"\n" + await request.body()
-        at = ctx.gateway.terms.now()
+        at = ctx.gateway.context.now()
         kept = await asyncio.to_thread(ctx.idempotency.find, who.tenant, key, content, at=at)
         if kept is not None:
             headers = {"idempotency-replayed": "true", "x-original-request-id": kept.request_id}

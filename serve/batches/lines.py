@@ -23,7 +23,7 @@ from serve.storage.database import Store
 Json = dict[str, Any]
 
 
-class NotMine(Exception):
+class LeaseLost(Exception):
     """The batch was cancelled, or another worker has it or the line: nothing may be begun."""
 
 
@@ -136,7 +136,7 @@ def _insert(connection: sa.Connection, attempt: Attempt, **outcome: Any) -> None
         b.id == attempt.batch_id, b.lease_owner == attempt.owner, b.status == BatchStatus.IN_PROGRESS.value
     )
     if connection.execute(mine.with_for_update(read=True)).first() is None:
-        raise NotMine
+        raise LeaseLost
     row = {
         "batch_id": attempt.batch_id,
         "line": attempt.line,
@@ -147,7 +147,7 @@ def _insert(connection: sa.Connection, attempt: Attempt, **outcome: Any) -> None
         with connection.begin_nested():
             connection.execute(results_table.insert().values(row | outcome))
     except sa.exc.IntegrityError as error:
-        raise NotMine from error
+        raise LeaseLost from error
 
 
 def release_line(connection: sa.Connection, request_id: str) -> None:

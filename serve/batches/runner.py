@@ -22,7 +22,7 @@ from serve.batches.input import (
     read_line,
     validate,
 )
-from serve.batches.lines import Attempt, LineCommitHook, Lines, NotMine
+from serve.batches.lines import Attempt, LeaseLost, LineCommitHook, Lines
 from serve.batches.output import write_output
 from serve.batches.queue import BatchQueue
 from serve.client_data.files import Files
@@ -94,14 +94,14 @@ class BatchRun:
 
     def __init__(self, shop: RunnerContext, batch: Batch) -> None:
         self.batch = batch
-        self._shop = shop
+        self._context = shop
         self._status: BatchStatus | None = batch.status
         self._pause = Backoff()  # the tenant's own limits
         self._lost: dict[int, int] = {}
 
-    async def go(self) -> None:
+    async def run(self) -> None:
         """Raises StoreUnavailable; then another attempt goes on from here."""
-        while not self._shop.stopping.is_set() and (status := await self.renew()) is not None:
+        while not self._context.stopping.is_set() and (status := await self.renew()) is not None:
             match status:
                 case BatchStatus.VALIDATING:
                     await self._validate()
@@ -112,12 +112,12 @@ class BatchRun:
 
     async def renew(self) -> BatchStatus | None:
         """Keep the lease, and see how the batch stands; None if it is over or another's."""
-        shop = self._shop
+        shop = self._context
         self._status = await asyncio.to_thread(shop.work.renew, self.batch.id, at=shop.now())
         return self._status
 
     async def _validate(self) -> None:
-        shop, batch, at = self._shop, self.batch, self._shop.now()
+        shop, batch, at = self._context, self.batch, self._context.now()
         if at >= batch.expires_at:
             error = LineError("batch_expired", "The batch expired before it was validated.")
             await asyncio.to_thread(shop.work.fail, batch.id, [error], at=at)
@@ -135,7 +135,7 @@ class BatchRun:
 
     async def _execute(self) -> None:
         """Run what has no result, again and again, until all has, or the batch may not go on."""
-        shop, batch = self._shop, self.batch
+        shop, batch = self._context, self.batch
         while self._may_begin:
             await asyncio.to_thread(shop.lines.fence, batch.id, at=shop.now())
             done = await asyncio.to_thread(shop.lines.done, batch.id)
@@ -147,7 +147,7 @@ class BatchRun:
 
     async def _pass(self, done: set[int]) -> None:
         """Each line without a result once. Ends when none is in flight."""
-        shop, running = self._shop, set[asyncio.Task[None]]()
+        shop, running = self._context, set[asyncio.Task[None]]()
         lines = numbered_lines(shop.files.path_of(self.batch.tenant, self.batch.input_file_id))
         try:
             while await self._ready() and (entry := await asyncio.to_thread(next, lines, None)) is not None:
@@ -169,24 +169,24 @@ class BatchRun:
 
     @property
     def _may_begin(self) -> bool:
-        in_time = self._shop.now() < self.batch.expires_at
-        return self._status is BatchStatus.IN_PROGRESS and in_time and not self._shop.stopping.is_set()
+        in_time = self._context.now() < self.batch.expires_at
+        return self._status is BatchStatus.IN_PROGRESS and in_time and not self._context.stopping.is_set()
 
     async def _ready(self) -> bool:
         """Wait for a pause to end. False if nothing more may begin."""
-        while self._may_begin and (left_s := max(self._pause.left_s, self._shop.pause.left_s)) > 0:
+        while self._may_begin and (left_s := max(self._pause.left_s, self._context.pause.left_s)) > 0:
             await asyncio.sleep(min(left_s, LOOK_S))
         return self._may_begin
 
     async def _line(self, number: int, raw: bytes) -> None:
         line = read_line(raw)
         request_id = f"req_{uuid.uuid4().hex}"
-        attempt = Attempt(self.batch.id, self._shop.work.owner, number, line.custom_id, request_id)
+        attempt = Attempt(self.batch.id, self._context.work.owner, number, line.custom_id, request_id)
         try:
             await self._attempt(attempt, line)
             self._pause.end()
-            self._shop.pause.end()
-        except NotMine:
+            self._context.pause.end()
+        except LeaseLost:
             await self._look()
         except RateLimited as error:
             if error.retry_after_s is None:
@@ -197,7 +197,7 @@ class BatchRun:
             self._lost[number] = self._lost.get(number, 0) + isinstance(error, EngineLost)
             if self._lost[number] >= LOST_MAX:
                 await self._refuse(attempt, EngineFailed())
-            self._shop.pause.begin(error.retry_after_s)
+            self._context.pause.begin(error.retry_after_s)
         except BespokeError as error:
             await self._refuse(attempt, error)
         except Exception:
@@ -205,7 +205,7 @@ class BatchRun:
             await self._refuse(attempt, BespokeError())
 
     async def _attempt(self, attempt: Attempt, line: InputLine) -> None:
-        shop, batch = self._shop, self.batch
+        shop, batch = self._context, self.batch
         # Each time anew: a key that was revoked since runs nothing more.
         principal = await asyncio.to_thread(shop.principal_of, batch.key_id, shop.now())
         if "inference" not in principal.scopes:
@@ -233,21 +233,21 @@ class BatchRun:
         """A line's last word is an error, unless its settlement said so already."""
         status_code, _, _ = status_of(error)
         try:
-            await asyncio.to_thread(self._shop.lines.refuse, attempt, status_code, body_of(error))
-        except NotMine:
+            await asyncio.to_thread(self._context.lines.refuse, attempt, status_code, body_of(error))
+        except LeaseLost:
             await self._look()
         except StoreUnavailable as away:  # the next pass says it again
-            self._shop.pause.begin(away.retry_after_s)
+            self._context.pause.begin(away.retry_after_s)
 
     async def _look(self) -> None:
         try:
             await self.renew()
         except StoreUnavailable as away:
-            self._shop.pause.begin(away.retry_after_s)
+            self._context.pause.begin(away.retry_after_s)
 
     async def _end(self, status: BatchStatus) -> None:
         """After the last attempt: none may be settled once the files are written."""
-        shop, batch = self._shop, self.batch
+        shop, batch = self._context, self.batch
         await asyncio.to_thread(shop.lines.fence, batch.id, at=shop.now())
         end = BatchStatus.CANCELLED if status is BatchStatus.CANCELLING else BatchStatus.COMPLETED
 

@@ -56,7 +56,7 @@ class BatchWorker:
         self._loop: asyncio.Task[None] | None = None
         owner = f"{socket.gethostname()[:30]}-{os.getpid()}-{secrets.token_hex(8)}"
         self._work = BatchQueue(store, files, owner, lease)
-        self._shop = RunnerContext(
+        self._context = RunnerContext(
             gateway=gateway,
             work=self._work,
             lines=Lines(store),
@@ -83,10 +83,10 @@ class BatchWorker:
         batch = await asyncio.to_thread(self._work.take, at=self._now())
         if batch is None:
             return False
-        run = BatchRun(self._shop, batch)
+        run = BatchRun(self._context, batch)
         keeping = asyncio.create_task(self._keep(run))
         try:
-            await run.go()
+            await run.run()
         finally:
             keeping.cancel()
         await asyncio.to_thread(self._work.give_back, batch.id)
@@ -107,7 +107,7 @@ class BatchWorker:
                 pass
             except Exception:  # the batch stays taken until its lease ends: it is not tried at once again
                 log.exception("a batch could not go on")
-            await self._nap(self._idle_s)
+            await self._sleep(self._idle_s)
 
     async def _keep(self, run: BatchRun) -> None:
         while True:
@@ -124,9 +124,9 @@ class BatchWorker:
                 pass
             except OSError:
                 log.exception("files could not be swept")
-            await self._nap(SWEEP_INTERVAL_S)
+            await self._sleep(SWEEP_INTERVAL_S)
 
-    async def _nap(self, seconds: float) -> None:
+    async def _sleep(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), seconds)
 

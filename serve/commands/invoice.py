@@ -16,7 +16,7 @@ from serve.billing.invoicing.export import write_csv, write_json
 from serve.billing.invoicing.invoices import Invoices
 from serve.billing.invoicing.pdf import note_pdf_bytes, write_pdf
 from serve.billing.invoicing.periods import period_name
-from serve.billing.invoicing.store import Invoice, State
+from serve.billing.invoicing.store import Invoice, InvoiceState
 from serve.billing.money import cents, nanos_of_usd, usd
 from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
 from serve.errors import OperatorError
@@ -64,12 +64,12 @@ def create(
 def index(
     tenant: Annotated[str | None, typer.Argument()] = None,
     month: Annotated[str | None, typer.Option(help="As 2026-11.")] = None,
-    state: Annotated[State | None, typer.Option()] = None,
+    state: Annotated[InvoiceState | None, typer.Option()] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
     home: HomeOption = None,
 ) -> None:
     """Invoices, newest first."""
-    states = tuple(State) if state is None else (state,)
+    states = tuple(InvoiceState) if state is None else (state,)
     invoices = Invoices(open_store(settings_of(home)))
     found = invoices.page(tenant=tenant, period=month, states=states, limit=limit)
     rows = table("!number", "tenant", "month", "state", ">total", ">due", "currency")

@@ -77,7 +77,7 @@ def build_app(
         store=store,
         registry=registry,
         engines=engines,
-        admission=admission,
+        rate_limiter=admission,
         commit_queue=commit_queue,
         checkpoints=checkpoints,
         metrics=metrics,
@@ -106,7 +106,7 @@ def build_app(
         files=stored,
         bounds=InputBounds(limits.batch_lines, limits.body_bytes, fields),
         requests_in_flight=limits.batch_requests,
-        now=gateway.terms.now,
+        now=gateway.context.now,
     )
 
     @contextlib.asynccontextmanager
@@ -114,7 +114,7 @@ def build_app(
         jobs = [
             asyncio.create_task(chore)
             for chore in (
-                admission.follow(),
+                admission.keep_settled(),
                 _note_key_use(tenants),
             )
         ]

@@ -150,8 +150,8 @@ class StewardDeployment:
         self._steward = build_steward(settings, _engines(settings, contexts, handles))
         self._running = asyncio.get_running_loop().create_task(self._steward.run())
 
-    async def measurements(self) -> StewardStatus:
-        return await self._steward.measurements()
+    async def status(self) -> StewardStatus:
+        return await self._steward.status()
 
 
 class RemoteSteward:
@@ -160,10 +160,10 @@ class RemoteSteward:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def measurements(self) -> StewardStatus:
+    async def status(self) -> StewardStatus:
         try:
             async with asyncio.timeout(STEWARD_TIMEOUT_S):
-                measured: StewardStatus = await self._handle.measurements.remote()
+                measured: StewardStatus = await self._handle.status.remote()
                 return measured
         except Exception as error:
             raise EngineUnavailable("The steward is away.") from error

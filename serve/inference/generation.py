@@ -64,27 +64,27 @@ class Generation:
 
     def __init__(
         self,
-        terms: GenerationContext,
+        context: GenerationContext,
         principal: Principal,
-        call: InferenceRequest,
+        request: InferenceRequest,
         admitted: Admitted,
         engine: Engine,
     ) -> None:
-        self.request = call
+        self.request = request
         self.model = admitted.model
-        self.answer = CollectedAnswer(call.choices) if call.collect else None
-        self.created_at = terms.now()
+        self.answer = CollectedAnswer(request.choices) if request.collect else None
+        self.created_at = context.now()
         self.failure: BespokeError | None = None  # that ended it
-        operation = "text_completion" if isinstance(call.prompt, Texts) else "chat"
-        self._telemetry = terms.tracing.generation(
-            operation, call.model, admitted.model.base, call.sampling, call.request_id
+        operation = "text_completion" if isinstance(request.prompt, Texts) else "chat"
+        self._telemetry = context.tracing.generation(
+            operation, request.model, admitted.model.base, request.sampling, request.request_id
         )
         self.log_context = logs.log_context()
-        self._terms = terms
+        self._context = context
         self._principal = principal
         self._admitted = admitted
         self._engine = engine
-        self._engine_id = call.request_id
+        self._engine_id = request.request_id
         self._attempts = 0
         self._failed: list[FailedAttempt] = []
         self._version = admitted.model.adapter.model if admitted.model.adapter else None
@@ -97,7 +97,7 @@ class Generation:
         self._deltas = DeltaBuffer()
         self._started_s = monotonic()
         self._first_token_s: float | None = None
-        self._pace = TokenLatency(call.choices)
+        self._token_latency = TokenLatency(request.choices)
         self._stopped: str | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._done = False
@@ -139,16 +139,16 @@ class Generation:
 
     async def run(self) -> None:
         """Stream from the engine to its end, whatever the client does, then settle or void."""
-        metrics = self._terms.metrics
+        metrics = self._context.metrics
         metrics.in_progress.inc()
         metrics.waiting.inc()
         self._accepted.add_done_callback(lambda _: metrics.waiting.dec())
-        if self._terms.checkpoints is not None:
-            self._terms.checkpoints.track(self.request.request_id, self._used)
+        if self._context.checkpoints is not None:
+            self._context.checkpoints.track(self.request.request_id, self._used)
         failure = await self._listen()
         self._done = True
         self._telemetry.step("settlement")
-        metrics.pace(self.model.base, self._version, self._pace)
+        metrics.token_latency(self.model.base, self._version, self._token_latency)
         try:
             with metrics.settling():
                 await self._settle_or_void(failure)
@@ -167,13 +167,13 @@ class Generation:
 
     async def _listen(self) -> BespokeError | None:
         """Take in all that the engine says; returns what went wrong, if anything did."""
-        call_later, limit_s = asyncio.get_running_loop().call_later, self._terms.request_timeout_s
+        call_later, limit_s = asyncio.get_running_loop().call_later, self._context.request_timeout_s
         with contextlib.ExitStack() as watchdogs:
             watchdogs.callback(call_later(limit_s, self._stop, "timeout").cancel)
             try:
                 # The outer bound is for an engine that does not even answer a watchdog's abort.
                 async with asyncio.timeout(limit_s + _ABORT_GRACE_S) as bound:
-                    first_token_s = self._terms.first_token_timeout_s
+                    first_token_s = self._context.first_token_timeout_s
                     watchdogs.callback(call_later(first_token_s, self._stop_unbegun, bound).cancel)
                     await self._dispatch()
             except EngineLost as error:
@@ -200,7 +200,7 @@ class Generation:
                 raise
             self._failed.append(self._failure(error))
             log.warning("request %s lost its replica and is tried again", self.request.request_id)
-            self._terms.metrics.retried()
+            self._context.metrics.retried()
             await self._attempt(f"{self.request.request_id}-2")
 
     async def _attempt(self, engine_id: str) -> None:
@@ -208,9 +208,9 @@ class Generation:
         self._engine_id, self._served_by = engine_id, None
         self._attempts += 1
         self._telemetry.step("dispatch", attempt=self._attempts)
-        await self._engine.generate(self._request(), self._take)
+        await self._engine.generate(self._request(), self._on_events)
 
-    def _take(self, batch: list[Event]) -> None:
+    def _on_events(self, batch: list[Event]) -> None:
         self._last = deltas = []
         for event in batch:
             match event:
@@ -227,7 +227,7 @@ class Generation:
                     self._accept(event)
         if not deltas:
             return
-        self._pace.note(deltas)
+        self._token_latency.note(deltas)
         if self._first_token_s is None:
             self._note_first_token()
         if self.answer is not None:
@@ -280,7 +280,7 @@ class Generation:
         self._first_token_s = monotonic()
         self._telemetry.step("generation")
         waited_s = self._first_token_s - self._started_s
-        self._terms.metrics.ttft(self.model.base, self._version, waited_s)
+        self._context.metrics.ttft(self.model.base, self._version, waited_s)
 
     def _used(self) -> RequestUsage | None:
         """What was counted until now: should this process die, somebody else must bill it."""
@@ -299,7 +299,7 @@ class Generation:
             by.replica if by else None,
             by.boot if by else None,
             type(error).__name__,
-            self._terms.now(),
+            self._context.now(),
         )
 
     def _stop(self, why: str) -> None:
@@ -328,12 +328,12 @@ class Generation:
 
     async def _settle_or_void(self, failure: BespokeError | None) -> None:
         """Close the hold; the journal knows, if this process dies first."""
-        at, served_by = self._terms.now(), self._served_by
+        at, served_by = self._context.now(), self._served_by
         if served_by is None or self._completion == 0:
             closing = self._void(failure, at)
         else:
             closing = self._settlement(served_by, failure, at)
-        await settlement.close(self._terms.commit_queue, self._terms.checkpoints, closing)
+        await settlement.close(self._context.commit_queue, self._context.checkpoints, closing)
 
     def _void(self, failure: BespokeError | None, at: datetime) -> Resolution:
         reason = type(failure).__name__ if failure else (self._stopped or "no tokens")
@@ -341,7 +341,7 @@ class Generation:
         if failure is not None and self._attempts > len(self._failed):
             self._failed.append(self._failure(failure))
         self._prompt = self._cached = self._completion = 0
-        self._terms.metrics.closed(self.model.base, self._version, "void")
+        self._context.metrics.closed(self.model.base, self._version, "void")
         hook = self.request.commit_hook
         return Resolution(
             self.request.request_id,
@@ -355,11 +355,11 @@ class Generation:
     def _settlement(self, served_by: Accepted, failure: BespokeError | None, at: datetime) -> Resolution:
         event = self._event(served_by, failure, at)
         self._telemetry.settled(event, self._reasons)
-        self._terms.metrics.closed(self.model.base, self._version, event.status.value)
-        self._terms.metrics.tokens(self.model.base, self._version, event.tokens)
-        self._terms.metrics.billed(self.model.base, event.cost_nanos)
-        if self._terms.checkpoints is not None:
-            self._terms.checkpoints.note_end(event)
+        self._context.metrics.closed(self.model.base, self._version, event.status.value)
+        self._context.metrics.tokens(self.model.base, self._version, event.tokens)
+        self._context.metrics.billed(self.model.base, event.cost_nanos)
+        if self._context.checkpoints is not None:
+            self._context.checkpoints.note_end(event)
         also = settlement.commit_outcome(self.request.commit_hook, self.result, event.status)
         return Resolution(
             event.request_id, event.tenant, at, event=event, in_transaction=also, failed=tuple(self._failed)

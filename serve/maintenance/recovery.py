@@ -102,7 +102,7 @@ class Recovery:
                 Resolution(request_id, held.hold.tenant, self._now(), reason="lease expired")
             )
         try:
-            found = await self._finals(sale.base, request_id)
+            found = await self._final_usage(sale.base, request_id)
         except EngineUnavailable:
             at = self._now()
             # A clock that has stepped back begins the wait anew, and does not prolong it by the step.
@@ -113,9 +113,9 @@ class Recovery:
         self._asked.pop(request_id, None)
         for served in found:
             record = Checkpoint(served) if record is None else later(record, Checkpoint(served))
-        return await self._finish(self._closing(held, sale, record, found))
+        return await self._finish(self._resolution(held, sale, record, found))
 
-    async def _finals(self, base: str, request_id: str) -> list[RequestUsage]:
+    async def _final_usage(self, base: str, request_id: str) -> list[RequestUsage]:
         engine = self._engines.get(base)
         if engine is None:
             return []
@@ -124,7 +124,7 @@ class Recovery:
             found += [replace(usage, attempt=attempt) for usage in await engine.final_usage(name)]
         return found
 
-    def _closing(
+    def _resolution(
         self, held: OpenHold, sale: BillingTerms, record: Checkpoint | None, found: list[RequestUsage]
     ) -> Resolution:
         request_id, tenant, at = held.hold.request_id, sale.tenant, self._now()

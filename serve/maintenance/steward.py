@@ -58,7 +58,7 @@ class StewardStatus:
 class StewardClient(Protocol):
     """A steward, as gateways see it."""
 
-    async def measurements(self) -> StewardStatus:
+    async def status(self) -> StewardStatus:
         """Raises EngineUnavailable if the steward is away."""
 
 
@@ -102,7 +102,7 @@ class Steward:
         """Until cancelled."""
         await asyncio.gather(*(self._repeat(name, *chore) for name, chore in self._jobs.items()))
 
-    async def measurements(self) -> StewardStatus:
+    async def status(self) -> StewardStatus:
         """Raises StoreUnavailable."""
         open_holds, oldest_at = await asyncio.to_thread(self._ledger.count_open)
         budgets = await asyncio.to_thread(figures, self._store, self._now())

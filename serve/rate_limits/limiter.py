@@ -92,14 +92,14 @@ class RateLimiter:
         clock: Callable[[], float] = time.time,
         lease_s: float = 2.0,
         places_lease_s: float = 15.0,
-        follow_s: float = 0.5,
+        settle_interval_s: float = 0.5,
         refusal_s: float = 0.05,
         grace_s: float = 0.1,
     ) -> None:
         self._clock = clock
         self._lease_s = lease_s
         self._places_lease_s = places_lease_s
-        self._follow_s = follow_s
+        self._settle_interval_s = settle_interval_s
         self._grace_s = grace_s
         name = f"{gateway[:63]}/{secrets.token_hex(8)}"
         self._leases = LeaseStore(store, name, clock, slice_s=lease_s, places_s=places_lease_s)
@@ -132,24 +132,24 @@ class RateLimiter:
         await asyncio.sleep(self._grace_s)
         return await self._admit(needs, tokens)
 
-    async def follow(self) -> None:
+    async def keep_settled(self) -> None:
         """Until cancelled: renew leases, give back what is not used, drop old rows."""
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._follow_s):
+                async with asyncio.timeout(self._settle_interval_s):
                     await self._idle.wait()
                 await asyncio.sleep(self._grace_s / 5)  # the next request may want the place at once
             try:
                 await self.settle()
             except StoreUnavailable:
                 log.warning("limits cannot be renewed: the store is away")
-                await asyncio.sleep(self._follow_s)
+                await asyncio.sleep(self._settle_interval_s)
             except Exception:
                 log.exception("limits could not be renewed")
-                await asyncio.sleep(self._follow_s)
+                await asyncio.sleep(self._settle_interval_s)
 
     async def settle(self) -> None:
-        """One round of `follow`. Raises StoreUnavailable; then the next round does it all."""
+        """One round of `keep_settled`. Raises StoreUnavailable; then the next round does it all."""
         await self._settle(stopping=False)
 
     async def close(self) -> None:
@@ -294,7 +294,7 @@ class RateLimiter:
         for source, units in reversed(parts):  # the youngest slice first: it may be spent the longest
             if isinstance(source, ConcurrencyLease):
                 source.put_back(1)
-                if source.kept(now, self._follow_s) < source.held:
+                if source.kept(now, self._settle_interval_s) < source.held:
                     self._idle.set()
             elif source.bucket.what == TOKENS:
                 back = min(units, unused.setdefault(source.bucket, unused_tokens))
@@ -318,7 +318,7 @@ class RateLimiter:
             self._idle.clear()
             now = self._clock()
             reports = self._quota_cache.close(now, everything=stopping)
-            idle_s = -1.0 if stopping else self._follow_s
+            idle_s = -1.0 if stopping else self._settle_interval_s
             renew_at = now + self._places_lease_s * 2 / 3
             places = {
                 pot: one.shrink(now, idle_s)

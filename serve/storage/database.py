@@ -21,6 +21,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from sqlalchemy.dialects import postgresql as postgresql_dialect
 from sqlalchemy.dialects import sqlite
 
 from serve.errors import StoreUnavailable
@@ -28,7 +29,7 @@ from serve.storage import postgresql
 
 
 def insert(connection: sa.Connection, table: sa.Table) -> Any:
-    return (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)
+    return (sqlite if connection.dialect.name == "sqlite" else postgresql_dialect).insert(table)
 
 
 WRITER_TIMEOUT_S = 10.0

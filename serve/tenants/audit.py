@@ -37,7 +37,7 @@ audit_table = sa.Table(
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class AuditEntry:
     """One thing that was done. `tenant` is None for what concerns all of them, a price plan say."""
 
     id: int
@@ -78,7 +78,7 @@ class Audit:
         action: str | None = None,
         before: int | None = None,
         limit: int = 20,
-    ) -> list[Entry]:
+    ) -> list[AuditEntry]:
         """At most `limit` entries older than the entry `before`, newest first."""
         c = audit_table.c
         query = sa.select(audit_table).order_by(c.id.desc()).limit(limit)
@@ -108,6 +108,6 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no place in the audit log")
 
 
-def _entry(row: sa.Row[Any]) -> Entry:
+def _entry(row: sa.Row[Any]) -> AuditEntry:
     details = json.loads(row.details)
-    return Entry(row.id, row.at, row.actor, row.action, row.tenant_id, row.subject, details)
+    return AuditEntry(row.id, row.at, row.actor, row.action, row.tenant_id, row.subject, details)

@@ -28,10 +28,10 @@ def reader(live: Live, tenant: str) -> str:
 
 @pytest.fixture(scope="module")
 def target(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model_cache = [Offer(tenant, live.keys[tenant], f"{tenant}/support") for tenant in TENANTS]
+    offers = [Offer(tenant, live.keys[tenant], f"{tenant}/support") for tenant in TENANTS]
     made = Target(
         live.url,
-        (*model_cache, Offer(LUMEN, live.keys[LUMEN], TINY)),
+        (*offers, Offer(LUMEN, live.keys[LUMEN], TINY)),
         readers={tenant: reader(live, tenant) for tenant in TENANTS},
         store_url=live.settings.store_url,
     )

@@ -190,7 +190,7 @@ class Floor:
             store=store,
             registry=AdapterRegistry(store, [TINY]),
             engines={TINY: self.engine},
-            admission=RateLimiter(store, "g"),
+            rate_limiter=RateLimiter(store, "g"),
             commit_queue=CommitQueue(Ledger(store)),
             checkpoints=None,
             metrics=Metrics(adapters_max=0),

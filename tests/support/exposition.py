@@ -9,6 +9,7 @@ from serve.billing.budgets.alerts import BudgetFigures
 from serve.billing.metering.reconciliation import EngineCount, reconcile
 from serve.billing.pricing.plans import Tokens
 from serve.billing.webhooks.outbox import NoticeFigures
+from serve.engine.metrics import render_engines
 from serve.engine.protocol import Counters, Delta
 from serve.errors import RateLimited
 from serve.maintenance import metrics as steward_metrics
@@ -19,7 +20,6 @@ from serve.observability.metrics import (
     merge,
     render_aggregate,
     render_budgets,
-    render_engines,
 )
 
 Names = Mapping[str, frozenset[str]]
@@ -47,7 +47,7 @@ def busy() -> Metrics:
     metrics.tokens("tiny", "acme/support@1", Tokens(3, 1, 2))
     metrics.billed("tiny", 1_000)
     metrics.ttft("tiny", "acme/support@1", 0.2)
-    metrics.pace("tiny", "acme/support@1", pace)
+    metrics.token_latency("tiny", "acme/support@1", pace)
     return metrics
 
 

@@ -24,7 +24,7 @@ def gateway_of(shop: BillingFixture, engine: ScriptedEngine, **settings: float) 
         store=shop.store,
         catalogue=AdapterRegistry(shop.store, ["tiny"]),
         engines={"tiny": engine},
-        admission=RateLimiter(shop.store, "test"),
+        rate_limiter=RateLimiter(shop.store, "test"),
         commit_queue=CommitQueue(shop.ledger),
         checkpoints=None,
         metrics=Metrics(adapters_max=1),
@@ -56,7 +56,7 @@ def closings(store: Store) -> list[str]:
 
 
 def metric(gateway: Gateway, name: str, **labels: str) -> float | None:
-    return gateway.terms.metrics.registry.get_sample_value(name, labels)
+    return gateway.context.metrics.registry.get_sample_value(name, labels)
 
 
 async def play(shop: BillingFixture, script: Script, request_id: str = "req_1") -> str:

@@ -9,7 +9,7 @@ from serve.api.admin.access import router as admin_router
 from serve.api.dependencies import Ctx
 from serve.api.pagination import Identified, Limit, Listing, PlainName, listing, seconds
 from serve.storage.pagination import Page
-from serve.tenants.audit import Audit, Entry
+from serve.tenants.audit import Audit, AuditEntry
 
 router: APIRouter = admin_router("audit")
 
@@ -43,7 +43,7 @@ def index(
     return listing(Page(found[:limit], len(found) > limit), _wire)
 
 
-def _wire(entry: Entry) -> AuditWire:
+def _wire(entry: AuditEntry) -> AuditWire:
     return AuditWire(
         id=f"audit_{entry.id}",
         at=seconds(entry.at),

@@ -29,7 +29,7 @@ from serve.billing.invoicing.document import InvoiceDocument, Party
 from serve.billing.invoicing.export import csv_text, json_text
 from serve.billing.invoicing.invoices import Invoices
 from serve.billing.invoicing.pdf import pdf_bytes
-from serve.billing.invoicing.store import Invoice, State, StateChange
+from serve.billing.invoicing.store import Invoice, InvoiceState, StateChange
 from serve.errors import InvalidRequest
 from serve.storage.pagination import Page
 
@@ -146,10 +146,10 @@ def index(
     limit: Limit = 20,
     tenant: PlainName | None = None,
     period: Month | None = None,
-    state: State | None = None,
+    state: InvoiceState | None = None,
 ) -> Listing[InvoiceWire]:
     """Newest first."""
-    states = tuple(State) if state is None else (state,)
+    states = tuple(InvoiceState) if state is None else (state,)
     found = Invoices(ctx.store).page(tenant=tenant, period=period, states=states, after=after, limit=limit)
     return listing(found, wire)
 

@@ -27,13 +27,13 @@ from serve.api.pagination import After, Limit, Listing, listing
 from serve.billing.invoicing.breakdown import InvoiceUsage
 from serve.billing.invoicing.credit_notes import CreditNotes
 from serve.billing.invoicing.invoices import Invoices
-from serve.billing.invoicing.store import FINAL, Invoice, State
+from serve.billing.invoicing.store import FINAL, Invoice, InvoiceState
 from serve.errors import UnknownRecord
 from serve.storage.pagination import Page
 
 router: APIRouter = organization_router()
 
-ISSUED = (*FINAL, State.VOID)
+ISSUED = (*FINAL, InvoiceState.VOID)
 Line = Annotated[int | None, Query(ge=1, le=100_000, description="Only this line, from 1.")]
 Day = Annotated[str | None, Query(pattern=r"^20[0-9]{2}-[0-9]{2}-[0-9]{2}$")]
 Key = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,64}$")]

@@ -104,7 +104,7 @@ def span(window: Window, width: timedelta, limit: int, *, now: datetime) -> Span
     return Span(buckets, f"page_{int(start.timestamp())}" if start < end else None)
 
 
-class Bucket(BaseModel, Generic[Result]):
+class TimeBucket(BaseModel, Generic[Result]):
     object: Literal["bucket"] = "bucket"
     start_time: int
     end_time: int
@@ -113,20 +113,20 @@ class Bucket(BaseModel, Generic[Result]):
 
 class Page(BaseModel, Generic[Result]):
     object: Literal["page"] = "page"
-    data: list[Bucket[Result]]
+    data: list[TimeBucket[Result]]
     has_more: bool
     next_page: str | None
 
 
 def in_buckets(
     span: Span, width: timedelta, results: Iterable[tuple[datetime, Result]]
-) -> tuple[list[Bucket[Result]], bool, str | None]:
+) -> tuple[list[TimeBucket[Result]], bool, str | None]:
     """What `Page` holds: each of `results` in the bucket that it names."""
     by_bucket: dict[datetime, list[Result]] = defaultdict(list)
     for bucket, result in results:
         by_bucket[bucket].append(result)
-    data: list[Bucket[Result]] = [
-        Bucket(
+    data: list[TimeBucket[Result]] = [
+        TimeBucket(
             start_time=int(start.timestamp()),
             end_time=int(end.timestamp()),
             results=by_bucket[floor(start, width)],

@@ -18,7 +18,7 @@ from serve.billing.invoicing.periods import period_bounds
 from serve.billing.invoicing.store import live_finals
 from serve.billing.metering.rollups import hours_table
 from serve.billing.pricing.plans import Included, Prices, PriceVersion, Tokens
-from serve.billing.pricing.rating import ChargeSum, UsageSum, charge_lines, minimum_lines, usage_lines
+from serve.billing.pricing.rating import ChargeSum, MonthUsage, charge_lines, minimum_lines, usage_lines
 from serve.storage.database import Store
 
 Finals = Mapping[str, InvoiceDocument]
@@ -111,7 +111,7 @@ def credit_left(connection: sa.Connection, tenant: str) -> dict[str, int]:
 
 def _sums(
     connection: sa.Connection, tenant: str, period: str, start: datetime, versions: Mapping[int, PriceVersion]
-) -> list[UsageSum]:
+) -> list[MonthUsage]:
     h = hours_table.c
     keys = (h.model, h.adapter, h.plan_id, h.tier)
     names = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cold_loads", "cost_nanos")
@@ -130,7 +130,7 @@ def _sums(
     for (model, adapter, plan_id, tier, month), counts in sums.items():
         requests, prompt, cached, completion, cold_loads, list_nanos = counts
         made.append(
-            UsageSum(
+            MonthUsage(
                 model=model,
                 adapter=adapter,
                 tier=tier,

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict
 
 from serve.billing.invoicing.document import InvoiceDocument, sha256_of
-from serve.billing.invoicing.store import FINAL, State, find, invoice_of, next_number
+from serve.billing.invoicing.store import FINAL, InvoiceState, find, invoice_of, next_number
 from serve.billing.ledger.accounts import lock_account, transfer
 from serve.errors import Conflict
 from serve.storage.database import Store, UtcDateTime, metadata
@@ -92,7 +92,9 @@ class CreditNotes:
             lock_account(connection, tenant)
             billed = invoice_of(find(connection, invoice))
             if billed.state not in FINAL or billed.final_number is None:
-                raise Conflict(f"{invoice} is {State(billed.state).value}; only what is final is credited.")
+                raise Conflict(
+                    f"{invoice} is {InvoiceState(billed.state).value}; only what is final is credited."
+                )
             lines = tuple(_line(billed.document, position, nanos) for position, nanos in amounts)
             total, amount = billed.document.total_nanos, sum(line.amount_nanos for line in lines)
             rest = total - credited_nanos(connection, billed.final_number)

@@ -23,7 +23,7 @@ from serve.billing.invoicing.periods import period_bounds, periods_table
 from serve.billing.invoicing.store import (
     FINAL,
     Invoice,
-    State,
+    InvoiceState,
     StateChange,
     add_state,
     finals_table,
@@ -44,7 +44,7 @@ from serve.storage.database import Store, insert
 from serve.storage.pagination import Page
 from serve.tenants.audit import SYSTEM, record
 
-__all__ = ["Invoice", "Invoices", "State", "difference_nanos", "invoices_table", "period_bounds"]
+__all__ = ["Invoice", "InvoiceState", "Invoices", "difference_nanos", "invoices_table", "period_bounds"]
 
 Also = Callable[[sa.Connection, Invoice, StateChange], None]
 
@@ -71,7 +71,7 @@ class Invoices:
                 if before is not None and before.state in FINAL:
                     return before
                 document = statement(self._store, connection, tenant, period)
-                if before is not None and before.state != State.VOID and before.document == document:
+                if before is not None and before.state != InvoiceState.VOID and before.document == document:
                     return before
                 revision = before.revision + 1 if before else 1
                 values = {
@@ -85,7 +85,7 @@ class Invoices:
                 made = connection.execute(invoices_table.insert().values(values))
                 assert made.inserted_primary_key is not None
                 invoice = Invoice(made.inserted_primary_key[0], document, revision, at)
-                add_state(connection, invoice.id, 1, StateChange(State.DRAFT, actor, "created", at))
+                add_state(connection, invoice.id, 1, StateChange(InvoiceState.DRAFT, actor, "created", at))
                 said = {"total_nanos": document.total_nanos}
                 record(
                     connection,
@@ -118,7 +118,7 @@ class Invoices:
         *,
         tenant: str | None = None,
         period: str | None = None,
-        states: Sequence[State] = tuple(State),
+        states: Sequence[InvoiceState] = tuple(InvoiceState),
         after: str | None = None,
         limit: int = 20,
     ) -> Page[Invoice]:
@@ -144,11 +144,11 @@ class Invoices:
 
     def review(self, number: str, *, at: datetime, actor: str = SYSTEM, reason: str = "") -> Invoice:
         """A draft is to be looked at before it becomes final. Raises Conflict, UnknownRecord."""
-        return self._move(number, State.DRAFT, StateChange(State.REVIEW, actor, reason, at))
+        return self._move(number, InvoiceState.DRAFT, StateChange(InvoiceState.REVIEW, actor, reason, at))
 
     def reopen(self, number: str, *, at: datetime, actor: str = SYSTEM, reason: str = "") -> Invoice:
         """What was to be reviewed is a draft again. Raises Conflict, UnknownRecord."""
-        return self._move(number, State.REVIEW, StateChange(State.DRAFT, actor, reason, at))
+        return self._move(number, InvoiceState.REVIEW, StateChange(InvoiceState.DRAFT, actor, reason, at))
 
     def finalize(self, number: str, *, at: datetime, actor: str = SYSTEM, reason: str = "") -> Invoice:
         """Freeze a reviewed invoice, and close its month.
@@ -156,19 +156,23 @@ class Invoices:
         Raises Conflict if it is not in review, its month is not over, an earlier month has usage that is not
         on a final invoice, or it would no longer say what was reviewed; UnknownRecord.
         """
-        change = StateChange(State.FINALIZED, actor, reason, at)
-        return self._move(number, State.REVIEW, change, self._freeze)
+        change = StateChange(InvoiceState.FINALIZED, actor, reason, at)
+        return self._move(number, InvoiceState.REVIEW, change, self._freeze)
 
     def pay(self, number: str, *, at: datetime, actor: str = SYSTEM, reason: str = "") -> Invoice:
         """What was payable, less what was credited, has been paid. Raises Conflict, UnknownRecord."""
-        return self._move(number, State.FINALIZED, StateChange(State.PAID, actor, reason, at), _receive)
+        return self._move(
+            number, InvoiceState.FINALIZED, StateChange(InvoiceState.PAID, actor, reason, at), _receive
+        )
 
     def void(self, number: str, *, at: datetime, actor: str = SYSTEM, reason: str = "") -> Invoice:
         """It was wrong as a whole: its postings are reversed, and `create` makes a new draft of the month.
 
         The month stays closed: late usage is on later invoices, as it was. Raises Conflict, UnknownRecord.
         """
-        return self._move(number, State.FINALIZED, StateChange(State.VOID, actor, reason, at), _reverse)
+        return self._move(
+            number, InvoiceState.FINALIZED, StateChange(InvoiceState.VOID, actor, reason, at), _reverse
+        )
 
     def recomputed(self, number: str) -> InvoiceDocument:
         """What a final invoice would say if it were made again: the same. Raises Conflict, UnknownRecord."""
@@ -180,7 +184,9 @@ class Invoices:
         frozen = invoice_of(row).document
         return made.model_copy(update={"seller": frozen.seller, "buyer": frozen.buyer})
 
-    def _move(self, number: str, source: State, change: StateChange, also: Also | None = None) -> Invoice:
+    def _move(
+        self, number: str, source: InvoiceState, change: StateChange, also: Also | None = None
+    ) -> Invoice:
         with self._store.write() as connection:
             tenant = find(connection, number).tenant_id
             lock_account(connection, tenant)
@@ -281,5 +287,5 @@ def _earliest_open(connection: sa.Connection, tenant: str, period: str) -> str |
     return min((month for month in found if month is not None), default=None)
 
 
-def _named(state: State) -> str:
-    return {State.REVIEW: "in review", State.DRAFT: "a draft"}.get(state, state.value)
+def _named(state: InvoiceState) -> str:
+    return {InvoiceState.REVIEW: "in review", InvoiceState.DRAFT: "a draft"}.get(state, state.value)

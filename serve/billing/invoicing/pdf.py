@@ -15,7 +15,7 @@ from fpdf.fonts import FontFace
 from serve.billing.invoicing.credit_notes import CreditNote
 from serve.billing.invoicing.document import InvoiceDocument, InvoiceLine, LineItem, Party
 from serve.billing.invoicing.periods import period_bounds, period_name
-from serve.billing.invoicing.store import Invoice, State
+from serve.billing.invoicing.store import Invoice, InvoiceState
 from serve.billing.money import cents, usd
 
 INK, MUTED, RULE = (25, 28, 36), (105, 112, 125), (214, 218, 226)
@@ -131,7 +131,7 @@ def note_pdf_bytes(note: CreditNote, invoice: Invoice) -> bytes:
 
 
 def _kind(invoice: Invoice) -> str:
-    if invoice.state == State.VOID:
+    if invoice.state == InvoiceState.VOID:
         return "INVOICE (VOID)"
     return "INVOICE" if invoice.final_number else f"INVOICE ({invoice.state.value.upper()})"
 

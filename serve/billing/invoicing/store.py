@@ -18,7 +18,7 @@ from serve.errors import UnknownRecord
 from serve.storage.database import UtcDateTime, insert, metadata
 
 
-class State(StrEnum):
+class InvoiceState(StrEnum):
     DRAFT = "draft"
     REVIEW = "review"
     FINALIZED = "finalized"
@@ -26,7 +26,7 @@ class State(StrEnum):
     VOID = "void"
 
 
-FINAL = (State.FINALIZED, State.PAID)
+FINAL = (InvoiceState.FINALIZED, InvoiceState.PAID)
 
 invoices_table = sa.Table(
     "invoices",
@@ -50,7 +50,7 @@ states_table = sa.Table(
     sa.Column("actor", sa.String(128), nullable=False),
     sa.Column("reason", sa.String(200), nullable=False),
     sa.Column("at", UtcDateTime, nullable=False),
-    sa.CheckConstraint(f"state IN {tuple(str(state) for state in State)}", name="state_known"),
+    sa.CheckConstraint(f"state IN {tuple(str(state) for state in InvoiceState)}", name="state_known"),
 )
 
 numbers_table = sa.Table(
@@ -76,7 +76,7 @@ finals_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class StateChange:
-    state: State
+    state: InvoiceState
     actor: str
     reason: str
     at: datetime
@@ -90,7 +90,7 @@ class Invoice:
     document: InvoiceDocument
     revision: int
     created_at: datetime
-    state: State = State.DRAFT
+    state: InvoiceState = InvoiceState.DRAFT
     final_number: str | None = None
     issued_at: datetime | None = None
     sha256: str | None = None
@@ -131,7 +131,7 @@ def invoice_of(row: sa.Row[Any]) -> Invoice:
         InvoiceDocument.model_validate_json(row.document),
         row.revision,
         row.created_at,
-        State(row.state),
+        InvoiceState(row.state),
         row.number,
         row.issued_at,
         row.sha256,
@@ -165,7 +165,7 @@ def live_finals(
 ) -> dict[str, InvoiceDocument]:
     """By period, the documents that were final, and not void, just before `as_of`, or are now."""
     f, s = finals_table.c, states_table.c
-    voided = sa.select(s.invoice_id).where(s.state == State.VOID)
+    voided = sa.select(s.invoice_id).where(s.state == InvoiceState.VOID)
     query = sa.select(f.period, f.document).where(f.tenant_id == tenant)
     if as_of is not None:
         query, voided = query.where(f.issued_at < as_of), voided.where(s.at < as_of)
@@ -193,7 +193,7 @@ def add_state(
 def history(connection: sa.Connection, invoice_id: int) -> Sequence[StateChange]:
     c = states_table.c
     rows = connection.execute(sa.select(states_table).where(c.invoice_id == invoice_id).order_by(c.position))
-    return [StateChange(State(row.state), row.actor, row.reason, row.at) for row in rows]
+    return [StateChange(InvoiceState(row.state), row.actor, row.reason, row.at) for row in rows]
 
 
 def next_number(connection: sa.Connection, series: str) -> str:

@@ -20,7 +20,7 @@ CLASSES = {
 
 
 @dataclass(frozen=True, slots=True)
-class UsageSum:
+class MonthUsage:
     """A month's usage of one model and tier under one price version; `late` as in `InvoiceLine`."""
 
     model: str
@@ -46,7 +46,7 @@ class ChargeSum:
     late: str | None = None
 
 
-def usage_lines(sums: Sequence[UsageSum], included: Included) -> list[InvoiceLine]:
+def usage_lines(sums: Sequence[MonthUsage], included: Included) -> list[InvoiceLine]:
     """One line per sum, the month's own before late ones, then by model, price version and tier.
 
     Included tokens are spent where they are dearest, on late usage last.
@@ -104,7 +104,7 @@ def minimum_lines(lines: Sequence[InvoiceLine], price: PriceVersion | None) -> l
     ]
 
 
-def _share(sums: Sequence[UsageSum], included: Included) -> Mapping[str, list[int]]:
+def _share(sums: Sequence[MonthUsage], included: Included) -> Mapping[str, list[int]]:
     """Per class, how many tokens of each sum are included."""
     quotas = (included.prompt_tokens, included.cached_prompt_tokens, included.completion_tokens)
     shares: dict[str, list[int]] = {}
@@ -118,7 +118,7 @@ def _share(sums: Sequence[UsageSum], included: Included) -> Mapping[str, list[in
     return shares
 
 
-def _line(one: UsageSum, free: Mapping[str, int]) -> InvoiceLine:
+def _line(one: MonthUsage, free: Mapping[str, int]) -> InvoiceLine:
     priced, counts = _priced(one), _counts(one)
     items, micronanos = [], 0
     for name, field in CLASSES.items():
@@ -154,9 +154,9 @@ def _item(name: str, part: PriceComponent, included: int) -> LineItem:
     return LineItem(what=what, quantity=part.quantity, nanos=part.nanos, per=part.per, included=included)
 
 
-def _priced(one: UsageSum) -> Rates | TieredRates:
+def _priced(one: MonthUsage) -> Rates | TieredRates:
     return one.price.plan.priced(model=one.model, adapter=one.adapter, batch=one.tier == "batch")
 
 
-def _counts(one: UsageSum) -> Mapping[str, int]:
+def _counts(one: MonthUsage) -> Mapping[str, int]:
     return {PROMPT: one.tokens.uncached, CACHED: one.tokens.cached, COMPLETION: one.tokens.completion}

@@ -85,7 +85,7 @@ hellos = msgspec.msgpack.Decoder(Hello)
 frames = msgspec.msgpack.Decoder(Frame)
 
 
-class Framed(asyncio.Protocol):
+class FrameProtocol(asyncio.Protocol):
     """Bytes to frames and back."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from serve.engine.transport.frames import (
     Address,
     Cancel,
     Failed,
-    Framed,
+    FrameProtocol,
     Generate,
     frames,
     hellos,
@@ -74,7 +74,7 @@ class ReplicaPool(Protocol):
         """A replica has more room than before, perhaps."""
 
 
-class ReplicaConnection(Framed):
+class ReplicaConnection(FrameProtocol):
     """A replica, as a gateway is connected to it."""
 
     def __init__(self, listener: "ReplicaListener") -> None:

@@ -15,7 +15,7 @@ from serve.engine.transport.frames import (
     Entry,
     Failed,
     Frame,
-    Framed,
+    FrameProtocol,
     Generate,
     Hello,
     LoadReport,
@@ -91,7 +91,7 @@ class ReplicaServer:
             line.tell(LoadReport(ongoing - len(line.running), adapters, self.draining))
 
 
-class GatewayConnection(Framed):
+class GatewayConnection(FrameProtocol):
     """The connection to one gateway. If that goes, so does all that it has asked for."""
 
     def __init__(self, replica_server: ReplicaServer) -> None:

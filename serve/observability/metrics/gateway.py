@@ -281,7 +281,7 @@ class Metrics:
         self._ttft.labels(base).observe(seconds)
         self._adapter_ttft.labels(base, self._label(adapter)).observe(seconds)
 
-    def pace(self, base: str, adapter: str | None, pace: TokenLatency) -> None:
+    def token_latency(self, base: str, adapter: str | None, pace: TokenLatency) -> None:
         self._pace.add((base,), pace)
         self._adapter_pace.add((base, self._label(adapter)), pace)
 

@@ -58,7 +58,7 @@ def watch(steward: Steward, seen: Callable[[StewardStatus], bool]) -> StewardSta
         running = asyncio.create_task(steward.run())
         try:
             async with asyncio.timeout(30):
-                while not seen(measured := await steward.measurements()):
+                while not seen(measured := await steward.status()):
                     await asyncio.sleep(0.01)
                 return measured
         finally:

@@ -283,7 +283,7 @@ def test_files_are_rotated_and_their_number_is_bounded(directory: Path) -> None:
 
 PROCESS = """
 import os, signal, sys
-from serve import logs
+from serve.observability import logs
 import logging
 logs.install(logs.LogSpec(sys.argv[1]), "gateway")
 logging.getLogger("serve.x").info("the last words")
@@ -327,7 +327,8 @@ def test_the_processes_that_vllm_starts_log_in_files_of_their_own(
     with logging_to(directory):
         logs.install_with_children(logs.LogSpec(str(directory)), "engine-tiny")
         program = (
-            "from serve import logs, vllm_plugin; import logging; logs.install_as_child();"
+            "import logging; from serve import vllm_plugin; from serve.observability import logs;"
+            " logs.install_as_child();"
             " logging.getLogger('vllm.core').error('EngineCore died')"
         )
         subprocess.run([sys.executable, "-c", program], check=True)

@@ -308,8 +308,8 @@ def test_off_means_that_opentelemetry_is_not_even_imported(tmp_path: Path) -> No
     program = f"""
 import sys
 from pathlib import Path
-from tests.serve.scripted import HELLO, Played
-played = Played(Path({str(tmp_path)!r}), HELLO)
+from tests.support.scripted_app import HELLO, ScriptedApp
+played = ScriptedApp(Path({str(tmp_path)!r}), HELLO)
 played.say({CHAT!r}, {BODY!r})
 (request,) = played.engine.requests
 assert request.trace_headers is None

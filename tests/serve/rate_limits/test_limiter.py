@@ -206,7 +206,7 @@ def test_one_request_after_another_passes_over_changing_gateways(store: Store) -
     gateways = Gateways(store.url, refusal_s=0, grace_s=0.3)
 
     async def test() -> None:
-        following = [asyncio.create_task(gateway.follow()) for gateway in gateways.all]
+        following = [asyncio.create_task(gateway.keep_settled()) for gateway in gateways.all]
         for number in range(6):
             (await gateways.all[number % 3].admit(tenant(concurrent_requests=1), tokens=1)).release(1)
         for task in following:

@@ -88,7 +88,7 @@ class AdminClient:
                 "invoice": old_invoice(shop, tenant),
             }
 
-    _given = frozenset({"tenants", "catalogue", "engines", "store", "metrics"})
+    _given = frozenset({"tenants", "registry", "engines", "store", "metrics"})
 
     def ask(self, method: str, path: str, key: str | None = None, **request: Any) -> httpx.Response:
         async def send() -> httpx.Response:

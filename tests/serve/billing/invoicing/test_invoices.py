@@ -13,7 +13,7 @@ from serve.billing.invoicing.breakdown import InvoiceUsage, Within
 from serve.billing.invoicing.credit_notes import CreditNotes, notes_table
 from serve.billing.invoicing.document import sha256_of
 from serve.billing.invoicing.invoices import Invoices
-from serve.billing.invoicing.store import Invoice, State, finals_table, invoices_table, states_table
+from serve.billing.invoicing.store import Invoice, InvoiceState, finals_table, invoices_table, states_table
 from serve.billing.ledger.accounts import transfers_table
 from serve.billing.pricing.plans import PricePlan, Prices
 from serve.errors import Conflict, InvalidRequest, UnknownRecord
@@ -48,7 +48,7 @@ def tiered(shop: BillingFixture, **changes: object) -> BillingFixture:
 def finalize(shop: BillingFixture, period: str = MONTH, at: datetime = DECEMBER) -> Invoice:
     invoices = Invoices(shop.store)
     draft = invoices.create("acme", period, at=at)
-    if draft.state == State.DRAFT:
+    if draft.state == InvoiceState.DRAFT:
         invoices.review(draft.number, at=at, actor="ada")
     return invoices.finalize(draft.number, at=at, actor="ada", reason="checked")
 
@@ -56,7 +56,7 @@ def finalize(shop: BillingFixture, period: str = MONTH, at: datetime = DECEMBER)
 def test_a_final_invoice_has_a_number_a_fingerprint_and_a_history(shop: BillingFixture) -> None:
     buy(shop, 1, adapter=True)
     final = finalize(shop)
-    assert (final.number, final.state, final.is_draft) == ("INV-2026-000001", State.FINALIZED, False)
+    assert (final.number, final.state, final.is_draft) == ("INV-2026-000001", InvoiceState.FINALIZED, False)
     assert final.issued_at is not None
     assert final.sha256 == sha256_of(final.number, final.issued_at, final.document.model_dump_json())
     invoices = Invoices(shop.store)
@@ -206,7 +206,7 @@ def test_a_void_invoice_is_reversed_and_its_month_gets_a_new_one(shop: BillingFi
     assert second.number == "INV-2026-000002"
     assert second.document == first.document  # the month stayed closed: late usage is December's
     assert spent(shop) == second.document.total_nanos + late
-    assert invoices.get(first.number).state == State.VOID
+    assert invoices.get(first.number).state == InvoiceState.VOID
     assert invoices.create("acme", MONTH, at=JANUARY) == second
 
 
@@ -334,7 +334,7 @@ def test_invoices_are_listed_newest_first_by_tenant_state_and_month(shop: Billin
     final, invoices = finalize(shop), Invoices(shop.store)
     draft = invoices.create("acme", "2026-12", at=JANUARY)
     assert [invoice.number for invoice in invoices.page().items] == [draft.number, final.number]
-    assert [i.number for i in invoices.page(states=[State.FINALIZED]).items] == [final.number]
+    assert [i.number for i in invoices.page(states=[InvoiceState.FINALIZED]).items] == [final.number]
     assert [i.number for i in invoices.page(period="2026-12").items] == [draft.number]
     assert [i.number for i in invoices.page(after=draft.number).items] == [final.number]
     assert invoices.page(tenant="rival").items == []

@@ -58,9 +58,8 @@ def left(folder: Path) -> dict[str, Checkpoint]:
 def other_process(script: str, folder: Path) -> Iterator["subprocess.Popen[str]"]:
     """Runs `script`, whose `folder` is given, until it ends or the context does."""
     head = "import sys, time\nfrom pathlib import Path\nfrom serve.billing.ledger.checkpoints import *\n"
-    head += (
-        "from serve.billing.metering.terms import Served\nfrom serve.billing.pricing.plans import Tokens\n"
-    )
+    head += "from serve.billing.metering.terms import RequestUsage\n"
+    head += "from serve.billing.pricing.plans import Tokens\n"
     head += "folder = Path(sys.argv[1])\n"
     command = [sys.executable, "-c", head + script, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -146,9 +145,9 @@ def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path: Path) -> None:
 
 def test_the_lock_ends_with_the_process_however_that_ends(tmp_path: Path) -> None:
     script = (
-        "journal = Journal(folder)\n"
-        "journal.follow('req_1', lambda: Served('r', 'boot-1', Tokens(10, 4, 6)))\n"
-        "journal.flush()\nprint('ready', flush=True)\ntime.sleep(600)\n"
+        "checkpoints = UsageCheckpoints(folder)\n"
+        "checkpoints.track('req_1', lambda: RequestUsage('r', 'boot-1', Tokens(10, 4, 6)))\n"
+        "checkpoints.flush()\nprint('ready', flush=True)\ntime.sleep(600)\n"
     )
     with other_process(script, tmp_path) as gateway:
         assert said(gateway) == "ready"
@@ -171,8 +170,8 @@ def test_a_journal_begins_anew_when_it_has_grown_and_is_never_free_meanwhile(
     script = (
         "print('ready', flush=True)\ngot = looked = 0\n"
         "while not (folder / 'stop').exists():\n"
-        "    for path in journals(folder):\n"
-        "        with taken(path) as records:\n"
+        "    for path in checkpoint_files(folder):\n"
+        "        with locked(path) as records:\n"
         "            looked += 1\n            got += records is not None\n"
         "print(looked > 0, got, flush=True)\n"
     )

@@ -17,7 +17,7 @@ from serve.billing.pricing.plans import (
     TieredRates,
     Tokens,
 )
-from serve.billing.pricing.rating import UsageSum, minimum_lines, usage_lines
+from serve.billing.pricing.rating import MonthUsage, minimum_lines, usage_lines
 from serve.billing.pricing.tiers import (
     Graduated,
     Package,
@@ -91,9 +91,9 @@ def version(rates: Rates | TieredRates = FLAT, **more: object) -> PriceVersion:
     return PriceVersion(1, 1, PricePlan.model_validate(said))
 
 
-def used(price: PriceVersion, tokens: Tokens, *, model: str = "tiny", late: str | None = None) -> UsageSum:
+def used(price: PriceVersion, tokens: Tokens, *, model: str = "tiny", late: str | None = None) -> MonthUsage:
     list_nanos = price.rates(adapter=False, model=model).cost_nanos(tokens)
-    return UsageSum(model, False, "default", price, 1, tokens, 0, list_nanos, late)
+    return MonthUsage(model, False, "default", price, 1, tokens, 0, list_nanos, late)
 
 
 @given(st.lists(st.tuples(counts, counts, counts), max_size=4), st.tuples(counts, counts, counts))
@@ -117,7 +117,7 @@ def test_a_line_is_rounded_once_and_included_tokens_are_free(
 
 
 def test_a_flat_line_is_the_sum_of_what_its_requests_were_charged() -> None:
-    one = UsageSum("tiny", False, "default", version(), 3, Tokens(10, 0, 10), 0, 4_999, None)
+    one = MonthUsage("tiny", False, "default", version(), 3, Tokens(10, 0, 10), 0, 4_999, None)
     (line,) = usage_lines([one], Included())
     assert line.amount_nanos == line.list_nanos == 4_999
 

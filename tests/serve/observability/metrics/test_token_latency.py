@@ -60,7 +60,7 @@ def test_requests_add_up_by_base_and_by_adapter(monkeypatch: pytest.MonkeyPatch)
     metrics = Metrics(adapters_max=1)
     pace = paced(monkeypatch, [(10.0, tokens(1)), (10.04, tokens(1)), (10.24, tokens(1)), (19.0, tokens(1))])
     for adapter in (None, "acme/a@1", "acme/b@1"):
-        metrics.pace("tiny", adapter, pace)
+        metrics.token_latency("tiny", adapter, pace)
     value = metrics.registry.get_sample_value
     name, base = "bespoke_inter_token_latency_seconds", {"base": "tiny"}
     cumulative = {

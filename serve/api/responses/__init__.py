@@ -1,3 +1,0 @@
-"""/v1/responses — platform.openai.com/docs/api-reference/responses."""
-
-__all__ = ["router"]
