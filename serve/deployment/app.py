@@ -26,7 +26,7 @@ from serve.api import (
     responses,
 )
 from serve.api.dependencies import Context
-from serve.api.middleware import BodyMiddleware, RequestMiddleware, Traced, body_bound
+from serve.api.middleware import BodyMiddleware, RequestMiddleware, TracingMiddleware, body_bound
 from serve.batches.batches import Batches
 from serve.batches.input import InputBounds
 from serve.batches.worker import BatchWorker
@@ -167,7 +167,7 @@ def build_app(
     app.add_middleware(BodyMiddleware, body_bytes_max=body_bound(**sizes), bytes_per_s_min=slowest)
     app.add_middleware(RequestMiddleware, metrics=metrics, **sizes)
     if tracing is not OFF:
-        app.add_middleware(Traced, tracing=tracing)
+        app.add_middleware(TracingMiddleware, tracing=tracing)
     return app
 
 

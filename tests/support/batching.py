@@ -215,7 +215,7 @@ class Floor:
 
         async def all_of_them() -> None:
             worker = self.worker()
-            while await worker.work():
+            while await worker.run_one():
                 pass
 
         asyncio.run(all_of_them())
@@ -226,7 +226,7 @@ class Floor:
         async def mortal() -> bool:
             store = MortalStore(self.url, death_at, after=after)
             worker = self.worker(store, requests_in_flight=requests_in_flight)
-            working = asyncio.create_task(worker.work())
+            working = asyncio.create_task(worker.run_one())
             dying = asyncio.create_task(store.died.wait())
             await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
             rest = asyncio.all_tasks() - {asyncio.current_task()}

@@ -1,11 +1,11 @@
-"""/admin/v1/tenants, and the credit of each."""
+"""/admin/v1/tenants: create and change tenants, and set their credit."""
 
 from typing import Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from serve.api.admin.access import By
+from serve.api.admin.access import AdminCaller
 from serve.api.admin.access import router as admin_router
 from serve.api.dependencies import Ctx
 from serve.api.pagination import (
@@ -55,7 +55,7 @@ class TenantWire(Identified):
 
 
 class AccountWire(BaseModel):
-    """Nano-USD; what is available is credit − spent − held."""
+    """Nano-USD; available = credit − spent − held."""
 
     object: Literal["account"] = "account"
     tenant: str
@@ -66,10 +66,10 @@ class AccountWire(BaseModel):
 
 
 @router.post("/tenants", status_code=201)
-def create(body: NewTenant, by: By, ctx: Ctx) -> TenantWire:
+def create(body: NewTenant, caller: AdminCaller, ctx: Ctx) -> TenantWire:
     """Create a tenant and its account."""
-    ctx.tenants.create(body.name, at=now(), actor=by.actor)
-    Ledger(ctx.store).open_account(body.name, body.credit_nanos, actor=by.actor)
+    ctx.tenants.create(body.name, at=now(), actor=caller.actor)
+    Ledger(ctx.store).open_account(body.name, body.credit_nanos, actor=caller.actor)
     return _wire(ctx.tenants.get(body.name))
 
 
@@ -84,24 +84,24 @@ def show(tenant: str, ctx: Ctx) -> TenantWire:
 
 
 @router.patch("/tenants/{tenant}")
-def change(tenant: str, body: TenantChange, by: By, ctx: Ctx) -> TenantWire:
-    """Suspend or resume it, say which scopes its keys may have, change the limits that are named."""
+def change(tenant: str, body: TenantChange, caller: AdminCaller, ctx: Ctx) -> TenantWire:
+    """Suspend or resume it, set the scopes its keys may have, change the named limits."""
     changed = ctx.tenants.change(
         tenant,
         at=now(),
         suspended=body.suspended,
         scopes=None if body.scopes is None else frozenset(body.scopes),
         limits=body.limits.named() if body.limits else None,
-        actor=by.actor,
+        actor=caller.actor,
     )
     return _wire(changed)
 
 
 @router.put("/tenants/{tenant}/credit")
-def credit(tenant: str, body: Credit, by: By, ctx: Ctx) -> AccountWire:
-    """Set its credit. What it has spent stays."""
+def credit(tenant: str, body: Credit, caller: AdminCaller, ctx: Ctx) -> AccountWire:
+    """Set its credit. Its spending stays."""
     ledger = Ledger(ctx.store)
-    ledger.open_account(tenant, body.credit_nanos, actor=by.actor)
+    ledger.open_account(tenant, body.credit_nanos, actor=caller.actor)
     account = ledger.account(tenant)
     return AccountWire(
         tenant=tenant,

@@ -42,9 +42,9 @@ def floor(new_database: NewDatabase, tmp_path: Path) -> Iterator[Floor]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "PAUSE_S_MIN", 0.001)
+    monkeypatch.setattr(runner, "BACKOFF_S_MIN", 0.001)
     monkeypatch.setattr(writer, "BATCH_MAX", 1)  # so that the number of writes is always the same
-    monkeypatch.setattr(runner, "PAUSE_S_MAX", 0.01)
+    monkeypatch.setattr(runner, "BACKOFF_S_MAX", 0.01)
 
 
 def now(floor: Floor, batch: Batch) -> Batch:
@@ -121,12 +121,12 @@ def test_a_worker_that_was_only_slow_can_neither_bill_nor_keep_a_line_that_anoth
 
     async def scenario() -> None:
         floor.engine.gate = asyncio.Event()
-        slow = asyncio.create_task(floor.worker().work())
+        slow = asyncio.create_task(floor.worker().run_one())
         while not floor.engine.running:
             await asyncio.sleep(0.01)
         floor.at += LEASE
         gate, floor.engine.gate = floor.engine.gate, None
-        assert await floor.worker().work()  # takes it over, and to its end
+        assert await floor.worker().run_one()  # takes it over, and to its end
         gate.set()
         assert await slow
 
@@ -258,7 +258,7 @@ def test_a_cancelled_batch_keeps_what_is_done_and_runs_nothing_more(floor: Floor
 
     async def scenario() -> None:
         floor.engine.gate = asyncio.Event()
-        working = asyncio.create_task(floor.worker().work())
+        working = asyncio.create_task(floor.worker().run_one())
         while floor.engine.running < 2:
             await asyncio.sleep(0.01)
         assert floor.batches.cancel("acme", batch.id, at=floor.at).status is BatchStatus.CANCELLING
@@ -320,7 +320,7 @@ def test_unfinished_batches_are_bounded_and_short_ones_do_not_wait_for_another_t
         floor.submit(FILE)
     floor.at += timedelta(seconds=1)
     rivals = floor.submit(FILE, tenant="rival")
-    work = floor.worker()._work
+    work = floor.worker()._queue
     first, second = work.take(at=floor.at), work.take(at=floor.at)
     assert first is not None
     assert (first.tenant, second and second.id) == ("acme", rivals.id)
@@ -344,7 +344,7 @@ def test_an_input_file_must_be_for_batches_and_outlive_the_batch(floor: Floor) -
 def test_a_worker_without_the_lease_ends_nothing_and_leaves_no_files(floor: Floor) -> None:
     batch = floor.submit(FILE)
     assert floor.work_and_die(17, after=False)  # all is done, and the files are not known yet
-    late, work = floor.worker()._work, floor.worker()._work
+    late, work = floor.worker()._queue, floor.worker()._queue
     floor.at += LEASE
     assert late.take(at=floor.at)
     floor.at += LEASE
@@ -354,10 +354,15 @@ def test_a_worker_without_the_lease_ends_nothing_and_leaves_no_files(floor: Floo
     assert not late.begin(batch.id, lines=1, at=floor.at)
     assert not late.finalize(batch.id, at=floor.at)
     write_output(
-        now(floor, batch), BatchStatus.COMPLETED, lines=floor.lines, files=floor.files, work=late, at=floor.at
+        now(floor, batch),
+        BatchStatus.COMPLETED,
+        lines=floor.lines,
+        files=floor.files,
+        queue=late,
+        at=floor.at,
     )
     assert sorted(floor.home.glob("files/*/*")) == before
-    late.give_back(batch.id)
+    late.release(batch.id)
     assert work.renew(batch.id, at=floor.at) is not None
 
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from serve.billing.ledger.ledger import HoldRequest, Ledger, Outcome, Resolution
 from serve.client_data.stored_responses import (
-    KEPT_FOR,
+    RETENTION,
     StoredResponse,
     StoredResponses,
     responses_table,
@@ -244,7 +244,7 @@ def test_an_answer_that_cannot_be_stored_is_billed_all_the_same(
         raise RuntimeError("a bug")
 
     played = ScriptedApp(tmp_path, HELLO)
-    monkeypatch.setattr(StoredResponses, "keep", broken)
+    monkeypatch.setattr(StoredResponses, "insert", broken)
     body = played.say(PATH, ASK)
     assert (body["status"], body["store"]) == ("completed", False)
     assert played.bills() == [("acme", "complete", 10, 4, 2)]
@@ -266,7 +266,7 @@ def test_an_answer_is_stored_in_the_transaction_that_bills_it(
             entry.in_transaction(connection)
             raise sa.exc.OperationalError("commit", None, Exception())
 
-        return apply(self, [replace(entry, also=away)])
+        return apply(self, [replace(entry, in_transaction=away)])
 
     played = ScriptedApp(tmp_path, HELLO)
     monkeypatch.setattr(Ledger, "apply", flaky)
@@ -321,11 +321,11 @@ def test_what_has_expired_is_not_there_and_then_is_swept(
         responses.store("acme", f"req_{number}", stored(str(number)), at=NOON)
     later = NOON + timedelta(hours=1)
     responses.store("acme", "req_later", stored("later"), at=later)
-    assert responses.sweep(at=NOON + KEPT_FOR - timedelta(seconds=1)) == 0
+    assert responses.sweep(at=NOON + RETENTION - timedelta(seconds=1)) == 0
     with pytest.raises(ResponseNotFound):
-        responses.find("acme", "resp_0", at=NOON + KEPT_FOR)
+        responses.find("acme", "resp_0", at=NOON + RETENTION)
     with pytest.raises(ResponseNotFound):
-        responses.delete("acme", "resp_0", at=NOON + KEPT_FOR)
-    assert responses.sweep(at=NOON + KEPT_FOR) == 5
+        responses.delete("acme", "resp_0", at=NOON + RETENTION)
+    assert responses.sweep(at=NOON + RETENTION) == 5
     assert shelf(shop.store)[0] == 1
-    responses.find("acme", "resp_later", at=NOON + KEPT_FOR)
+    responses.find("acme", "resp_later", at=NOON + RETENTION)

@@ -6,7 +6,7 @@ import pytest
 
 from serve.engine.protocol import Delta
 from serve.errors import EngineFailed
-from serve.inference.request import DeltaBuffer
+from serve.inference.delta_buffer import DeltaBuffer
 
 
 def said(*texts: str) -> list[Delta]:
