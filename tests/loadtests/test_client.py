@@ -103,7 +103,7 @@ def test_a_stream_that_ends_before_its_time_has_failed() -> None:
 
 
 def test_a_connection_that_breaks_in_a_stream_has_failed() -> None:
-    broken = ask(streamed(*STREAM[:3], whole=False))
+    broken = ask(streamed(*STREAM[:3], complete=False))
     assert (broken.outcome, broken.pieces, broken.request_id) == (Outcome.FAILED, 2, "req_1")
     assert broken.code is not None
 

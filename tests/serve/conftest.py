@@ -55,7 +55,7 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> NewDatabase:
-    """Makes a migrated database and gives its URL, as often as it is called: the same tests on both."""
+    """Makes a migrated database on each call, and returns its URL. The tests run on both kinds."""
     if request.param == "postgresql":
         databases: MigratedDatabases = request.getfixturevalue("migrated_databases")
         return databases.borrow

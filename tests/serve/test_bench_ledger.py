@@ -1,4 +1,4 @@
-"""The ledger's benchmark in small: what it fills agrees with itself, and what it asks is answered."""
+"""The ledger's benchmark runs in small: its data is consistent, and its queries are answered."""
 
 from contextlib import closing
 from pathlib import Path

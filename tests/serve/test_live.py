@@ -365,7 +365,7 @@ def assert_reconciled(live: Live) -> None:
 
 
 def test_the_ledger_agrees_with_the_engines_own_counters(live: Live) -> None:
-    """Invariant 2, over everything that the tests before this one did."""
+    """Invariant 2 holds over the requests of all tests before this one."""
     live.wait_idle()
     assert_reconciled(live)
 
@@ -409,9 +409,9 @@ def kill_engine() -> None:
 
 def replicas(deployment: str) -> list[psutil.Process]:
     """This run's replica processes of a deployment; Ray names them in their command lines."""
-    found = []
+    processes = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
             if process.cmdline()[0].startswith(f"ray::ServeReplica:bespoke:{deployment}"):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes

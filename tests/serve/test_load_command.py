@@ -1,4 +1,4 @@
-"""`make loadtest` as its users call it: a service of its own, a run, a reconciliation, and nothing left."""
+"""`make loadtest` starts its own service, runs, reconciles and leaves nothing behind."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def test_a_run_starts_a_service_reconciles_and_leaves_nothing_behind(tmp_path: P
     others = set(psutil.Process().children(recursive=True))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert told["complete"] > 0
-    assert told["reconciliation"]["agrees"]
+    report = json.loads((tmp_path / "told.json").read_text())
+    assert report["complete"] > 0
+    assert report["reconciliation"]["agrees"]
     assert set(psutil.Process().children(recursive=True)) <= others

@@ -1,4 +1,4 @@
-"""Locust's scenarios against the running gateway: they measure, reconcile, and notice a wrong count."""
+"""Locust's scenarios run against the gateway: they measure, reconcile, and report a wrong count."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def target(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drive(
     locustfile: Path, out: Path, *arguments: str, **environment: str
 ) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    """Locust in a process of its own: it patches the one that it is in."""
+    """Run Locust in its own process, because it patches the process it is in."""
     command = [sys.executable, "-m", "locust", "-f", str(locustfile), "--headless", "--only-summary"]
     command += ["--users", "6", "--spawn-rate", "6", "--run-time", "5s", *arguments]
     done = subprocess.run(
@@ -62,13 +62,16 @@ def drive(
 def test_mixed_traffic_is_measured_and_its_tokens_are_the_ledgers_and_the_engines(
     target: Path, tmp_path: Path
 ) -> None:
-    done, said = drive(
+    done, report = drive(
         LOCUSTFILE, tmp_path / "o.json", LOADTEST_SCENARIO="mixed", LOADTEST_TARGET=str(target)
     )
     assert done.returncode == 0, done.stdout
-    assert said["reconciliation"]["agrees"]
-    assert said["reconciliation"]["checks"]["clients = ledger, by request"] == said["complete"] + said["left"]
-    stream = said["rows"]["chat stream"]
+    assert report["reconciliation"]["agrees"]
+    assert (
+        report["reconciliation"]["checks"]["clients = ledger, by request"]
+        == report["complete"] + report["left"]
+    )
+    stream = report["rows"]["chat stream"]
     assert stream["ttft"]["count"] == stream["complete"] > 0
     assert 0 < stream["ttft"]["p50_ms"] <= stream["request"]["most_ms"]
     assert stream["itl"]["count"] > 0
@@ -79,11 +82,11 @@ def test_mixed_traffic_is_measured_and_its_tokens_are_the_ledgers_and_the_engine
 def test_one_token_that_a_client_saw_and_nobody_billed_is_noticed_and_named(
     target: Path, tmp_path: Path
 ) -> None:
-    done, said = drive(
+    done, report = drive(
         MISCOUNTING, tmp_path / "o.json", LOADTEST_SCENARIO="mixed", LOADTEST_TARGET=str(target)
     )
     assert done.returncode == 3, done.stdout
-    named = [d for d in said["reconciliation"]["differences"] if d["who"].startswith("req_")]
+    named = [d for d in report["reconciliation"]["differences"] if d["who"].startswith("req_")]
     assert len(named) == 1
     assert named[0]["what"] == "completion tokens"
     assert int(named[0]["seen"]) == int(named[0]["billed"]) + 1
@@ -91,7 +94,7 @@ def test_one_token_that_a_client_saw_and_nobody_billed_is_noticed_and_named(
 
 
 def test_a_service_that_runs_already_is_driven_with_its_url_and_a_key(live: Live, tmp_path: Path) -> None:
-    done, said = drive(
+    done, report = drive(
         LOCUSTFILE,
         tmp_path / "o.json",
         *("--host", live.url),
@@ -102,9 +105,9 @@ def test_a_service_that_runs_already_is_driven_with_its_url_and_a_key(live: Live
     )
     assert done.returncode == 0, done.stdout
     assert {"clients = usage API, by tenant and model", "usage API ≤ engines"} <= set(
-        said["reconciliation"]["checks"]
+        report["reconciliation"]["checks"]
     )
-    assert live.keys[LUMEN] not in done.stdout + json.dumps(said)
+    assert live.keys[LUMEN] not in done.stdout + json.dumps(report)
 
 
 def test_a_key_that_may_not_read_usage_is_refused_before_anything_is_asked(

@@ -1,4 +1,4 @@
-"""A gateway without HTTP, over an engine that plays a script, and what its ledger says afterwards."""
+"""Runs a gateway without HTTP over a scripted engine, and reads its ledger afterwards."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def gateway_of(shop: BillingFixture, engine: ScriptedEngine, **settings: float) 
     )
 
 
-def call(model: str = "tiny") -> InferenceRequest:
+def inference_request(model: str = "tiny") -> InferenceRequest:
     hello = (Message("user", "Hello"),)
     return InferenceRequest("req_1", model, hello, Sampling(completion_tokens_max=5), "max_tokens")
 
@@ -62,7 +62,7 @@ def metric(gateway: Gateway, name: str, **labels: str) -> float | None:
 async def play(shop: BillingFixture, script: Script, request_id: str = "req_1") -> str:
     gateway = gateway_of(shop, ScriptedEngine(script))
     try:
-        asked = replace(call(), request_id=request_id)
-        return await collect(await gateway.generate(shop.principal, asked))
+        request = replace(inference_request(), request_id=request_id)
+        return await collect(await gateway.generate(shop.principal, request))
     finally:
         await gateway.drain()

@@ -1,4 +1,4 @@
-"""A server that answers each request as it was told to, to the byte, and may hang up."""
+"""Serves scripted answers, byte for byte, and may close the connection early."""
 
 import socket
 import threading
@@ -11,11 +11,11 @@ from loadtests.load.exchange import Exchange
 HEAD = b"HTTP/1.1 %b\r\nx-request-id: req_%d\r\ncontent-type: %b\r\n"
 
 
-def streamed(*events: bytes, number: int = 1, whole: bool = True) -> bytes:
-    """An event stream; not `whole`: the connection ends before it does."""
+def streamed(*events: bytes, number: int = 1, complete: bool = True) -> bytes:
+    """An event stream; without `complete` the connection ends before the stream does."""
     head = HEAD % (b"200 OK", number, b"text/event-stream") + b"transfer-encoding: chunked\r\n\r\n"
     chunks = b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in events)
-    return head + chunks + (b"0\r\n\r\n" if whole else b"")
+    return head + chunks + (b"0\r\n\r\n" if complete else b"")
 
 
 def plain(body: bytes, status: bytes = b"200 OK", number: int = 1) -> bytes:
@@ -23,7 +23,7 @@ def plain(body: bytes, status: bytes = b"200 OK", number: int = 1) -> bytes:
 
 
 class Server:
-    """Gives the answers in turn; hangs up after one that does not end. `connections` counts what it took."""
+    """Sends the answers in turn; closes after one that does not end. `connections` is a count."""
 
     def __init__(self, *answers: bytes) -> None:
         self._answers = list(answers)
@@ -72,7 +72,7 @@ def _ends(answer: bytes) -> bool:
 
 
 class Recorded:
-    """What the client recorded."""
+    """Keeps the exchanges that the client recorded."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[Exchange, Gaps]] = []
