@@ -19,7 +19,7 @@ from finetune.card import (
     Metrics,
     content_version,
 )
-from finetune.digest import file_sha256, json_sha256
+from finetune.hashing import file_sha256, json_sha256
 from finetune.publish import publish
 from serve.registry.validation import decoder_linears
 
