@@ -62,7 +62,9 @@ def main() -> None:
     from finetune.errors import FinetuneError
     from quantize.errors import QuantizeError
     from serve.errors import BespokeError
+    from serve.vllm_plugin import kernel_hub
 
+    kernel_hub.install()  # fine-tuning and quantizing import bitsandbytes
     try:
         app()
     except (BespokeError, FinetuneError, QuantizeError) as error:
