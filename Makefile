@@ -34,7 +34,7 @@ check: setup
 
 # Ours beside a bare vLLM and the peers: 70 minutes, alone on the machine, please. PAIRS=3 or QUICK=1: shorter.
 bench: bench-bases
-	@$(BIN)/python -m loadtests.bench front $(if $(QUICK),--quick) $(if $(PAIRS),--pairs $(PAIRS))
+	@$(BIN)/python -m loadtests.bench overhead $(if $(QUICK),--quick) $(if $(PAIRS),--pairs $(PAIRS))
 
 bench-scaling: bench-bases
 	@$(BIN)/python -m loadtests.bench scaling

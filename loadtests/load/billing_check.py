@@ -1,4 +1,4 @@
-"""Reads what was billed and what the engines counted: usage API, /metrics, and the ledger where it can."""
+"""Checks the bill after a run: reads usage API, /metrics and, if it can, the ledger, and compares them."""
 
 import time
 from collections import defaultdict
@@ -11,12 +11,11 @@ import httpx
 import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtests.load.exchange import Exchange
-from loadtests.load.reconcile import (
+from loadtests.load.bill_comparison import (
     NOTHING,
     Bill,
-    Counts,
-    Difference,
+    BillMismatch,
+    TokenCounts,
     Verdict,
     by_engine,
     by_model,
@@ -24,7 +23,8 @@ from loadtests.load.reconcile import (
     engines_at_least,
     engines_counted,
 )
-from loadtests.load.target import Target
+from loadtests.load.request_record import RequestRecord
+from loadtests.load.service_under_test import ServiceUnderTest
 from serve.billing.ledger.ledger import Ledger
 from serve.billing.metering.events import usage_table
 from serve.billing.metering.queries import UsageQueries
@@ -36,75 +36,74 @@ from serve.storage.database import Store
 SETTLED_TIMEOUT_S = 30.0
 QUIET_TIMEOUT_S = 20.0  # the steward compares every five seconds
 
-Used = dict[tuple[str, str], Counts]
+UsageByModel = dict[tuple[str, str], TokenCounts]
 
 
 @dataclass(frozen=True, slots=True)
-class Before:
-    """How things stood when the run began. `since` is Unix time: usage is asked for from there."""
+class Baseline:
+    """Holds the counts when the run began. `since` is the Unix time from which usage is read."""
 
     since: int
-    used: Used
+    used: UsageByModel
     engines: list[EngineCount] | None
     last_event: int
 
 
-class Books:
-    """The books of one target. Blocks; its HTTP is Locust's green one."""
+class BillingCheck:
+    """Compares the bill of one service with what clients and engines counted. Blocks (on Locust's gevent)."""
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._tenants = sorted(target.readers)
+    def __init__(self, service: ServiceUnderTest) -> None:
+        self._service = service
+        self._tenants = sorted(service.billing_keys)
 
-    def open(self) -> Before:
-        """To be called before the first request."""
+    def begin(self) -> Baseline:
+        """Reads the counts before the first request."""
         self._wait_settled()
         since, last_event = int(time.time()), 0
-        if self._target.store_url is not None:
-            with closing(Store(self._target.store_url)) as store, store.read() as connection:
+        if self._service.store_url is not None:
+            with closing(Store(self._service.store_url)) as store, store.read() as connection:
                 last_event = connection.execute(sa.select(sa.func.max(usage_table.c.id))).scalar_one() or 0
-        return Before(since, self._used(since), self._engines(), last_event)
+        return Baseline(since, self._used(since), self._engines(), last_event)
 
-    def close(self, before: Before, exchanges: list[Exchange]) -> Verdict:
-        """Compares all that can be compared, once every request is settled."""
+    def finish(self, baseline: Baseline, records: list[RequestRecord]) -> Verdict:
+        """Waits until every request is settled, then compares all that can be compared."""
         verdict = Verdict()
         if not self._wait_settled():
             text = f"some are, after {SETTLED_TIMEOUT_S:g} s"
-            verdict.differences.append(Difference("our tenants", "requests still open", "none", text))
-        old = before.used
+            verdict.mismatches.append(BillMismatch("our tenants", "requests still open", "none", text))
         used = {
-            who: counts - old.get(who, NOTHING)
-            for who, counts in self._used(before.since).items()
-            if counts != old.get(who, NOTHING)
+            model: counts - baseline.used.get(model, NOTHING)
+            for model, counts in self._used(baseline.since).items()
+            if counts != baseline.used.get(model, NOTHING)
         }
-        verdict.add("clients = usage API, by tenant and model", len(used), by_model(exchanges, used))
+        verdict.add("clients = usage API, by tenant and model", len(used), by_model(records, used))
         engines = self._engines()
-        if self._target.store_url is not None:
-            with closing(Store(self._target.store_url)) as store:
-                bills = self._bills(store, before.last_event)
-                verdict.add("clients = ledger, by request", len(exchanges), by_request(exchanges, bills))
+        if self._service.store_url is not None:
+            with closing(Store(self._service.store_url)) as store:
+                bills = self._bills(store, baseline.last_event)
+                verdict.add("clients = ledger, by request", len(records), by_request(records, bills))
                 entries = reconcile(engines or [], UsageQueries(store).by_engine())
                 verdict.add("ledger = engines, by process", len(entries), by_engine(entries))
-        elif engines is not None and before.engines is not None:
-            counted, total = engines_counted(before.engines, engines), sum(used.values(), NOTHING)
-            gone = {(e.replica, e.boot) for e in before.engines} - {(e.replica, e.boot) for e in engines}
-            if gone:
-                verdict.notes.append(f"{len(gone)} engine processes ended: what they counted is not known.")
+        elif engines is not None and baseline.engines is not None:
+            counted, total = engines_counted(baseline.engines, engines), sum(used.values(), NOTHING)
+            ended = {(e.replica, e.boot) for e in baseline.engines} - {(e.replica, e.boot) for e in engines}
+            if ended:
+                verdict.notes.append(f"{len(ended)} engine processes ended: what they counted is not known.")
             else:
                 verdict.add("usage API ≤ engines", len(engines), engines_at_least(counted, total))
                 others = counted.completion - total.completion
                 if others > 0:
                     verdict.notes.append(f"The engines also generated {others} tokens for others.")
-            self._ask_steward(verdict)
+            self._add_steward_comparison(verdict)
         if not engines:
             text = "/metrics names none, or wants BESPOKE_METRICS_TOKEN"
-            verdict.differences.append(Difference("engines", "their counters", "to be read", text))
+            verdict.mismatches.append(BillMismatch("engines", "their counters", "to be read", text))
         return verdict
 
-    def _ask_steward(self, verdict: Verdict) -> None:
-        """The steward compares the whole ledger with the engines whenever nothing is under way."""
+    def _add_steward_comparison(self, verdict: Verdict) -> None:
+        """Waits for the steward, which compares the whole ledger with the engines when no request runs."""
         ended_s = time.time()
-        drifts: list[Difference] = []
+        drifts: list[BillMismatch] = []
 
         def compared() -> bool:
             drifts.clear()
@@ -114,9 +113,9 @@ class Books:
                     if family.name == "bespoke_ledger_drift_timestamp_seconds":
                         at = sample.value
                     elif family.name == "bespoke_ledger_drift_tokens" and sample.value:
-                        who = f"engine {sample.labels['base']} {sample.labels['boot'][:8]}"
-                        what = f"{sample.labels['class']} tokens not billed"
-                        drifts.append(Difference(who, what, "0", f"{sample.value:g}"))
+                        subject = f"engine {sample.labels['base']} {sample.labels['boot'][:8]}"
+                        quantity = f"{sample.labels['class']} tokens not billed"
+                        drifts.append(BillMismatch(subject, quantity, "0", f"{sample.value:g}"))
             return at > ended_s
 
         if _until(compared, QUIET_TIMEOUT_S):
@@ -126,19 +125,19 @@ class Books:
 
     def _engines(self) -> list[EngineCount] | None:
         try:
-            return engine_counts(self._target.url, self._target.metrics_token)
+            return engine_counts(self._service.url, self._service.metrics_token)
         except OperatorError:
             return None
 
     def _metrics(self) -> str:
-        token = self._target.metrics_token
+        token = self._service.metrics_token
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return httpx.get(f"{self._target.url}/metrics", headers=headers, timeout=30).raise_for_status().text
+        return httpx.get(f"{self._service.url}/metrics", headers=headers, timeout=30).raise_for_status().text
 
     def _wait_settled(self) -> bool:
-        """Whether nothing is held for our tenants, within SETTLED_TIMEOUT_S."""
-        if self._target.store_url is not None:
-            with closing(Store(self._target.store_url)) as store:
+        """Tells whether our tenants have no open holds, within SETTLED_TIMEOUT_S."""
+        if self._service.store_url is not None:
+            with closing(Store(self._service.store_url)) as store:
                 ledger = Ledger(store)
                 return _until(lambda: not ledger.open_holds(), SETTLED_TIMEOUT_S)
         return _until(
@@ -148,11 +147,11 @@ class Books:
             SETTLED_TIMEOUT_S,
         )
 
-    def _used(self, since: int) -> Used:
-        used: Used = defaultdict(Counts)
+    def _used(self, since: int) -> UsageByModel:
+        used: UsageByModel = defaultdict(TokenCounts)
         for tenant in self._tenants:
             for result in self._results(tenant, since):
-                counts = Counts(
+                counts = TokenCounts(
                     result["num_model_requests"],
                     result["input_tokens"],
                     result["input_cached_tokens"],
@@ -162,19 +161,19 @@ class Books:
         return dict(used)
 
     def _results(self, tenant: str, since: int) -> Iterable[dict[str, Any]]:
-        asked: dict[str, Any] = {"start_time": since, "bucket_width": "1d", "limit": 31, "group_by": "model"}
+        params: dict[str, Any] = {"start_time": since, "bucket_width": "1d", "limit": 31, "group_by": "model"}
         while True:
-            page = self._get(tenant, "/v1/organization/usage/completions", asked)
+            page = self._get(tenant, "/v1/organization/usage/completions", params)
             for bucket in page["data"]:
                 yield from bucket["results"]
             if not page["has_more"]:
                 return
-            asked["page"] = page["next_page"]
+            params["page"] = page["next_page"]
 
     def _get(self, tenant: str, path: str, params: dict[str, Any] | None = None) -> dict[str, Any]:
-        headers = {"Authorization": f"Bearer {self._target.readers[tenant]}"}
-        answer = httpx.get(f"{self._target.url}{path}", headers=headers, params=params, timeout=30)
-        body: dict[str, Any] = answer.raise_for_status().json()
+        headers = {"Authorization": f"Bearer {self._service.billing_keys[tenant]}"}
+        response = httpx.get(f"{self._service.url}{path}", headers=headers, params=params, timeout=30)
+        body: dict[str, Any] = response.raise_for_status().json()
         return body
 
     def _bills(self, store: Store, after: int) -> dict[str, Bill]:
@@ -183,7 +182,7 @@ class Books:
         query = sa.select(*columns).where(c.id > after, c.tenant_id.in_(self._tenants))
         with store.read() as connection:
             return {
-                request_id: Bill(tenant, model, Counts(1, *counts))
+                request_id: Bill(tenant, model, TokenCounts(1, *counts))
                 for request_id, tenant, model, *counts in connection.execute(query)
             }
 

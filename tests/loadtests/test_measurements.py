@@ -1,4 +1,4 @@
-"""Zipf's law, times in buckets, the climb of a ramp, the phases of bursts and floods."""
+"""Zipf's law, times in buckets, the steps of a ramp, the phases of bursts and floods."""
 
 import random
 from collections import Counter
@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtests.load.client import Gaps
-from loadtests.load.climb import Climb
-from loadtests.load.exchange import Exchange, Outcome
+from loadtests.load.client import StreamTiming
 from loadtests.load.histogram import Histogram
+from loadtests.load.measurements import SLICE_S, Measurements
 from loadtests.load.phases import burst_wait_s, flood_begins_s
-from loadtests.load.tally import SLICE_S, Tally
+from loadtests.load.ramp_schedule import RampSchedule
+from loadtests.load.request_record import Outcome, RequestRecord
 from loadtests.load.zipf import Zipf
 from serve.billing.pricing.plans import Tokens
 
@@ -49,48 +49,48 @@ def test_a_quantile_is_off_by_one_percent_at_most(times: list[float]) -> None:
 
 
 def test_merged_times_are_as_if_they_had_been_added_to_one() -> None:
-    one, other, both = Histogram(), Histogram(), Histogram()
+    first, second, both = Histogram(), Histogram(), Histogram()
     for ms in range(1, 100):
-        (one if ms % 3 else other).add(ms)
+        (first if ms % 3 else second).add(ms)
         both.add(ms)
-    one.merge(other)
-    assert one.figures() == both.figures()
+    first.merge(second)
+    assert first.summary() == both.summary()
 
 
 def test_nothing_has_no_quantile() -> None:
     assert Histogram().quantile_ms(0.5) is None
 
 
-def climb(rate: "dict[int, float]", most: int, step_s: float = 8.0) -> Climb:
-    """A climb, second by second, on a service that makes `rate` tokens a second with so many users."""
-    made, tokens, users = Climb(most, step_s), 0.0, 1
+def run_ramp(rate: "dict[int, float]", most: int, step_s: float = 8.0) -> RampSchedule:
+    """Runs a ramp, second by second, on a service that makes `rate` tokens a second with so many users."""
+    schedule, tokens, users = RampSchedule(most, step_s), 0.0, 1
     for second in range(1000):
-        now = made.at(float(second), int(tokens))
+        now = schedule.users_at(float(second), int(tokens))
         if now is None:
-            return made
+            return schedule
         users = now
         tokens += rate[users]
-    raise AssertionError("the climb did not end")
+    raise AssertionError("the ramp did not end")
 
 
 def test_a_ramp_ends_two_steps_after_more_users_bring_nothing() -> None:
-    made = climb({1: 100, 2: 200, 4: 380, 8: 385, 16: 380, 32: 500}, most=64)
-    assert [step.users for step in made.steps] == [1, 2, 4, 8, 16]
-    assert made.saturated
-    knee = made.knee()
+    schedule = run_ramp({1: 100, 2: 200, 4: 380, 8: 385, 16: 380, 32: 500}, most=64)
+    assert [step.users for step in schedule.steps] == [1, 2, 4, 8, 16]
+    assert schedule.saturated
+    knee = schedule.knee()
     assert knee is not None
     assert (knee.users, knee.tokens_per_s) == (4, 380)
 
 
 def test_a_ramp_that_never_saturates_ends_with_all_its_users() -> None:
-    made = climb({1: 100, 2: 200, 4: 400, 6: 600}, most=6)
-    assert [step.users for step in made.steps] == [1, 2, 4, 6]
-    assert not made.saturated
+    schedule = run_ramp({1: 100, 2: 200, 4: 400, 6: 600}, most=6)
+    assert [step.users for step in schedule.steps] == [1, 2, 4, 6]
+    assert not schedule.saturated
 
 
 def test_one_slow_step_is_no_saturation() -> None:
-    made = climb({1: 100, 2: 200, 4: 150, 8: 800, 16: 1600}, most=16)
-    assert [step.users for step in made.steps] == [1, 2, 4, 8, 16]
+    schedule = run_ramp({1: 100, 2: 200, 4: 150, 8: 800, 16: 1600}, most=16)
+    assert [step.users for step in schedule.steps] == [1, 2, 4, 8, 16]
 
 
 def test_a_burst_is_at_the_end_of_each_period() -> None:
@@ -101,28 +101,28 @@ def test_a_flood_leaves_a_third_of_the_run_alone() -> None:
     assert flood_begins_s(60) == 20
 
 
-def complete(tokens: int) -> Exchange:
-    return Exchange(
+def complete(tokens: int) -> RequestRecord:
+    return RequestRecord(
         "row", "t", "m", 10, 64, "req_1", Outcome.COMPLETE, 200, None, Tokens(5, 0, tokens), tokens
     )
 
 
-def test_the_course_of_a_run_loses_nothing_when_slices_are_taken_together(
+def test_the_timeline_of_a_run_loses_nothing_when_slices_are_taken_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now_s = 0.0
-    monkeypatch.setattr("loadtests.load.tally.monotonic", lambda: now_s)
-    tally = Tally()
+    monkeypatch.setattr("loadtests.load.measurements.monotonic", lambda: now_s)
+    measurements = Measurements()
     for number in range(31):
-        tally.add(complete(tokens=number), Gaps(0.0, 0.0, 12.0, [3.0]))
+        measurements.add(complete(tokens=number), StreamTiming(0.0, 0.0, 12.0, [3.0]))
         now_s += SLICE_S
-        tally.sample(users=number, memory_mb=number)
+        measurements.sample(users=number, memory_mb=number)
     now_s += SLICE_S / 10
-    tally.sample(users=0, memory_mb=99)  # what is left at the end is no slice of its own
-    course = tally.course(most=12)
-    assert len(tally.slices) == 31
-    assert len(course) <= 12
-    assert sum(one.tokens for one in course) == tally.tokens == sum(range(31))
-    assert sum(one.outcomes[Outcome.COMPLETE] for one in course) == 31
-    assert (course[0].start_s, course[-1].end_s, course[-1].memory_mb) == (0.0, now_s, 99)
-    assert all(one.end_s == following.start_s for one, following in pairwise(course))
+    measurements.sample(users=0, memory_mb=99)  # what is left at the end is no slice of its own
+    timeline = measurements.timeline(most=12)
+    assert len(measurements.slices) == 31
+    assert len(timeline) <= 12
+    assert sum(part.tokens for part in timeline) == measurements.tokens == sum(range(31))
+    assert sum(part.outcomes[Outcome.COMPLETE] for part in timeline) == 31
+    assert (timeline[0].start_s, timeline[-1].end_s, timeline[-1].memory_mb) == (0.0, now_s, 99)
+    assert all(part.end_s == following.start_s for part, following in pairwise(timeline))

@@ -1,8 +1,9 @@
-"""A service of one's own for a load test, in a process of its own: Locust patches its process for gevent.
+"""Runs a service for one load test in a process of its own, because Locust patches its process for gevent.
 
-    .venv/bin/python -m loadtests.load.service --home SCRATCH --bases .bespoke/bases --base tiny --adapters 4
+    .venv/bin/python -m loadtests.load.own_service --home SCRATCH --bases .bespoke/bases --base tiny \
+        --adapters 4
 
-Says where it is in SCRATCH/target.json and then `ready`; ends when its standard input does.
+It describes itself in SCRATCH/service.json, prints `ready`, and ends when its standard input does.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from loadtests.load.target import Offer, Target
+from loadtests.load.service_under_test import ModelAccess, ServiceUnderTest
 from loadtests.peers.process import free_port
 from loadtests.synthetic import publish_random
 from serve.billing.ledger.ledger import Ledger
@@ -29,42 +30,42 @@ CREDIT_NANOS = 10**15
 RANK = 8
 
 
-def onboard(settings: Settings, base: str, adapters: int) -> Target:
-    """Tenants with credit, a price plan, keys, and `adapters` adapters with random weights among them."""
+def create_tenants(settings: Settings, base: str, adapters: int) -> ServiceUnderTest:
+    """Creates tenants with credit, a price plan and keys, and `adapters` adapters with random weights."""
     now = datetime.now(UTC)
     store = Store(settings.store_url)
     store.migrate()
     tenants, prices, ledger = Tenants(store, server_secret(settings.home)), Prices(store), Ledger(store)
     prices.publish(plan := read_plan(CONFIGS / "prices" / "standard.yaml"), at=now)
-    keys, readers = {}, {}
+    keys, billing_keys = {}, {}
     for tenant in (*CUSTOMERS, LOUD):
         tenants.create(tenant, at=now)
         ledger.open_account(tenant, CREDIT_NANOS)
         prices.subscribe(tenant, plan.name, at=now)
         _, keys[tenant] = tenants.create_key(tenant, at=now)
-        _, readers[tenant] = tenants.create_key(tenant, at=now, scopes=frozenset({"billing-read"}))
+        _, billing_keys[tenant] = tenants.create_key(tenant, at=now, scopes=frozenset({"billing-read"}))
     tenants.change(LOUD, at=now, limits={"concurrent_requests": LOUD_CONCURRENT_REQUESTS})
-    catalogue, base_dir = AdapterRegistry(store, settings.bases), settings.bases_dir / base
-    offers = []
+    registry, base_dir = AdapterRegistry(store, settings.bases), settings.bases_dir / base
+    models = []
     for number in range(adapters):
         tenant, name = CUSTOMERS[number % len(CUSTOMERS)], f"random-{number + 1}"
         directory = publish_random(
             base_dir, settings.adapters_dir, tenant=tenant, name=name, seed=number, rank=RANK
         )
-        adapter = catalogue.register(
+        adapter = registry.register(
             directory, at=now, base_dir=base_dir, max_rank=settings.engine.max_lora_rank
         )
-        catalogue.promote(adapter, at=now)
-        offers.append(Offer(tenant, keys[tenant], f"{tenant}/{name}"))
+        registry.promote(adapter, at=now)
+        models.append(ModelAccess(tenant, keys[tenant], f"{tenant}/{name}"))
     store.close()
-    return Target(
+    return ServiceUnderTest(
         url=f"http://{settings.host}:{settings.port}",
-        offers=(*offers, Offer(CUSTOMERS[0], keys[CUSTOMERS[0]], base)),
-        readers=readers,
-        loud=(Offer(LOUD, keys[LOUD], base),),
+        models=(*models, ModelAccess(CUSTOMERS[0], keys[CUSTOMERS[0]], base)),
+        billing_keys=billing_keys,
+        loud_models=(ModelAccess(LOUD, keys[LOUD], base),),
         store_url=settings.store_url,
-        service_pid=os.getpid(),
-        described={"service": "its own", "base": base, "adapters": adapters},
+        pid=os.getpid(),
+        description={"service": "its own", "base": base, "adapters": adapters},
     )
 
 
@@ -82,9 +83,9 @@ def main() -> None:
     settings = load_settings(
         profile, home=options.home.resolve(), host="127.0.0.1", port=free_port(), bases=[options.base]
     )
-    target = onboard(settings, options.base, options.adapters)
+    service = create_tenants(settings, options.base, options.adapters)
     with LocalService(settings):
-        target.write(options.home / "target.json")
+        service.write(options.home / "service.json")
         print("ready", flush=True)  # noqa: T201
         sys.stdin.read()
 

@@ -1,4 +1,7 @@
-"""Ours as a customer meets it: `bespoke serve`, a key, limits, a price, an account, and its own models."""
+"""Runs our server as a customer meets it.
+
+That is `bespoke serve` with a key, limits, a price plan, an account and the customer's own adapters.
+"""
 
 import os
 import shutil
@@ -19,16 +22,16 @@ from serve.settings import Settings, load_settings
 from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
 
-NAME = "bespoke"
+BESPOKE = "bespoke"
 TENANT = "bench"
 PROFILE = ROOT / "configs" / "serve" / "cpu.yaml"
 LEAVES_OUT = "Nothing: a key, limits, a price, a hold and a settlement on disk for each request."
-# High enough to refuse nothing; with them every request passes through the limiter.
+# Too high to refuse anything. They make every request pass through the limiter.
 LIMITS = {"requests_per_min": 1_000_000, "tokens_per_min": 1_000_000_000, "concurrent_requests": 10_000}
 
 
 @contextmanager
-def ours(
+def bespoke_server(
     home: Path,
     base: str,
     adapters: Mapping[str, Path],
@@ -36,29 +39,32 @@ def ours(
     gateway_replicas: int = 1,
     engine_replicas: int = 1,
 ) -> Iterator[Server]:
-    """`adapters`: name → directory as `publish_random` made it; they are served as `bench/NAME`."""
+    """Starts `bespoke serve` and yields it when it answers.
+
+    `adapters`: name → directory that `publish_random` wrote. They are served as `bench/NAME`.
+    """
     with tempfile.TemporaryDirectory(prefix="bespoke-bench-", ignore_cleanup_errors=True) as scratch:
-        own = Path(scratch)
-        (own / "bases").symlink_to((home / "bases").resolve())
-        settings = load_settings(PROFILE, home=own, port=free_port(), bases=[base])
+        own_home = Path(scratch)
+        (own_home / "bases").symlink_to((home / "bases").resolve())
+        settings = load_settings(PROFILE, home=own_home, port=free_port(), bases=[base])
         for name, directory in adapters.items():
             shutil.copytree(directory, settings.adapters_dir / TENANT / name / directory.name)
-        key = _customer(settings, base, tuple(adapters))
+        key = _create_customer(settings, base, tuple(adapters))
         command = [sys.executable, "-m", "serve.cli", "serve", "--config", str(PROFILE)]
-        command += ["--home", str(own), "--port", str(settings.port), "--base", base]
+        command += ["--home", str(own_home), "--port", str(settings.port), "--base", base]
         variables = os.environ | {
             "PYTHONPATH": str(ROOT),
             "BESPOKE_GATEWAY_REPLICAS": str(gateway_replicas),
             "BESPOKE_ENGINE_REPLICAS": str(engine_replicas),
         }
         url = f"http://127.0.0.1:{settings.port}"
-        with running(NAME, command, variables, directory=ROOT, url=url, model=base, key=key) as pid:
+        with running(BESPOKE, command, variables, directory=ROOT, url=url, model=base, key=key) as pid:
             names = tuple(f"{TENANT}/{name}" for name in adapters)
-            yield Server(NAME, url, key, base, pid, LEAVES_OUT, names)
+            yield Server(BESPOKE, url, key, base, pid, LEAVES_OUT, names)
 
 
-def _customer(settings: Settings, base: str, adapters: tuple[str, ...]) -> str:
-    """Enters the customer and its models, and returns its key."""
+def _create_customer(settings: Settings, base: str, adapters: tuple[str, ...]) -> str:
+    """Creates the tenant with account, plan and adapters. Returns its key."""
     now = datetime.now(UTC)
     with closing(Store(settings.store_url)) as store:
         store.migrate()
