@@ -22,7 +22,7 @@ from tests.support.scripted_app import Script, ScriptedEngine
 def gateway_of(shop: BillingFixture, engine: ScriptedEngine, **settings: float) -> Gateway:
     return Gateway(
         store=shop.store,
-        catalogue=AdapterRegistry(shop.store, ["tiny"]),
+        registry=AdapterRegistry(shop.store, ["tiny"]),
         engines={"tiny": engine},
         rate_limiter=RateLimiter(shop.store, "test"),
         commit_queue=CommitQueue(shop.ledger),
