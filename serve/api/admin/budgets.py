@@ -119,18 +119,18 @@ def create(tenant: str, body: NewBudget, by: By, ctx: Ctx) -> BudgetWire:
         webhook_url=body.webhook_url,
         actor=by.actor,
     )
-    return _wire(standing)
+    return wire(standing)
 
 
 @router.get("/tenants/{tenant}/budgets")
 def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[BudgetWire]:
     ctx.tenants.get(tenant)
-    return listing(BudgetService(ctx.store).page(tenant, at=now(), after=after, limit=limit), _wire)
+    return listing(BudgetService(ctx.store).page(tenant, at=now(), after=after, limit=limit), wire)
 
 
 @router.get("/tenants/{tenant}/budgets/{budget}")
 def show(tenant: str, budget: str, ctx: Ctx) -> BudgetWire:
-    return _wire(BudgetService(ctx.store).get(tenant, budget, at=now()))
+    return wire(BudgetService(ctx.store).get(tenant, budget, at=now()))
 
 
 @router.patch("/tenants/{tenant}/budgets/{budget}")
@@ -139,7 +139,7 @@ def change(tenant: str, budget: str, body: BudgetChange, by: By, ctx: Ctx) -> Bu
     budgets = BudgetService(ctx.store)
     level = budgets.get(tenant, budget, at=now()).budget.scope
     _require_right(by, level, body.webhook_url)
-    return _wire(budgets.change(tenant, budget, body.named(), at=now(), actor=by.actor))
+    return wire(budgets.change(tenant, budget, body.named(), at=now(), actor=by.actor))
 
 
 @router.delete("/tenants/{tenant}/budgets/{budget}")
@@ -147,7 +147,7 @@ def retire(tenant: str, budget: str, by: By, ctx: Ctx) -> BudgetWire:
     """It binds no longer, for good. The record of it stays."""
     budgets = BudgetService(ctx.store)
     _require_right(by, budgets.get(tenant, budget, at=now()).budget.scope, None)
-    return _wire(budgets.retire(tenant, budget, at=now(), actor=by.actor))
+    return wire(budgets.retire(tenant, budget, at=now(), actor=by.actor))
 
 
 def _require_right(by: Caller, level: str, webhook_url: str | None) -> None:
@@ -162,7 +162,7 @@ def _require_right(by: Caller, level: str, webhook_url: str | None) -> None:
             raise InvalidRequest("'webhook_url' names the server itself.", "webhook_url", "invalid_value")
 
 
-def _wire(standing: BudgetUsage) -> BudgetWire:
+def wire(standing: BudgetUsage) -> BudgetWire:
     budget = standing.budget
     return BudgetWire.model_validate(
         {

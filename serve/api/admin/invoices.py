@@ -136,7 +136,7 @@ class PartyWire(BaseModel):
 def create(body: NewInvoice, by: By, ctx: Ctx) -> WholeInvoiceWire:
     """The invoice of a month: what is final as it is, else a draft; a new revision only if it says more."""
     invoices = Invoices(ctx.store)
-    return _whole(invoices, invoices.create(body.tenant, body.period, at=now(), actor=by.actor))
+    return whole_wire(invoices, invoices.create(body.tenant, body.period, at=now(), actor=by.actor))
 
 
 @router.get("/invoices")
@@ -157,7 +157,7 @@ def index(
 @router.get("/invoices/{invoice}")
 def show(invoice: str, ctx: Ctx) -> WholeInvoiceWire:
     invoices = Invoices(ctx.store)
-    return _whole(invoices, invoices.get(invoice))
+    return whole_wire(invoices, invoices.get(invoice))
 
 
 @router.post("/invoices/{invoice}/transition")
@@ -171,7 +171,7 @@ def transition(invoice: str, body: Transition, by: By, ctx: Ctx) -> WholeInvoice
         "paid": invoices.pay,
         "void": invoices.void,
     }
-    return _whole(invoices, moves[body.state](invoice, at=now(), actor=by.actor, reason=body.reason))
+    return whole_wire(invoices, moves[body.state](invoice, at=now(), actor=by.actor, reason=body.reason))
 
 
 @router.get("/invoices/{invoice}/usage")
@@ -323,7 +323,7 @@ def _get(ctx: Ctx, number: str) -> Invoice:
     return Invoices(ctx.store).get(number)
 
 
-def _whole(invoices: Invoices, invoice: Invoice) -> WholeInvoiceWire:
+def whole_wire(invoices: Invoices, invoice: Invoice) -> WholeInvoiceWire:
     history = [_change(change) for change in invoices.history(invoice.draft_number)]
     return WholeInvoiceWire.model_validate(
         _fields(invoice) | {"document": invoice.document, "history": history}

@@ -91,7 +91,7 @@ def create(tenant: str, body: NewKey, by: By, ctx: Ctx) -> NewKeyWire:
 @router.get("/tenants/{tenant}/keys")
 def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[KeyWire]:
     ctx.tenants.get(tenant)
-    return listing(ctx.tenants.keys.page(tenant, after=after, limit=limit), _wire)
+    return listing(ctx.tenants.keys.page(tenant, after=after, limit=limit), wire)
 
 
 @router.patch("/tenants/{tenant}/keys/{key}")
@@ -99,7 +99,7 @@ def change(tenant: str, key: str, body: KeyChange, by: By, ctx: Ctx) -> KeyWire:
     """Rename a key, or change the limits that are named."""
     limits = body.limits.named() if body.limits else None
     changed = ctx.tenants.keys.change(tenant, key, at=now(), name=body.name, limits=limits, actor=by.actor)
-    return _wire(changed)
+    return wire(changed)
 
 
 @router.post("/tenants/{tenant}/keys/{key}/rotate", status_code=201)
@@ -114,10 +114,10 @@ def rotate(tenant: str, key: str, body: Rotation, by: By, ctx: Ctx) -> NewKeyWir
 @router.delete("/tenants/{tenant}/keys/{key}")
 def revoke(tenant: str, key: str, by: By, ctx: Ctx) -> KeyWire:
     """Every gateway refuses it within two seconds. The record of it stays."""
-    return _wire(ctx.tenants.keys.revoke(key, at=now(), tenant=tenant, actor=by.actor))
+    return wire(ctx.tenants.keys.revoke(key, at=now(), tenant=tenant, actor=by.actor))
 
 
-def _wire(key: ApiKey) -> KeyWire:
+def wire(key: ApiKey) -> KeyWire:
     return KeyWire(
         id=key.id,
         tenant=key.tenant,
@@ -135,4 +135,4 @@ def _wire(key: ApiKey) -> KeyWire:
 
 
 def _with_secret(key: ApiKey, secret: str) -> NewKeyWire:
-    return NewKeyWire(**dict(_wire(key)), secret=secret)
+    return NewKeyWire(**dict(wire(key)), secret=secret)

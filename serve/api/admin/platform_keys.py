@@ -51,21 +51,21 @@ def create(body: NewPlatformKey, by: By, ctx: Ctx) -> NewPlatformKeyWire:
     key, secret = ctx.tenants.platform_keys.create(
         body.name, at=now(), expires_at=moment(body.expires_at), actor=by.actor
     )
-    return NewPlatformKeyWire(**dict(_wire(key)), secret=secret)
+    return NewPlatformKeyWire(**dict(wire(key)), secret=secret)
 
 
 @router.get("/platform-keys")
 def index(ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[PlatformKeyWire]:
-    return listing(ctx.tenants.platform_keys.page(after=after, limit=limit), _wire)
+    return listing(ctx.tenants.platform_keys.page(after=after, limit=limit), wire)
 
 
 @router.delete("/platform-keys/{key}")
 def revoke(key: str, by: By, ctx: Ctx) -> PlatformKeyWire:
     """Every gateway refuses it within two seconds. The record of it stays."""
-    return _wire(ctx.tenants.platform_keys.revoke(key, at=now(), actor=by.actor))
+    return wire(ctx.tenants.platform_keys.revoke(key, at=now(), actor=by.actor))
 
 
-def _wire(key: PlatformKey) -> PlatformKeyWire:
+def wire(key: PlatformKey) -> PlatformKeyWire:
     return PlatformKeyWire(
         id=key.id,
         name=key.name,

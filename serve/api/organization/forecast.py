@@ -11,7 +11,7 @@ from serve.api.organization.access import router as organization_router
 from serve.api.pagination import now, seconds
 from serve.billing.budgets.service import BudgetService, BudgetUsage
 from serve.billing.ledger.ledger import Ledger
-from serve.billing.metering.forecast import Projection, forecast
+from serve.billing.metering.forecast import Forecast, Projection, forecast
 from serve.errors import InvalidRequest
 
 router: APIRouter = organization_router()
@@ -71,16 +71,7 @@ class BalanceWire(BaseModel):
 def month(reader: Reader, ctx: Ctx, tenant: TenantName = None) -> ForecastWire:
     """What this month will have cost at its end."""
     who = tenant_of(reader, tenant)
-    made = forecast(ctx.store, tenant=who, at=now())
-    return ForecastWire(
-        tenant=who,
-        start_time=seconds(made.month),
-        end_time=seconds(made.month_end),
-        at=seconds(made.at),
-        basis_days=made.basis_days,
-        total=_projection(made.total),
-        line_items=[_projection(one) for one in made.line_items],
-    )
+    return forecast_wire(forecast(ctx.store, tenant=who, at=now()), who)
 
 
 @router.get("/balance")
@@ -99,6 +90,18 @@ def balance(reader: Reader, ctx: Ctx, tenant: TenantName = None) -> BalanceWire:
         held_nanos=account.held_nanos,
         available_nanos=account.available_nanos,
         budgets=[_budget(standing) for standing in budgets if standing.budget.retired_at is None],
+    )
+
+
+def forecast_wire(month: Forecast, tenant: str | None) -> ForecastWire:
+    return ForecastWire(
+        tenant=tenant,
+        start_time=seconds(month.month),
+        end_time=seconds(month.month_end),
+        at=seconds(month.at),
+        basis_days=month.basis_days,
+        total=_projection(month.total),
+        line_items=[_projection(item) for item in month.line_items],
     )
 
 

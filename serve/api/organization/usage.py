@@ -95,12 +95,12 @@ def completions(
         by=by,
         groups_max=GROUPS_MAX,
     )
-    found = ((used.bucket, _result(used)) for used in UsageQueries(ctx.store).query(question))
+    found = ((used.bucket, wire(used)) for used in UsageQueries(ctx.store).query(question))
     data, has_more, next_page = in_buckets(page, width, found)
     return Page(data=data, has_more=has_more, next_page=next_page)
 
 
-def _result(used: UsageBucket) -> CompletionsResult:
+def wire(used: UsageBucket) -> CompletionsResult:
     return CompletionsResult(
         input_tokens=used.tokens.prompt,
         input_cached_tokens=used.tokens.cached,
