@@ -244,7 +244,7 @@ def test_an_answer_that_cannot_be_stored_is_billed_all_the_same(
         raise RuntimeError("a bug")
 
     played = ScriptedApp(tmp_path, HELLO)
-    monkeypatch.setattr(StoredResponses, "keep", broken)
+    monkeypatch.setattr(StoredResponses, "insert", broken)
     body = played.say(PATH, ASK)
     assert (body["status"], body["store"]) == ("completed", False)
     assert played.bills() == [("acme", "complete", 10, 4, 2)]

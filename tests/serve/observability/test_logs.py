@@ -118,7 +118,7 @@ def test_a_line_names_the_trace_if_there_is_one(tmp_path: Path, book: LogFiles) 
     trace = "0af7651916cd43dd8448eb211c80319c"
     played = ScriptedApp(tmp_path, HELLO, otlp_endpoint="http://127.0.0.1:9")
     answer = played.ask("POST", CHAT, BODY, traceparent=f"00-{trace}-b7ad6b7169203331-01")
-    played.gateway.terms.tracing.close()
+    played.gateway.context.tracing.close()
     records = book.of(answer.headers["x-request-id"])
     assert len(records) == 2
     assert {record["trace_id"] for record in records} == {trace}
