@@ -149,7 +149,9 @@ def test_a_door_remembers_a_bounded_number_of_keys(
     secrets = [shop.tenants.create_key("acme", at=NOON)[1] for _ in range(5)]
     for secret in secrets:
         gateway.ask(secret)
-    assert [gateway.tenants.key_cache.known(secret) is not None for secret in secrets] == [False] * 2 + [True] * 3
+    assert [gateway.tenants.key_cache.known(secret) is not None for secret in secrets] == [False] * 2 + [
+        True
+    ] * 3
 
 
 def test_a_store_that_is_away_is_said_to_be_never_that_the_key_is_wrong(
