@@ -1,6 +1,7 @@
 # Every target is a command that users and CI call; see README.md.
 SHELL := /bin/bash
-PYTHON ?= python3.11
+# Which Python makes .venv: 3.11, 3.12 or 3.13; unset, the first that runs.
+PYTHON ?=
 BIN := .venv/bin
 # Some images set it: then each process that imports torch or vLLM compiles them anew, 10 s of CPU each.
 unexport PYTHONDONTWRITEBYTECODE
@@ -11,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 setup: .venv/.ready
 
 .venv/.ready: requirements.lock scripts/uv.lock pyproject.toml scripts/setup.sh
-	@PYTHON=$(PYTHON) bash scripts/setup.sh
+	@PYTHON="$(PYTHON)" bash scripts/setup.sh
 
 demo: setup
 	@$(BIN)/bespoke demo $(if $(ONESHOT),--oneshot)
@@ -33,7 +34,7 @@ check: setup
 
 # Ours beside a bare vLLM and the peers: 70 minutes, alone on the machine, please. PAIRS=3 or QUICK=1: shorter.
 bench: bench-bases
-	@$(BIN)/python -m loadtests.bench front $(if $(QUICK),--quick) $(if $(PAIRS),--pairs $(PAIRS))
+	@$(BIN)/python -m loadtests.bench overhead $(if $(QUICK),--quick) $(if $(PAIRS),--pairs $(PAIRS))
 
 bench-scaling: bench-bases
 	@$(BIN)/python -m loadtests.bench scaling

@@ -1,4 +1,4 @@
-"""From a customer's conversations to a published LoRA adapter: prepare, train, evaluate, gate, publish.
+"""Turns a customer's conversations into a published LoRA adapter: prepare, train, evaluate, gate, publish.
 
-Nothing is imported here: `serve` reads `finetune.card` in processes that must never load torch.
+This file imports nothing: `serve` reads `finetune.card` in processes that must never load torch.
 """

@@ -1,6 +1,6 @@
-"""The adapter's card: what was trained, on which data and base, what was measured, and the gate's verdict.
+"""The card of an adapter: its data, base, recipe and hashes, its metrics, and the gate's verdict.
 
-This module is what `serve` reads; it must stay free of torch, transformers and peft.
+`serve` imports this module, so it must stay free of torch, transformers and peft.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from finetune.digest import file_sha256, json_sha256
-from finetune.durable import write_durably
+from finetune.atomic_files import write_atomically
 from finetune.errors import CardError, CardMismatch, CardUnreadable, InvalidName
+from finetune.hashing import file_sha256, json_sha256
 
 __all__ = [
     "ADAPTER_CONFIG_NAME",
@@ -46,7 +46,7 @@ _CARD_BYTES_MAX = 1 << 20
 
 
 def validate_name(name: str) -> str:
-    """The name itself, if it is a plain label: names become directory names, URLs and metric labels.
+    """Returns the name if it is a plain label: names become directory names, URLs and metric labels.
 
     Raises:
         InvalidName: it is not 1 to 63 lower-case letters, digits and inner hyphens.
@@ -74,9 +74,10 @@ class _Part(BaseModel):
 
 
 class Data(_Part):
-    """What the adapter learned from. `dropped` counts rows by reason; their text is in no card.
+    """The data of a training run, in counts only: no card holds a row's text.
 
-    `trained_tokens` is what training read, each row as often as it was read; older cards do not say.
+    `dropped` counts rows by reason. `trained_tokens` counts the tokens that training read, a row once per
+    epoch; older cards lack it.
     """
 
     source_sha256: Sha256
@@ -93,7 +94,7 @@ class Libraries(_Part):
 
 
 class Metrics(_Part):
-    """Measured on held-out rows. NLLs are means over answer tokens, in nats.
+    """Metrics on held-out rows. NLLs are means over answer tokens, in nats.
 
     `difference` is adapter minus base: negative is better. `difference_ci95` is its paired
     bootstrap interval, lower bound first.
@@ -141,10 +142,10 @@ class AdapterCard(_Part):
 
 
 def content_version(adapter_dir: Path) -> str:
-    """The version that an adapter's bytes name: 16 hex digits.
+    """Computes the version of an adapter from its bytes: 16 hex digits.
 
-    The first 16 of the SHA-256 over the canonical JSON list of (file name, SHA-256 of its bytes) of the two
-    files that an engine loads. The card is left out: it may say more one day about the same adapter.
+    They are the first 16 of the SHA-256 over the canonical JSON list of (file name, SHA-256 of its bytes) of
+    the two files that an engine loads. The card is left out: later cards may describe the same adapter anew.
 
     Raises:
         CardUnreadable: one of the two files is missing.
@@ -153,24 +154,24 @@ def content_version(adapter_dir: Path) -> str:
 
 
 def read_card(directory: Path) -> AdapterCard:
-    """The card of an adapter directory, which must hold an adapter's three files and nothing else.
+    """Reads the card of an adapter directory, which must hold an adapter's three files and nothing else.
 
-    Anything else might be a pickle, code, or a file that some loader prefers to the one that was hashed.
+    A further file might be a pickle, code, or one that some loader prefers to the hashed file.
 
     Raises:
-        CardUnreadable: a file too many, a file missing, or a card that does not parse.
+        CardUnreadable: a further file, a missing file, or a card that does not parse.
     """
     try:
         entries = list(directory.iterdir())
     except OSError as error:
         raise CardUnreadable(directory, f"cannot be listed: {error.strerror}") from error
-    found = {entry.name for entry in entries}
-    if unexpected := sorted(found - _FILES):
+    present = {entry.name for entry in entries}
+    if unexpected := sorted(present - _FILES):
         raise CardUnreadable(directory, f"unexpected {', '.join(unexpected)}")
-    if missing := sorted(_FILES - found):
+    if missing := sorted(_FILES - present):
         raise CardUnreadable(directory, f"missing {', '.join(missing)}")
-    if odd := sorted(entry.name for entry in entries if entry.is_symlink() or not entry.is_file()):
-        raise CardUnreadable(directory, f"not plain files: {', '.join(odd)}")
+    if irregular := sorted(entry.name for entry in entries if entry.is_symlink() or not entry.is_file()):
+        raise CardUnreadable(directory, f"not plain files: {', '.join(irregular)}")
     path = directory / CARD_NAME
     if path.stat().st_size > _CARD_BYTES_MAX:
         raise CardUnreadable(directory, f"{CARD_NAME} is larger than {_CARD_BYTES_MAX} bytes")
@@ -183,16 +184,16 @@ def read_card(directory: Path) -> AdapterCard:
 
 
 def write_card(directory: Path, card: AdapterCard) -> None:
-    """Write `card.json`, atomically and durably."""
-    write_durably(directory / CARD_NAME, card.model_dump_json(indent=2) + "\n")
+    """Writes `card.json`, atomically and durably."""
+    write_atomically(directory / CARD_NAME, card.model_dump_json(indent=2) + "\n")
 
 
 def verify(directory: Path) -> AdapterCard:
-    """The card, once every hash in it has been computed again from the bytes beside it.
+    """Returns the card after checking every hash in it against the bytes beside it.
 
     Raises:
         CardUnreadable: see `read_card`.
-        CardMismatch: a hash or the version does not agree.
+        CardMismatch: a hash or the version differs.
     """
     card = read_card(directory)
     hashes = _hashes(directory)

@@ -1,4 +1,4 @@
-"""Everything that finetune refuses, as one tree.
+"""Errors of preparing, training and publishing, as one tree.
 
     FinetuneError
     ├── InvalidName            a tenant, adapter or base name that is not a plain label
@@ -6,24 +6,21 @@
     │   ├── DataUnreadable     no such file, or it exceeds a bound as a whole
     │   └── TooFewRows         too little is left to train on and to measure with
     ├── ConfigInvalid          a job or recipe file, with every problem at once
-    ├── BaseUnusable           no base checkpoint there, or one that cannot be trained on
+    ├── BaseUnusable           a missing base checkpoint, or one that cannot be trained on
     ├── TrainingDiverged       a loss that is not a finite number
-    ├── GateFailed             measured, and not better than the base: never published
+    ├── GateFailed             an adapter that is not better than its base, which is never published
     └── CardError
-        ├── CardUnreadable     not exactly an adapter's three files, or not a card
-        └── CardMismatch       the bytes are not those that the card describes
+        ├── CardUnreadable     a directory without exactly an adapter's three files, or no card
+        └── CardMismatch       bytes that differ from those that the card describes
 
-Each error carries its data as attributes, and its constructor's arguments as `args`, so it survives pickling
-(a training job may run in another process).
+Each error has its data as attributes, and its constructor's arguments as `args`, so it survives pickling:
+a training job may run in another process.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from finetune.card import Metrics
+from typing import Any
 
 
 class FinetuneError(Exception):
@@ -57,7 +54,7 @@ class DataUnreadable(DataError):
 
 
 class TooFewRows(DataError):
-    """`side` says what ran short: "usable", "training" or "held-out" rows."""
+    """Too few rows of one kind: `side` is "usable", "training" or "held-out"."""
 
     def __init__(self, path: Path, side: str, rows: int, rows_min: int, dropped: dict[str, int]) -> None:
         super().__init__(path, side, rows, rows_min, dropped)
@@ -105,7 +102,9 @@ class TrainingDiverged(FinetuneError):
 
 
 class GateFailed(FinetuneError):
-    def __init__(self, rule: str, reason: str, metrics: Metrics) -> None:
+    """An adapter did not beat its base. `metrics` are its card's, as JSON values under the same names."""
+
+    def __init__(self, rule: str, reason: str, metrics: dict[str, Any]) -> None:
         super().__init__(rule, reason, metrics)
         self.rule = rule
         self.reason = reason
@@ -116,7 +115,7 @@ class GateFailed(FinetuneError):
 
 
 class CardError(FinetuneError):
-    """A directory that may not be served as an adapter."""
+    """An adapter directory that must not be served."""
 
 
 class CardUnreadable(CardError):

@@ -1,4 +1,4 @@
-"""One fine-tuning job: prepare, train, evaluate, and publish what passes the gate."""
+"""Runs one fine-tuning job: prepare, train, evaluate, and publish the adapter if it passes the gate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from finetune.base import base_sha256
+from finetune.base_model import base_sha256
 from finetune.card import (
     ADAPTER_CONFIG_NAME,
     WEIGHTS_NAME,
@@ -26,21 +26,22 @@ from finetune.card import (
     Name,
     content_version,
 )
+from finetune.config_files import parse, read_yaml
+from finetune.data.data_report import DataReport
 from finetune.data.prepare import HELDOUT_NAME, TRAIN_NAME, prepare
-from finetune.data.report import DataReport
-from finetune.digest import file_sha256
 from finetune.errors import ConfigInvalid, DataUnreadable
+from finetune.hashing import file_sha256
 from finetune.publish import find_published, publish
-from finetune.recipe import Recipe, load_recipe, parse, read_yaml
+from finetune.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from finetune.train import OnStep
+    from finetune.train.loop import OnStep
 
 OnPhase = Callable[[str], None]
 
 
 class Job(BaseModel):
-    """What a job file asks for. `data` is absolute or relative to the working directory once loaded."""
+    """The contents of a job file. Once loaded, `data` is absolute or relative to the working directory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,9 +54,10 @@ class Job(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """`reused` when an identical adapter was already published; then nothing ran, so no report and no phases.
+    """The published adapter of a job, with its report and the seconds of each phase in order.
 
-    `phase_s` maps each phase to its seconds, in order.
+    `reused` is true if an identical adapter was already published. Then nothing ran: there is no report, and
+    `phase_s` is empty.
     """
 
     card: AdapterCard
@@ -66,7 +68,7 @@ class JobResult:
 
 
 def load_job(path: Path) -> Job:
-    """A job from YAML; `data`, and `recipe` if it is a path and not written inline, are relative to the file.
+    """Loads a job from YAML. The paths `data` and `recipe` are relative to the file; a recipe may be inline.
 
     Raises:
         ConfigInvalid: with every problem of the job and of its recipe.
@@ -83,6 +85,7 @@ def load_job(path: Path) -> Job:
     try:
         return parse(Job, value, path)
     except ConfigInvalid as error:
+        # Without its unreadable recipe the job lacks one; the recipe's own problems say more.
         others = (problem for problem in error.problems if not (problems and problem.startswith("recipe:")))
         raise ConfigInvalid(path, (*others, *problems)) from error
 
@@ -96,11 +99,11 @@ def run(
     on_phase: OnPhase | None = None,
     on_step: OnStep | None = None,
 ) -> JobResult:
-    """Run a job to a published adapter under `adapters`, or reuse the one that it published before.
+    """Runs a job and publishes its adapter under `adapters`, or reuses the one it published before.
 
-    Same data, recipe and base give the same bytes on the same machine, so training again would tell nothing;
-    `force` trains all the same. Prepared data and staged weights live in a private temporary folder and are
-    gone afterwards, whatever happens.
+    The same data, recipe and base give the same bytes on the same machine, so nothing is trained twice;
+    `force` trains all the same. Prepared data and staged weights are in a private temporary folder, which is
+    removed at the end and after every error.
 
     Raises:
         FinetuneError: any branch of it; after GateFailed nothing was published.
@@ -110,22 +113,23 @@ def run(
     if not force and (published := _published(job, adapters, base_digest)):
         return JobResult(published, adapters / job.tenant / job.adapter / published.version, reused=True)
 
-    # Not at the top: they load torch, and neither a configuration error nor a reuse should wait for that.
-    from finetune.evaluate import evaluate, judge
-    from finetune.train import train
+    # Imported here because they load torch, for which neither a configuration error nor a reuse should wait.
+    from finetune.evaluate.gate import decide
+    from finetune.evaluate.metrics import evaluate
+    from finetune.train.loop import train
 
-    clock = _Clock(on_phase)
+    timer = _PhaseTimer(on_phase)
     with tempfile.TemporaryDirectory(prefix="bespoke-finetune-") as scratch:
         data, staging = Path(scratch, "data"), Path(scratch, "adapter")
-        with clock.phase("prepare"):
+        with timer.phase("prepare"):
             report = prepare(
                 job.data, data, heldout_fraction=job.recipe.heldout_fraction, seed=job.recipe.seed
             )
-        with clock.phase("train"):
-            trained = train(
+        with timer.phase("train"):
+            training = train(
                 base_dir, data / TRAIN_NAME, staging, base=job.base, recipe=job.recipe, on_step=on_step
             )
-        with clock.phase("evaluate"):
+        with timer.phase("evaluate"):
             metrics = evaluate(
                 base_dir,
                 staging,
@@ -133,18 +137,18 @@ def run(
                 max_length_tokens=job.recipe.max_length_tokens,
                 seed=job.recipe.seed,
             )
-        with clock.phase("publish"):
-            too_long = trained.rows_too_long + report.heldout - metrics.heldout_rows
-            learned = Data(
+        with timer.phase("publish"):
+            too_long = training.rows_too_long + report.heldout - metrics.heldout_rows
+            training_data = Data(
                 source_sha256=report.source_sha256,
-                train_rows=trained.rows,
+                train_rows=training.rows,
                 heldout_rows=metrics.heldout_rows,
                 dropped={**report.dropped_counts, **({"too_many_tokens": too_long} if too_long else {})},
-                trained_tokens=trained.tokens,
+                trained_tokens=training.tokens,
             )
-            card = _card(job, staging, base_digest, learned, metrics, judge(metrics))
+            card = _card(job, staging, base_digest, training_data, metrics, decide(metrics))
             directory = publish(staging, adapters, card)
-    return JobResult(card, directory, reused=False, report=report, phase_s=clock.phase_s)
+    return JobResult(card, directory, reused=False, report=report, phase_s=timer.phase_s)
 
 
 def _published(job: Job, adapters: Path, base_digest: str) -> AdapterCard | None:
@@ -186,8 +190,8 @@ def _card(job: Job, staging: Path, base_digest: str, data: Data, metrics: Metric
     )
 
 
-class _Clock:
-    """Wall seconds by phase, telling each phase's name as it begins."""
+class _PhaseTimer:
+    """Measures the wall seconds of each phase, and reports its name as it begins."""
 
     def __init__(self, on_phase: OnPhase | None) -> None:
         self.phase_s: dict[str, float] = {}

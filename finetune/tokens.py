@@ -1,7 +1,7 @@
-"""Conversations as token ids, rendered exactly as serving will render them, with the answers marked.
+"""Renders conversations as token ids exactly as the engine will, and marks the answers.
 
-A chat template may add what nobody wrote (SmolLM2's inserts a default system message), so the only safe
-prompt is the one that `apply_chat_template(messages, add_generation_prompt=True)` gives, as in the engine.
+A chat template may add text that nobody wrote (SmolLM2's inserts a default system message). The only safe
+prompt is therefore the engine's: `apply_chat_template(messages, add_generation_prompt=True)`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.rows import Conversation, Message, read_rows
+from finetune.data.dataset import Conversation, Message, read_rows
 from finetune.errors import BaseUnusable, DataUnreadable
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One conversation's token ids; `answer[i]` says whether token i is one the assistant must produce.
+    """One conversation's token ids; `answer[i]` is true if the assistant must produce token i.
 
-    That is every answer of the conversation with the token that ends it, so that the model learns to stop.
-    The ids end with the last answer: what the template puts after it is never generated.
+    True are the tokens of every answer and the token that ends it, so that the model learns to stop. The ids
+    end with the last answer, because the engine never generates what the template puts after it.
     """
 
     ids: tuple[int, ...]
@@ -32,9 +32,9 @@ class Example:
 
 
 def load_examples(tokenizer: Any, path: Path, *, max_length_tokens: int) -> tuple[list[Example], int]:
-    """The examples of a prepared file, and how many rows were left out for their length.
+    """Loads the examples of a prepared file, and counts the rows left out for their length.
 
-    A long row is left out rather than cut: cutting takes away the answer, which comes last.
+    A long row is left out whole: cutting it would remove the answer, which comes last.
 
     Raises:
         DataUnreadable: the file holds a row that `prepare` would have dropped.
@@ -50,7 +50,7 @@ def load_examples(tokenizer: Any, path: Path, *, max_length_tokens: int) -> tupl
 
 
 def encode(tokenizer: Any, messages: Sequence[Message]) -> Example:
-    """One conversation as an Example.
+    """Encodes one conversation.
 
     Raises:
         BaseUnusable: the tokenizer's template cannot be trained on: a prompt is not the beginning of the
@@ -77,7 +77,7 @@ def encode(tokenizer: Any, messages: Sequence[Message]) -> Example:
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], *, answer_next: bool) -> list[int]:
-    """The ids of messages as an engine sees them; with `answer_next`, up to where it starts to generate."""
+    """Renders messages as the engine does. With `answer_next` the ids end where generation starts."""
     ids: list[int] = tokenizer.apply_chat_template(
         [{"role": message.role, "content": message.content} for message in messages],
         add_generation_prompt=answer_next,

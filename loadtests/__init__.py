@@ -1,0 +1,1 @@
+"""Loads the service (`load`, docs/loadtests.md) and benchmarks it (`bench`, docs/performance.md)."""

@@ -1,4 +1,4 @@
-"""Adapters with random weights, for benchmarks and churn tests: real files and cards, trained on nothing."""
+"""Publishes adapters with random weights for benchmarks and tests: real files and cards, no training."""
 
 import json
 import tempfile
@@ -19,7 +19,7 @@ from finetune.card import (
     Metrics,
     content_version,
 )
-from finetune.digest import file_sha256, json_sha256
+from finetune.hashing import file_sha256, json_sha256
 from finetune.publish import publish
 from serve.registry.validation import decoder_linears
 
@@ -39,10 +39,10 @@ def publish_random(
     layers: int | None = None,
     size: float = 0.01,
 ) -> Path:
-    """Publish a LoRA adapter for the base in `base_dir` and return its directory.
+    """Publishes a LoRA adapter for the base in `base_dir` and returns its directory.
 
-    With `layers`, only that many of the last ones are adapted. A is normal with variance 1 / in, B normal
-    with deviation `size`: with 0.01 a 135M model still writes words, but other ones than the base.
+    `layers` adapts only so many of the last layers. A is normal with variance 1 / in, B normal with
+    deviation `size`: with 0.01 a 135M model still writes words, but other ones than the base.
     """
     random = np.random.default_rng(seed)
     tensors = {}

@@ -1,14 +1,16 @@
-"""The base's card: what a base is, where it came from, what was measured, and the hash of every byte of it.
+"""The card of a base: its origin, shape, measurements, and the hash of every file of it.
 
-A leaf module: `serve` reads cards with it, so it imports neither torch nor transformers.
+`serve` reads cards with this module, so it imports neither torch nor transformers.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from importlib.metadata import version
 from math import exp
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,7 +20,7 @@ CARD = "card.json"
 REPORT = "report.md"
 WEIGHTS = "model.safetensors"
 
-# Neither '/' nor '@', which separate tenant, alias and version in the names of adapters; and never a path.
+# Excludes '/' and '@', which separate tenant, alias and version in names of adapters. No match is a path.
 NAME_PATTERN = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$"
 NAME_LENGTH_MAX = 64
 
@@ -32,7 +34,7 @@ class _Frozen(BaseModel):
 
 
 class GateVerdict(_Frozen):
-    """The rule that a quantized base was held to, and how it fared."""
+    """The rule of the gate, and the verdict on one quantized base."""
 
     rule: str
     passed: bool
@@ -40,7 +42,7 @@ class GateVerdict(_Frozen):
 
 
 class QuantizationReport(_Frozen):
-    """A quantized base against its parent: size, and loss on the same windows of the same text.
+    """Compares a quantized base with its parent: size, and loss on the same windows of the same text.
 
     Perplexities are exp(mean NLL in nats per token). The difference is after minus before, per token, with
     the 95% interval of a paired comparison over windows.
@@ -61,12 +63,12 @@ class QuantizationReport(_Frozen):
 
     @property
     def size_ratio(self) -> float:
-        """Bytes of the quantized weights over bytes of the parent's."""
+        """Bytes of the quantized weights divided by bytes of the parent's."""
         return self.weights_bytes_after / self.weights_bytes_before
 
     @property
     def perplexity_ratio(self) -> float:
-        """Perplexity after over before: exp of the mean difference in NLL."""
+        """Perplexity after divided by perplexity before: exp of the mean difference in NLL."""
         return exp(self.nll_difference)
 
     @property
@@ -77,9 +79,10 @@ class QuantizationReport(_Frozen):
 
 
 class BaseCard(_Frozen):
-    """One base model on disk. Its bytes are those whose hashes the card holds, or it is not that base.
+    """One base model on disk, identified by the hashes of its files.
 
-    The parsers are names of vLLM's: how the model writes tool calls and reasoning, None if it does neither.
+    `tool_parser` and `reasoning_parser` name vLLM's parsers for how the model writes tool calls and
+    reasoning; None where it writes none.
     """
 
     schema_version: Literal[1] = 1
@@ -117,7 +120,7 @@ class BaseCard(_Frozen):
 
 
 def read_card(directory: Path) -> BaseCard:
-    """Read a base's card without touching its weights.
+    """Reads a base's card, and none of its weights.
 
     Raises CardMissing or CardInvalid.
     """
@@ -132,12 +135,12 @@ def read_card(directory: Path) -> BaseCard:
 
 
 def write_card(directory: Path, card: BaseCard) -> None:
-    """Write the card of a base that is still being built (published bases are renamed into place whole)."""
+    """Writes the card of a base that is still being built; a finished base is renamed into place whole."""
     (directory / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def verify(directory: Path) -> BaseCard:
-    """Return the card of a base that may be served: its gate passed, and every byte is the one published.
+    """Returns the card of a base that may be served: its gate passed, and no byte of it has changed.
 
     Reads all weights once. Files that the card does not list are refused too, since an engine loads whatever
     `*.safetensors` it finds. Raises CardMissing, CardInvalid, FilesUnexpected or ChecksumMismatch.
@@ -146,9 +149,9 @@ def verify(directory: Path) -> BaseCard:
     if card.report is not None and not card.report.gate.passed:
         raise CardInvalid(str(directory), f"its gate did not pass: {card.report.gate.reason}")
     expected = {WEIGHTS: card.weights_sha256, **card.files_sha256}
-    found = {path.name for path in checkpoint_files(directory)}
-    if found != expected.keys():
-        missing, unlisted = expected.keys() - found, found - expected.keys()
+    present = {path.name for path in checkpoint_files(directory)}
+    if present != expected.keys():
+        missing, unlisted = expected.keys() - present, present - expected.keys()
         raise FilesUnexpected(str(directory), tuple(sorted(missing)), tuple(sorted(unlisted)))
     for name, sha256 in expected.items():
         check_sha256(directory / name, sha256)
@@ -156,30 +159,48 @@ def verify(directory: Path) -> BaseCard:
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """Everything in a base's directory that an engine may read: all but the card and the report."""
+    """Lists the files of a base that an engine may read: all but the card and the report."""
     return sorted(path for path in directory.iterdir() if path.name not in (CARD, REPORT))
 
 
+def checkpoint_facts(directory: Path) -> dict[str, Any]:
+    """Returns the card fields that a finished checkpoint determines: shape, sizes, hashes, and the time."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    files = checkpoint_files(directory)
+    hashes = {path.name: sha256_of(path) for path in files}
+    return {
+        "architecture": config["architectures"][0],
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "layers": config["num_hidden_layers"],
+        "max_context_tokens": config["max_position_embeddings"],
+        "weights_sha256": hashes.pop(WEIGHTS),
+        "files_sha256": hashes,
+        "bytes_on_disk": sum(path.stat().st_size for path in files),
+        "created_at": datetime.now(UTC),
+    }
+
+
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raise ChecksumMismatch unless the file's SHA-256 is the expected one."""
+    """Raises ChecksumMismatch unless the file's SHA-256 is the expected one."""
     actual = sha256_of(path)
     if actual != expected:
         raise ChecksumMismatch(str(path), expected, actual)
 
 
 def library_versions(names: Iterable[str]) -> dict[str, str]:
-    """Installed versions of the distributions that made an artefact."""
+    """Returns the installed versions of the distributions that made an artefact."""
     return {name: version(name) for name in names}
 
 
 def problems_of(error: ValidationError) -> str:
-    """All of pydantic's complaints on one line."""
+    """Returns all of pydantic's complaints on one line."""
     return "; ".join(
         f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg']}" for problem in error.errors()
     )

@@ -1,33 +1,30 @@
-"""Everything that can go wrong while a base is imported, quantized or read back.
+"""Errors of importing, quantizing and reading a base, as one tree.
 
 QuantizeError
-├── SpecInvalid          a YAML file does not say what it must; all problems at once
+├── ConfigInvalid        a YAML file with wrong settings; all problems at once
 ├── NameInvalid          a base name that could be a path, an alias or a version
 ├── SourceMissing        the package or the GGUF file that a base is imported from is not installed
 ├── ChecksumMismatch     bytes differ from the ones that were pinned or published
 ├── FilesUnexpected      a base directory lacks files of its card, or holds others
 ├── CardMissing          no card where a base should be
-├── CardInvalid          a card that this version cannot trust
-├── ReportMissing        asked what quantizing cost of a base that was not quantized
-├── ParentQuantized      asked to quantize what is already quantized
+├── CardInvalid          a card that does not parse, or whose gate did not pass
+├── ReportMissing        the report was asked of a base that was not quantized
+├── ParentQuantized      the base to quantize is quantized already
 ├── TextMissing          the evaluation text cannot be read
-├── TextTooLarge         … is larger than what is tokenized in one piece
-├── TextTooShort         … does not fill the windows that were asked for
-├── ScoreNotFinite       the model's loss on a window is not a number
+├── TextTooLarge         the evaluation text is larger than what is tokenized in one piece
+├── TextTooShort         the evaluation text does not fill the windows
+├── ScoreNotFinite       the model's loss on a window is NaN or infinite
 ├── WindowTooLong        the windows exceed the context that the base was made for
-└── GateFailed           measured, and not good enough to be published
+└── GateFailed           a quantized base lost too much quality to be published
 """
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
-
-if TYPE_CHECKING:
-    from quantize.card import QuantizationReport
+from typing import Any, ClassVar
 
 
 @dataclass(eq=False)
 class QuantizeError(Exception):
-    """Root of the tree. Subclasses are their data: they pickle, and format `message` from their fields."""
+    """Root of the tree. A subclass declares its data as fields; `message` is formatted from them."""
 
     message: ClassVar[str]
 
@@ -40,7 +37,7 @@ class QuantizeError(Exception):
 
 
 @dataclass(eq=False)
-class SpecInvalid(QuantizeError):
+class ConfigInvalid(QuantizeError):
     message = "{path}: {problems}"
     path: str
     problems: str
@@ -141,7 +138,9 @@ class ScoreNotFinite(QuantizeError):
 
 @dataclass(eq=False)
 class GateFailed(QuantizeError):
+    """A quantized base lost too much quality. `report` is its card's, as JSON values."""
+
     message = "{name} is not published: {reason}"
     name: str
     reason: str
-    report: "QuantizationReport"
+    report: dict[str, Any]

@@ -14,7 +14,7 @@ LOGITS_BYTES_MAX = 256 * 2**20  # of one batch: larger ones were slower on CPU, 
 
 
 def even_windows(token_ids: Sequence[int], windows: int, window_tokens: int) -> torch.Tensor:
-    """Cut disjoint windows, evenly spread over a text: int64 of shape (windows, window_tokens).
+    """Cuts disjoint windows, evenly spread over a text: int64 of shape (windows, window_tokens).
 
     Disjoint windows are how quantized models are usually compared (GPTQ, arXiv:2210.17323); a sliding window
     gives lower perplexities at several times the cost (transformers' guide "Perplexity of fixed-length
@@ -30,7 +30,7 @@ def even_windows(token_ids: Sequence[int], windows: int, window_tokens: int) -> 
 def window_nlls(
     model: Any, windows: torch.Tensor, on_fraction: Callable[[float], None] = lambda fraction: None
 ) -> list[float]:
-    """Mean negative log-likelihood of each window, in nats per token.
+    """Computes the mean negative log-likelihood of each window, in nats per token.
 
     The first token of a window is context only: windows of T tokens score T - 1. Raises ScoreNotFinite.
     """
@@ -50,5 +50,5 @@ def window_nlls(
 
 
 def perplexity(nlls: Sequence[float]) -> float:
-    """Exp of the mean NLL over windows of equal length."""
+    """Returns exp of the mean NLL over windows of equal length."""
     return exp(fmean(nlls))

@@ -1,10 +1,10 @@
-"""How long work tells where it is."""
+"""Callbacks by which long work reports its progress."""
 
 from collections.abc import Callable
 
 OnProgress = Callable[[str, float], None]
-"""Told what is being done and the fraction of all work that is done, 0 to 1."""
+"""Receives the name of the current stage and the fraction of all work that is done, 0 to 1."""
 
 
 def silent(stage: str, fraction: float) -> None:
-    """Tell nobody."""
+    """Ignores the progress: the default where nobody watches."""

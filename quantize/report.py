@@ -1,33 +1,12 @@
-"""From measurements to a verdict that people can read."""
+"""The report of a quantization, as rows for the terminal and as Markdown."""
 
 from collections.abc import Sequence
-from math import exp
 
-from rich.markup import escape
-from rich.table import Table
-
-from quantize.card import BaseCard, GateVerdict, QuantizationReport
-from quantize.interval import Estimate
-from quantize.spec import GateSpec
+from quantize.card import BaseCard, QuantizationReport
 
 
-def decide(gate: GateSpec, difference: Estimate) -> GateVerdict:
-    """Hold a difference in NLL (nats per token) against the gate.
-
-    The interval's upper end decides, so that few or noisy windows cannot pass by luck.
-    """
-    limit, worst = gate.perplexity_ratio_max, exp(difference.high)
-    passed = worst <= limit
-    return GateVerdict(
-        rule=f"perplexity ratio at most {limit:g} at the upper end of its 95% interval",
-        passed=passed,
-        reason=f"perplexity ratio {exp(difference.mean):.4f}, at most {worst:.4f} with 95% confidence: "
-        f"{'within' if passed else 'above'} the limit of {limit:g}",
-    )
-
-
-def lines_of(card: BaseCard, report: QuantizationReport) -> Sequence[tuple[str, str]]:
-    """What a report says, as pairs of label and value."""
+def report_rows(card: BaseCard, report: QuantizationReport) -> Sequence[tuple[str, str]]:
+    """Returns the report as pairs of label and value."""
     low, high = report.perplexity_ratio_ci95
     return (
         ("Base", f"{card.name}, from {card.parent} ({card.scheme})"),
@@ -45,19 +24,15 @@ def lines_of(card: BaseCard, report: QuantizationReport) -> Sequence[tuple[str, 
     )
 
 
-def render_table(card: BaseCard, report: QuantizationReport) -> Table:
-    """A report for the terminal."""
-    table = Table(title=f"Quantization of {card.parent}", show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for label, value in lines_of(card, report):
-        table.add_row(label, escape(value))
-    return table
+def report_json(card: BaseCard) -> dict[str, object]:
+    """Returns the card's fields about its quantization, as JSON values under the card's names."""
+    fields = {"name", "scheme", "parent", "parent_sha256", "weights_sha256", "report"}
+    return card.model_dump(mode="json", include=fields)
 
 
 def render_markdown(card: BaseCard, report: QuantizationReport) -> str:
-    """A report for a file beside the card."""
-    rows = "\n".join(f"| {label} | {value} |" for label, value in lines_of(card, report))
+    """Returns the report as the text of report.md, which lies beside the card."""
+    rows = "\n".join(f"| {label} | {value} |" for label, value in report_rows(card, report))
     libraries = ", ".join(f"{name} {version}" for name, version in card.libraries.items())
     return (
         f"# Quantization of {card.parent}\n\n"

@@ -1,6 +1,6 @@
-"""Bases on disk: names to directories, one builder at a time, and publishing by rename.
+"""Bases on disk: their directories, one builder at a time, and publishing by rename.
 
-Everything unfinished or refused lives under names that begin with a dot, which no base can have.
+Unfinished and refused bases have names that begin with a dot, which no published base can have.
 """
 
 import fcntl
@@ -15,19 +15,19 @@ from quantize.errors import NameInvalid, QuantizeError
 
 
 def base_dir(bases_root: Path, name: str) -> Path:
-    """Where the base of that name is, or would be. Raises NameInvalid for anything that could be a path."""
+    """Returns the directory of the base of that name. Raises NameInvalid for all that could be a path."""
     if len(name) > NAME_LENGTH_MAX or re.fullmatch(NAME_PATTERN, name) is None:
         raise NameInvalid(name)
     return bases_root / name
 
 
 def rejected_dir(bases_root: Path, name: str) -> Path:
-    """Where the card and report, but never the weights, of a base that failed its gate are kept."""
+    """Returns the directory for the card and report, never the weights, of a base that failed its gate."""
     return bases_root / ".rejected" / base_dir(bases_root, name).name
 
 
 def is_current(directory: Path, recipe_sha256: str) -> bool:
-    """Whether a published base is intact and was made by exactly this recipe."""
+    """Returns whether a published base is intact and was made by exactly this recipe."""
     try:
         return verify(directory).recipe_sha256 == recipe_sha256
     except QuantizeError:
@@ -36,7 +36,7 @@ def is_current(directory: Path, recipe_sha256: str) -> bool:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Wait until no other process builds this base. The kernel releases the lock of a process that dies."""
+    """Waits until no other process builds this base. The kernel releases the lock of a process that dies."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with (directory.parent / f".{directory.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -45,10 +45,10 @@ def locked(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `directory`, to build in; renamed into place if the block succeeds.
+    """Yields an empty draft directory beside `directory`, and renames it into place if the block succeeds.
 
-    Call it under `locked`: leftovers of a killed builder are removed. There is no fsync: a file torn by a
-    power cut does not match its card, so it is refused and built again.
+    Call it under `locked`, because it removes the leftovers of a killed builder. Nothing is fsynced: a file
+    torn by a power cut does not match its card, so it is refused and built again.
     """
     draft = directory.with_name(f".{directory.name}.draft")
     retired = directory.with_name(f".{directory.name}.retired")
@@ -68,7 +68,7 @@ def staged(directory: Path) -> Iterator[Path]:
 
 
 def keep_rejected(draft: Path, bases_root: Path, name: str) -> Path:
-    """Copy the card and the report of a draft that failed its gate to where people look for reasons."""
+    """Copies the card and the report of a draft that failed its gate into `.rejected/`."""
     rejected = rejected_dir(bases_root, name)
     rejected.mkdir(parents=True, exist_ok=True)
     for file in (CARD, REPORT):

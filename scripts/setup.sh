@@ -4,16 +4,34 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-python=${PYTHON:-python3.11}
-command -v "$python" >/dev/null || python=python3
-"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
-    echo "setup: Python 3.11 is needed; set PYTHON=/path/to/python3.11" >&2
-    exit 1
+# A name on PATH is not yet a Python: a pyenv shim may have no version behind it, Debian's lacks ensurepip.
+usable() {
+    "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null
 }
 
-echo "setup: making .venv with $("$python" --version)"
+find_python() {
+    local name path names=${PYTHON:-python3.11 python3.12 python3.13 python3}
+    for name in $names; do
+        while read -r path; do
+            if usable "$path"; then
+                echo "$path"
+                return
+            fi
+        done < <(type -aP "$name")
+    done
+    echo "setup: Python 3.11, 3.12 or 3.13 is needed; looked for: $names" >&2
+    echo "setup: it must run and make environments (Debian: python3-venv); make setup PYTHON=/path says where" >&2
+    return 1
+}
+
+version() { "$1" -c 'import sys; print(*sys.version_info[:3], sep=".")' 2>/dev/null || true; }
+
+python=$(find_python)
+echo "setup: making .venv with Python $(version "$python")"
 rm -f .venv/.ready
-"$python" -m venv .venv
+clear=()
+[ "$(version .venv/bin/python)" = "$(version "$python")" ] || clear=(--clear)
+"$python" -m venv "${clear[@]}" .venv
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet --require-hashes -r scripts/uv.lock
 
@@ -24,13 +42,20 @@ export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$(setting index-url
 export SSL_CERT_FILE=${SSL_CERT_FILE:-${PIP_CERT:-$(setting cert)}}
 for name in UV_FIND_LINKS UV_DEFAULT_INDEX SSL_CERT_FILE; do [ -n "${!name}" ] || unset "$name"; done
 
+pinned=(--no-deps --require-hashes -r requirements.lock)
+uv_install() { .venv/bin/uv pip install --python .venv/bin/python "${pinned[@]}" "$@"; }
+
 echo "setup: installing $(grep -c == requirements.lock) pinned packages"
-if ! .venv/bin/uv pip install --python .venv/bin/python --no-deps --require-hashes -r requirements.lock; then
+# PyTorch publishes its CPU build on an index of its own, which uv knows. What is configured comes first.
+uv_install || {
+    echo "setup: not everything is where this machine looks; taking torch from PyTorch's own index"
+    uv_install --torch-backend cpu
+} || {
     echo "setup: uv could not; trying pip, which takes some minutes"
-    "${pip[@]}" install --no-deps --require-hashes -r requirements.lock || {
-        echo "setup: if it was torch: 'torch==2.13.0+cpu' must be at hand, see README, Installing" >&2
-        exit 1
-    }
-fi
+    "${pip[@]}" install "${pinned[@]}"
+} || {
+    echo "setup: could not install the packages above; if it was torch, see README, Installing" >&2
+    exit 1
+}
 "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
 touch .venv/.ready

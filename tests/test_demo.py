@@ -50,7 +50,7 @@ def test_the_demo_tailors_two_models_that_answer_as_taught_and_bills_every_token
 def test_a_second_run_reuses_what_is_there(home: Path) -> None:
     said = run_demo(home)
     assert "ledger and engines agree to the token" in said
-    seconds = re.findall(r"│ (.+?) +│ +([\d.]+) │", said)
+    seconds = re.findall(r"^(.+?) {2,}([\d.]+)$", said, re.MULTILINE)
     before_serving = [
         float(time) for step, time in seconds if re.match(r"Prepare|Check|Tailor|Quantize", step)
     ]

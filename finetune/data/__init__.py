@@ -1,1 +1,1 @@
-"""A customer's file of conversations, made into a training set: validated, cleaned, split, reported."""
+"""Turns a customer's file of conversations into a training set: validated, cleaned, split, reported."""

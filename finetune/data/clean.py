@@ -1,4 +1,4 @@
-"""Whitespace made regular, and rows that say nothing new dropped."""
+"""Cleans rows: normalises whitespace, and drops duplicates."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from finetune.data.rows import Conversation, Dropped, Fault
+from finetune.data.dataset import Conversation, DroppedRow, Fault
 
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff]")
 _GAPS = re.compile(r"(?<=\S)[ \t\u00a0\u202f]+")
 _BLANK_LINES = re.compile(r"\n{3,}")
-# Sentence punctuation; not the point of 2.50, not a sign, a currency or a percentage.
+# Sentence punctuation only: the point of 2.50, signs, currencies and percentages stay.
 _PUNCTUATION = re.compile(r"[;!?\u00a1\u00bf\"'\u2018\u2019\u201c\u201d]|[.,:](?!\d)|(?<!\d)[.,:]")
 
 
 @dataclass(frozen=True, slots=True)
-class Cleaned:
-    """`contradictory` holds the lines that answer one question differently: kept, but worth a look."""
+class CleanedRows:
+    """Cleaned rows. `contradictory` holds the lines of kept rows that answer one question differently."""
 
     rows: tuple[Conversation, ...]
-    dropped: tuple[Dropped, ...]
+    dropped: tuple[DroppedRow, ...]
     contradictory: tuple[int, ...]
 
 
-def clean(rows: Iterable[Conversation]) -> Cleaned:
-    """Normalise every row, then keep the first of those that are the same, or nearly the same, throughout.
+def clean(rows: Iterable[Conversation]) -> CleanedRows:
+    """Normalises every row, and keeps the first of the rows that are equal or nearly equal.
 
-    Near means equal but for letter case, punctuation and spacing in the whole conversation, so a question
-    that is answered differently is no duplicate: it is kept, and reported as contradictory.
+    Nearly equal means equal but for letter case, punctuation and spacing in the whole conversation. A
+    question that is answered differently is no duplicate: it is kept, and reported as contradictory.
     """
-    kept: list[Conversation] = []
-    dropped: list[Dropped] = []
+    unique: list[Conversation] = []
+    dropped: list[DroppedRow] = []
     exact: set[tuple[tuple[str, str], ...]] = set()
     near: set[tuple[tuple[str, str], ...]] = set()
     by_prompt: dict[tuple[tuple[str, str], ...], list[int]] = {}
@@ -41,27 +41,27 @@ def clean(rows: Iterable[Conversation]) -> Cleaned:
             row, messages=tuple(replace(message, content=tidied(message.content)) for message in row.messages)
         )
         if any(not message.content for message in tidy.messages):
-            # Only characters that show nothing: blank in a way that the parser cannot see.
+            # The content had invisible characters only, which the parser does not take for blank.
             blank = next(message for message in tidy.messages if not message.content)
             fault = Fault.EMPTY_ANSWER if blank.role == "assistant" else Fault.EMPTY_CONTENT
-            dropped.append(Dropped(row.line, fault))
+            dropped.append(DroppedRow(row.line, fault))
             continue
         text = tuple((message.role, message.content) for message in tidy.messages)
-        gist = tuple((role, comparable(content)) for role, content in text)
+        comparable_text = tuple((role, comparable(content)) for role, content in text)
         if text in exact:
-            dropped.append(Dropped(row.line, Fault.DUPLICATE))
-        elif gist in near:
-            dropped.append(Dropped(row.line, Fault.NEAR_DUPLICATE))
+            dropped.append(DroppedRow(row.line, Fault.DUPLICATE))
+        elif comparable_text in near:
+            dropped.append(DroppedRow(row.line, Fault.NEAR_DUPLICATE))
         else:
-            kept.append(tidy)
+            unique.append(tidy)
             exact.add(text)
-            near.add(gist)
-            by_prompt.setdefault(gist[:-1], []).append(row.line)
-    return Cleaned(tuple(kept), tuple(dropped), _several(by_prompt.values()))
+            near.add(comparable_text)
+            by_prompt.setdefault(comparable_text[:-1], []).append(row.line)
+    return CleanedRows(tuple(unique), tuple(dropped), _contradictory(by_prompt.values()))
 
 
 def tidied(text: str) -> str:
-    """Text in Unicode NFC without invisible characters, ragged line ends or runs of blanks.
+    """Returns the text in Unicode NFC without invisible characters, ragged line ends or runs of blanks.
 
     Indentation and single empty lines stay: answers may hold lists and code.
     """
@@ -72,11 +72,12 @@ def tidied(text: str) -> str:
 
 
 def comparable(text: str) -> str:
-    """The text as duplicates and splits compare it: case folded, sentence punctuation and spacing removed."""
+    """Returns the text as rows are compared: case folded, sentence punctuation and extra spaces removed."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    gist = " ".join(_PUNCTUATION.sub(" ", folded).split())
-    return gist or " ".join(folded.split())
+    words = " ".join(_PUNCTUATION.sub(" ", folded).split())
+    return words or " ".join(folded.split())
 
 
-def _several(groups: Iterable[Sequence[int]]) -> tuple[int, ...]:
+def _contradictory(groups: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """Returns the lines of all groups that share a prompt but not its answer."""
     return tuple(sorted(line for group in groups if len(group) > 1 for line in group))

@@ -1,10 +1,10 @@
-"""The benchmarks of the gateway.
+"""Runs the benchmarks of the gateway from the command line.
 
-python -m loadtests.bench front                          all stages, and the report (about 70 minutes)
-python -m loadtests.bench front --stage tiny-proxies     one stage; the report is left as it is
-python -m loadtests.bench report                         the report again, from the stages that there are
+python -m loadtests.bench overhead                        all stages and the report (about 70 minutes)
+python -m loadtests.bench overhead --stage tiny-proxies   one stage; the report stays as it is
+python -m loadtests.bench report                          the report again, from the stages on disk
 python -m loadtests.bench scaling | soak | connections | cost | scrape
-python -m loadtests.bench page                           the tables of docs/performance.md, from the results
+python -m loadtests.bench page                            the tables of docs/performance.md, from the results
 """
 
 import argparse
@@ -19,36 +19,44 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from loadtests.bench import connections, cost, front, scaling, scrape, soak, tables
-from loadtests.bench.group import GROUPS
-from loadtests.bench.report import PAGE, RESULTS, conditions, load, report, save, write_page
+from loadtests.bench import connections, cost, overhead, scaling, scrape, soak, tables
+from loadtests.bench.results import (
+    PAGE,
+    RESULTS,
+    build_report,
+    conditions,
+    read_result,
+    write_page,
+    write_result,
+)
+from loadtests.bench.servers import GROUPS
 from loadtests.peers.engine import ROOT
 
 STAGES = ROOT / ".cache" / "bench"
 BASES = {"tiny": "tiny", "smollm": "smollm2-135m"}
-EVERY = [f"{base}-{group}" for base in BASES for group in GROUPS]
-# The groups have the pair in them; what vLLM's own choice of processes costs is asked for by name.
-DEFAULT = [stage for stage in EVERY if not stage.endswith(("-pair", "-default"))]
-# As many as the most streams of a row; ours and the peers read it as `bespoke serve` does.
+ALL_STAGES = [f"{base}-{group}" for base in BASES for group in GROUPS]
+# Every group contains the pair. The stages with vLLM's own choice of processes run only when named.
+DEFAULT_STAGES = [stage for stage in ALL_STAGES if not stage.endswith(("-pair", "-default"))]
+# The largest number of streams in a row of the report. Our server and the peers read it like `bespoke serve`.
 os.environ.setdefault("BESPOKE_ENGINE__MAX_NUM_SEQS", "64")
 console = Console(stderr=True)
 
 
 def main() -> None:
     options = _options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended as well
-    about = conditions(seed=front.SEED, adapters=front.ADAPTERS)
-    if options.command == "front":
-        failed = _stages([options.stage] if options.stage else DEFAULT, options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the exit ends the servers as well
+    about = conditions(seed=overhead.SEED, adapters=overhead.ADAPTERS)
+    if options.command == "overhead":
+        failed = _run_stages([options.stage] if options.stage else DEFAULT_STAGES, options)
         if not options.stage:
-            _report(DEFAULT, about)
+            _report(DEFAULT_STAGES, about)
         sys.exit(f"These stages failed: {', '.join(failed)}" if failed else 0)
     if options.command == "report":
-        _report([stage for stage in EVERY if _path(stage).exists()], about)
+        _report([stage for stage in ALL_STAGES if _path(stage).exists()], about)
     elif options.command == "page":
-        _pages()
+        _write_pages()
     else:
-        _alone(options, about)
+        _run_single_server(options, about)
 
 
 def _options() -> argparse.Namespace:
@@ -59,85 +67,89 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--home", type=Path, default=Path(os.environ.get("BESPOKE_HOME", ".bespoke")))
     commands = parser.add_subparsers(dest="command", required=True)
-    beside = commands.add_parser("front")
-    beside.add_argument("--stage", choices=EVERY)
-    beside.add_argument("--quick", action="store_true", help="a look, not a report")
-    beside.add_argument("--pairs", type=int)
+    over = commands.add_parser("overhead", aliases=["front"])  # `front` is its old name
+    over.set_defaults(command="overhead")
+    over.add_argument("--stage", choices=ALL_STAGES)
+    over.add_argument("--quick", action="store_true", help="a look, not a report")
+    over.add_argument("--pairs", type=int)
     commands.add_parser("report")
     commands.add_parser("page")
-    curve = commands.add_parser("scaling")
-    curve.add_argument("--passes", type=int, default=2)
-    curve.add_argument("--rounds", type=int, default=3)
-    steady = commands.add_parser("soak")
-    steady.add_argument("--minutes", type=int, default=30)
-    apart = commands.add_parser("cost")
-    apart.add_argument("--rounds", type=int, default=5)
-    asked = commands.add_parser("scrape")
-    asked.add_argument("--scrapes", type=int, default=100)
-    crowd = commands.add_parser("connections")
-    crowd.add_argument("--requests", type=int, default=500)
-    crowd.add_argument("--idle", type=int, default=connections.IDLE)
-    crowd.add_argument("--slow", type=int, default=connections.SLOW)
+    scale = commands.add_parser("scaling")
+    scale.add_argument("--passes", type=int, default=2)
+    scale.add_argument("--rounds", type=int, default=3)
+    long = commands.add_parser("soak")
+    long.add_argument("--minutes", type=int, default=30)
+    per_token = commands.add_parser("cost")
+    per_token.add_argument("--rounds", type=int, default=5)
+    metrics = commands.add_parser("scrape")
+    metrics.add_argument("--scrapes", type=int, default=100)
+    clients = commands.add_parser("connections")
+    clients.add_argument("--requests", type=int, default=500)
+    clients.add_argument("--idle", type=int, default=connections.IDLE)
+    clients.add_argument("--slow", type=int, default=connections.SLOW)
     return parser.parse_args()
 
 
-def _stages(names: list[str], options: argparse.Namespace) -> list[str]:
-    """Each stage is kept as it ends: a run that is broken off has not been for nothing."""
+def _run_stages(names: list[str], options: argparse.Namespace) -> list[str]:
+    """Runs the stages and returns those that failed.
+
+    Each result is saved when its stage ends, so an interrupted run keeps what it has.
+    """
     failed = []
     for name in names:
         base, _, group = name.partition("-")
-        plan = front.Plan.of(quick=options.quick, pairs=options.pairs)
+        size = overhead.StageSize.of(quick=options.quick, pairs=options.pairs)
         _path(name).unlink(missing_ok=True)
         try:
-            told = front.measure(options.home, BASES[base], GROUPS[group], plan)
+            result = overhead.measure(options.home, BASES[base], GROUPS[group], size)
         except Exception:
-            console.print(f"stage {name} failed:\n{traceback.format_exc()}")
+            console.print(f"stage {name} failed:\n{traceback.format_exc()}", markup=False)
             failed.append(name)
             continue
         _path(name).parent.mkdir(parents=True, exist_ok=True)
-        _path(name).write_text(json.dumps(told, indent=1) + "\n")
+        _path(name).write_text(json.dumps(result, indent=1) + "\n")
     return failed
 
 
 def _report(names: list[str], about: dict[str, Any]) -> None:
     stages = {name: json.loads(_path(name).read_text()) for name in names if _path(name).exists()}
-    told = report(stages, "make bench", about)
-    save(told, "bench")
-    console.print(Markdown(tables.bars_table(told)))
-    console.print(told["met"])
-    sys.stdout.write(json.dumps(told["bars"]) + "\n")
+    result = build_report(stages, "make bench", about)
+    write_result(result, "bench")
+    console.print(Markdown(tables.targets_table(result)))
+    console.print(result["met"])
+    sys.stdout.write(json.dumps(result["bars"]) + "\n")
 
 
-def _alone(options: argparse.Namespace, about: dict[str, Any]) -> None:
-    """What has one server and a result file of its own."""
+def _run_single_server(options: argparse.Namespace, about: dict[str, Any]) -> None:
+    """Runs a benchmark that has a result file of its own, and saves it."""
     if options.command == "scaling":
-        told = scaling.measure(options.home, "tiny", passes=options.passes, rounds=options.rounds)
-        text = scaling.table(told)
+        result = scaling.measure(options.home, "tiny", passes=options.passes, rounds=options.rounds)
+        text = scaling.table(result)
     elif options.command == "soak":
-        told = soak.measure(options.home, "tiny", minutes=options.minutes, seed=front.SEED)
-        text = soak.table(told)
+        result = soak.measure(options.home, "tiny", minutes=options.minutes, seed=overhead.SEED)
+        text = soak.table(result)
     elif options.command == "cost":
-        told = cost.measure(options.home, "tiny", rounds=options.rounds)
-        text = cost.table(told)
+        result = cost.measure(options.home, "tiny", rounds=options.rounds)
+        text = cost.table(result)
     elif options.command == "scrape":
-        told = scrape.measure(options.home, "tiny", scrapes=options.scrapes)
-        text = scrape.table(told)
+        result = scrape.measure(options.home, "tiny", scrapes=options.scrapes)
+        text = scrape.table(result)
     else:
-        told = connections.measure(
+        result = connections.measure(
             options.home, "tiny", requests=options.requests, idle=options.idle, slow=options.slow
         )
-        text = connections.table(told)
-    save({"conditions": about} | told, options.command)
+        text = connections.table(result)
+    write_result({"conditions": about} | result, options.command)
     console.print(Markdown(text))
-    sys.stdout.write(json.dumps(told) + "\n")
+    sys.stdout.write(json.dumps(result) + "\n")
 
 
-def _pages() -> None:
-    write_page(load("bench"))
-    for one in (scaling, soak, connections, cost, scrape):
-        name = one.__name__.rpartition(".")[2]
+def _write_pages() -> None:
+    write_page(read_result("bench"))
+    for bench in (scaling, soak, connections, cost, scrape):
+        name = bench.__name__.rpartition(".")[2]
         if (RESULTS / f"{name}.json").exists():
-            tables.put(PAGE, name, one.table(load(name)))
+            tables.put(PAGE, name, bench.table(read_result(name)))
 
 
 def _path(stage: str) -> Path:

@@ -1,10 +1,10 @@
-"""What adapters cost: many on one base beside none, cold ones, and more than there are slots.
+"""Measures what adapters cost: many on one base, cold ones, and more than there are slots.
 
     make bench-adapters          (about 20 minutes on two cores; alone on the machine, please)
 
-Every engine runs in a process of its own and takes turns with the others, which are stopped (SIGSTOP)
-meanwhile; ratios are made within a turn, medians are over the turns. Prints tables and ends with one line
-of JSON. `upstream` is the same vLLM without our plugin: its own LoRA kernels and its own loading.
+Every engine runs in a process of its own. The engines take turns; the others are stopped (SIGSTOP)
+meanwhile. Ratios are computed within a turn, medians over the turns. It prints tables and a last line of
+JSON. `upstream` is the same vLLM without our plugin: its own LoRA kernels and its own loading.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from loadtests.bench.machine import machine
+from loadtests.bench.statistics import pair_ratios
 from loadtests.synthetic import ALL, ATTENTION, publish_random
 from serve.engine.adapters import cache
 from serve.settings import load_settings
@@ -46,28 +47,28 @@ console = Console(stderr=True)
 
 
 @dataclass
-class Engine:
-    """A child that runs `engine_process`; stopped except while it has a command."""
+class EngineProcess:
+    """Sends commands to a child that runs `engine_process`. The child is stopped between commands."""
 
     name: str
     process: "subprocess.Popen[str]"
 
-    def do(self, command: str, **arguments: Any) -> dict[str, Any]:
+    def execute(self, command: str, **arguments: Any) -> dict[str, Any]:
         self._signal(signal.SIGCONT)
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": command} | arguments) + "\n")
         self.process.stdin.flush()
-        answer = self.answer()
+        result = self.read_result()
         self._signal(signal.SIGSTOP)
-        return answer
+        return result
 
-    def answer(self) -> dict[str, Any]:
+    def read_result(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"engine '{self.name}' ended with status {self.process.wait()}; see its log")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        result: dict[str, Any] = json.loads(line)
+        return result
 
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)
@@ -77,7 +78,9 @@ class Engine:
 
 
 @contextmanager
-def started(name: str, order: dict[str, Any], log: IO[str], *, plugin: bool = True) -> Iterator[Engine]:
+def running_engine(
+    name: str, order: dict[str, Any], log: IO[str], *, plugin: bool = True
+) -> Iterator[EngineProcess]:
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
     if not plugin:
         environment["VLLM_PLUGINS"] = ""
@@ -95,8 +98,8 @@ def started(name: str, order: dict[str, Any], log: IO[str], *, plugin: bool = Tr
         assert process.stdin is not None
         process.stdin.write(json.dumps(order) + "\n")
         process.stdin.flush()
-        engine = Engine(name, process)
-        engine.answer()
+        engine = EngineProcess(name, process)
+        engine.read_result()
         engine.pause()
         yield engine
     finally:
@@ -109,8 +112,8 @@ def started(name: str, order: dict[str, Any], log: IO[str], *, plugin: bool = Tr
 
 
 def publish(base_dir: Path, adapters_dir: Path, count: int) -> list[tuple[str, str, str]]:
-    """16 + `COLD` adapters on every linear layer, then small ones (attention only) up to `count`."""
-    made = []
+    """Publishes 16 + COLD adapters on every linear layer, then small ones (attention only) up to `count`."""
+    versions = []
     for number in track(range(count), "making adapters", console=console):
         targets = ALL if number < SLOTS + COLD else ATTENTION
         name = f"a{number}"
@@ -118,56 +121,52 @@ def publish(base_dir: Path, adapters_dir: Path, count: int) -> list[tuple[str, s
             base_dir, adapters_dir, tenant="bench", name=name, seed=number, rank=RANK, targets=targets,
             layers=None if targets is ALL else 8,
         )  # fmt: skip
-        made.append(("bench", name, path.name))
-    return made
+        versions.append(("bench", name, path.name))
+    return versions
 
 
-def throughput(engines: dict[str, Engine], pairs: int, tokens: int) -> dict[str, Any]:
-    """tok/s of each engine and case, and its ratio to `off` (LoRA disabled, eager) in the same turn."""
-    plan = [("off", "unused"), *(("ours", case) for case in CASES)]
+def throughput(engines: dict[str, EngineProcess], pairs: int, tokens: int) -> dict[str, Any]:
+    """Returns tok/s of each engine and case, with its ratio to `off` (no LoRA, eager) in the same turn."""
+    steps = [("off", "unused"), *(("ours", case) for case in CASES)]
     if "upstream" in engines:
-        plan += [("upstream", case) for case in ("unused", "one adapter", "16 adapters")]
+        steps += [("upstream", case) for case in ("unused", "one adapter", "16 adapters")]
     if "compiled" in engines:
-        plan.append(("compiled", "unused"))
-    taken: dict[tuple[str, str], list[float]] = {step: [] for step in plan}
+        steps.append(("compiled", "unused"))
+    samples: dict[tuple[str, str], list[float]] = {step: [] for step in steps}
     for turn in track(range(pairs + 1), "throughput", console=console):
-        for name, case in plan if turn % 2 else plan[::-1]:
-            result = engines[name].do("burst", adapters=CASES[case], tokens=tokens, seed=1000 * turn)
+        for name, case in steps if turn % 2 else steps[::-1]:
+            result = engines[name].execute("burst", adapters=CASES[case], tokens=tokens, seed=1000 * turn)
             if turn:  # the first warms up
-                taken[name, case].append(result["tokens"] / result["wall_s"])
-    baseline = taken["off", "unused"]
+                samples[name, case].append(result["tokens"] / result["wall_s"])
+    baseline = samples["off", "unused"]
     rows = {}
-    for (name, case), rates in taken.items():
-        ratios = paired(rates, baseline)
+    for (name, case), rates in samples.items():
+        ratios = pair_ratios(rates, baseline)
         rows[f"{name}, {case}"] = {
             "tokens_per_s": round(statistics.median(rates), 1),
-            "to_off": ratio(rates, baseline),
+            "to_off": median_ratio(rates, baseline),
             "spread": [round(min(ratios), 3), round(max(ratios), 3)],
         }
     return rows
 
 
-def paired(rates: list[float], baseline: list[float]) -> list[float]:
-    return [rate / base for rate, base in zip(rates, baseline, strict=True)]
+def median_ratio(rates: list[float], baseline: list[float]) -> float:
+    return round(statistics.median(pair_ratios(rates, baseline)), 3)
 
 
-def ratio(rates: list[float], baseline: list[float]) -> float:
-    return round(statistics.median(paired(rates, baseline)), 3)
-
-
-def cold(engine: Engine, pairs: int) -> dict[str, Any]:
-    """Adapters that no request has named before, beside ones in their slots."""
+def cold(engine: EngineProcess, pairs: int) -> dict[str, Any]:
+    """Compares adapters that no request has named before with the same ones once they are loaded."""
     fresh = iter(range(SLOTS, SLOTS + COLD))
     each = COLD // (2 * pairs)
-    taken: list[list[float]] = [[] for _ in range(6)]
-    idle_warm, idle_cold, warm_gaps, cold_gaps, loaded_warm, loaded_cold = taken
+    samples: list[list[float]] = [[] for _ in range(6)]
+    idle_warm, idle_cold, warm_gaps, cold_gaps, loaded_warm, loaded_cold = samples
     for turn in track(range(pairs), "cold adapters", console=console):
         new = [next(fresh) for _ in range(each)]
-        idle_cold += engine.do("first_tokens", adapters=new, seed=10 * turn)["ttft_s"]
-        idle_warm += engine.do("first_tokens", adapters=new, seed=500 + 10 * turn)["ttft_s"]
+        idle_cold += engine.execute("first_tokens", adapters=new, seed=10 * turn)["ttft_s"]
+        idle_warm += engine.execute("first_tokens", adapters=new, seed=500 + 10 * turn)["ttft_s"]
         new = [next(fresh) for _ in range(each)]
         for arrivals, gaps, firsts in ((new, cold_gaps, loaded_cold), (new, warm_gaps, loaded_warm)):
-            result = engine.do("neighbours", streams=8, arrivals=arrivals, every_s=1.5, seed=100 * turn)
+            result = engine.execute("neighbours", streams=8, arrivals=arrivals, every_s=1.5, seed=100 * turn)
             gaps.append(percentile(result["itl_s"], 99))
             firsts += result["ttft_s"]
     return {
@@ -177,28 +176,28 @@ def cold(engine: Engine, pairs: int) -> dict[str, Any]:
         "warm_ttft_loaded_ms": ms(statistics.median(loaded_warm)),
         "neighbours_itl_p99_warm_ms": ms(statistics.median(warm_gaps)),
         "neighbours_itl_p99_cold_ms": ms(statistics.median(cold_gaps)),
-        "neighbours_itl_ratio": ratio(cold_gaps, warm_gaps),
+        "neighbours_itl_ratio": median_ratio(cold_gaps, warm_gaps),
     }
 
 
-def working_set(engine: Engine, registered: int, pairs: int) -> dict[str, Any]:
-    """Zipf over all registered adapters, twice as many streams as slots, beside the same over 16."""
+def working_set(engine: EngineProcess, registered: int, pairs: int) -> dict[str, Any]:
+    """Compares adapters drawn by Zipf's law from all registered ones with those drawn from only 16."""
     zipf = {"streams": 2 * SLOTS, "requests": 4 * SLOTS, "tokens": 24, "zipf": 1.0}
     many: list[float] = []
     few: list[float] = []
     worst_ttft, worst_wait, distinct = 0.0, 0.0, 0
     for turn in track(range(pairs), "working set", console=console):
         for population, rates in ((SLOTS, few), (registered, many)):
-            result = engine.do("popular", population=population, seed=100 * turn, **zipf)
+            result = engine.execute("popular", population=population, seed=100 * turn, **zipf)
             rates.append(result["tokens"] / result["wall_s"])
             worst_wait = max(worst_wait, result["worst_slot_wait_s"])
             worst_ttft = max(worst_ttft, result["worst_ttft_s"])
             distinct = max(distinct, result["distinct"])
-    starved = engine.do(
+    starved = engine.execute(
         "starve", hot=list(range(SLOTS)), cold=list(range(SLOTS, SLOTS + 8)), tokens=24, seed=7
     )
     return {
-        "ratio": ratio(many, few),
+        "ratio": median_ratio(many, few),
         "warm_tokens_per_s": round(statistics.median(few), 1),
         "zipf_tokens_per_s": round(statistics.median(many), 1),
         "distinct_adapters_in_a_run": distinct,
@@ -225,7 +224,7 @@ def main() -> None:
     parser.add_argument("--registered", type=int, default=1000)
     parser.add_argument("--no-compiled", action="store_true", help="leave out the compiled engine")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines are ended as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the exit ends the engines as well
     base_dir = (options.home / "bases" / options.base).resolve()
     if not base_dir.is_dir():
         parser.error(f"there is no base in {base_dir}: bespoke base import configs/bases/{options.base}.yaml")
@@ -234,12 +233,12 @@ def main() -> None:
     with ExitStack() as stack:
         adapters_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bespoke-bench-")))
         log = stack.enter_context((adapters_dir / "engines.log").open("w"))
-        published = publish(base_dir, adapters_dir, options.registered)
+        adapters = publish(base_dir, adapters_dir, options.registered)
         order = {
             "base": options.base,
             "base_dir": str(base_dir),
             "adapters_dir": str(adapters_dir),
-            "adapters": published,
+            "adapters": adapters,
         }
         kinds: dict[str, tuple[dict[str, Any], bool]] = {
             "off": (lora | {"max_loras": 0}, True),
@@ -251,20 +250,22 @@ def main() -> None:
         engines = {}
         for name, (engine, plugin) in kinds.items():
             console.print(f"starting engine '{name}'")
-            engines[name] = stack.enter_context(started(name, order | {"engine": engine}, log, plugin=plugin))
-        # Each part is told as it ends: a run that is broken off has not been for nothing.
-        rates = told(throughput(engines, options.pairs, options.tokens))
-        cold_figures = told(cold(engines["ours"], options.pairs))
-        set_figures = told(working_set(engines["ours"], options.registered, options.pairs))
-    report(options, rates, cold_figures, set_figures)
+            engines[name] = stack.enter_context(
+                running_engine(name, order | {"engine": engine}, log, plugin=plugin)
+            )
+        # Each part is printed when it ends, so an interrupted run leaves what it has.
+        rates = print_part(throughput(engines, options.pairs, options.tokens))
+        cold_figures = print_part(cold(engines["ours"], options.pairs))
+        set_figures = print_part(working_set(engines["ours"], options.registered, options.pairs))
+    print_report(options, rates, cold_figures, set_figures)
 
 
-def told(figures: dict[str, Any]) -> dict[str, Any]:
+def print_part(figures: dict[str, Any]) -> dict[str, Any]:
     console.print_json(json.dumps(figures))
     return figures
 
 
-def report(
+def print_report(
     options: argparse.Namespace,
     rates: dict[str, Any],
     cold_figures: dict[str, Any],

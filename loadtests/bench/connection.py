@@ -1,7 +1,8 @@
-"""An HTTP/1.1 client for event streams that leaves the cores to the servers.
+"""Sends chat completions and reads their event streams with as little CPU as it can.
 
-It stamps every read once, and decodes only the first events and the one with the usage as JSON; all other
-events are counted where they lie. A connection takes one request at a time and is kept for the next one.
+The servers under test share its cores. So it takes one time stamp per read, and decodes only the first
+events and the one with the usage as JSON; other events are recognised by their bytes. A connection
+carries one request at a time and is reused for the next one.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from loadtests.bench.work import Work, bodies
+from loadtests.bench.workload import Workload, bodies
 from loadtests.peers.server import Server
 
 ERROR_BYTES_MAX = 2000
@@ -23,12 +24,12 @@ TIMEOUT_S = 300.0
 
 
 @dataclass(slots=True)
-class Answer:
-    """What came back for one streamed request; times are `time.perf_counter()`."""
+class StreamResult:
+    """Holds what one streamed request returned. Times are `time.perf_counter()`."""
 
     sent_s: float
     status: int = 0
-    stamps_s: list[float] = field(default_factory=list)  # of each event with text
+    stamps_s: list[float] = field(default_factory=list)  # arrival of each event with text
     ended_s: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -44,12 +45,12 @@ class Answer:
 
     @property
     def gaps_s(self) -> list[float]:
-        """Between successive events with text; those that came in one read are 0 apart."""
+        """Gives the times between successive events with text; events of one read are 0 apart."""
         return [after - before for before, after in zip(self.stamps_s, self.stamps_s[1:], strict=False)]
 
 
-def encoded(url: str, key: str, body: Mapping[str, object]) -> bytes:
-    """The request's bytes, so that nothing is encoded while the clock runs."""
+def encode_request(url: str, key: str, body: Mapping[str, object]) -> bytes:
+    """Returns the request's bytes. Encoded beforehand, it costs nothing while the clock runs."""
     content = json.dumps(body).encode()
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n"
@@ -59,47 +60,49 @@ def encoded(url: str, key: str, body: Mapping[str, object]) -> bytes:
     return head.encode() + content
 
 
-def requests_of(server: Server, work: Work, batch: int, ends: tuple[int, ...] = ()) -> list[bytes]:
-    """One turn of `work` for `server`: all its requests' bytes. Another `batch` is other prompts."""
-    return [encoded(server.url, server.key, body) for body in bodies(work, server.models, batch, ends)]
+def encode_turn(server: Server, workload: Workload, batch: int, ends: tuple[int, ...] = ()) -> list[bytes]:
+    """Returns the bytes of all requests of one turn. Another `batch` has other prompts."""
+    return [
+        encode_request(server.url, server.key, body) for body in bodies(workload, server.models, batch, ends)
+    ]
 
 
 class Connection(asyncio.Protocol):
-    """One connection; httptools calls its `on_…` methods while it reads what has arrived."""
+    """Carries one request at a time; httptools calls its `on_…` methods while it parses a read."""
 
     def __init__(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._now_s = 0.0
         self._rest = b""
-        self._answer = Answer(0.0)
+        self._result = StreamResult(0.0)
         self._ended: asyncio.Future[None] | None = None
 
     @property
     def open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    async def ask(self, request: bytes) -> Answer:
-        """Send and read to the end. A connection that breaks is an answer with an error, no exception."""
+    async def send(self, request: bytes) -> StreamResult:
+        """Sends a request and reads its stream to the end. A broken connection is a result with an error."""
         assert self._transport is not None
         self._rest, self._ended = b"", asyncio.get_running_loop().create_future()
-        answer = self._answer = Answer(time.perf_counter())
+        result = self._result = StreamResult(time.perf_counter())
         self._transport.write(request)
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 await self._ended
         except (ConnectionError, TimeoutError) as error:
-            answer.error = answer.error or repr(error)
+            result.error = result.error or repr(error)
             self.close()
-        answer.ended_s = time.perf_counter()
-        return answer
+        result.ended_s = time.perf_counter()
+        return result
 
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has another class
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -111,19 +114,19 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._answer.error = repr(error)
+            self._result.error = repr(error)
             self.close()
 
     def on_headers_complete(self) -> None:
-        self._answer.status = self._parser.get_status_code()
+        self._result.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
-        if self._answer.status != 200:
-            self._answer.error = (self._answer.error + body.decode(errors="replace"))[:ERROR_BYTES_MAX]
+        if self._result.status != 200:
+            self._result.error = (self._result.error + body.decode(errors="replace"))[:ERROR_BYTES_MAX]
             return
         *events, self._rest = (self._rest + body).split(b"\n\n")
         for event in events:
-            self._take(event)
+            self._read_event(event)
 
     def on_message_complete(self) -> None:
         if not self._parser.should_keep_alive():
@@ -131,26 +134,26 @@ class Connection(asyncio.Protocol):
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(None)
 
-    def _take(self, event: bytes) -> None:
-        answer = self._answer
-        if answer.stamps_s and b'"content":' in event:
+    def _read_event(self, event: bytes) -> None:
+        result = self._result
+        if result.stamps_s and b'"content":' in event:
             if b'"content":""' not in event:
-                answer.stamps_s.append(self._now_s)
+                result.stamps_s.append(self._now_s)
             if b'"usage":{' not in event:
                 return
-        elif answer.stamps_s and b'"usage"' not in event and b'"error"' not in event:
+        elif result.stamps_s and b'"usage"' not in event and b'"error"' not in event:
             return
         if not event.startswith(b"data: {"):
             return
-        told = json.loads(event[6:])
-        if told.get("error"):
-            answer.error = json.dumps(told["error"])[:ERROR_BYTES_MAX]
-        if usage := told.get("usage"):
-            answer.prompt_tokens = usage["prompt_tokens"]
-            answer.completion_tokens = usage["completion_tokens"]
-        choices = told.get("choices")
-        if not answer.stamps_s and choices and choices[0]["delta"].get("content"):
-            answer.stamps_s.append(self._now_s)
+        data = json.loads(event[6:])
+        if data.get("error"):
+            result.error = json.dumps(data["error"])[:ERROR_BYTES_MAX]
+        if usage := data.get("usage"):
+            result.prompt_tokens = usage["prompt_tokens"]
+            result.completion_tokens = usage["completion_tokens"]
+        choices = data.get("choices")
+        if not result.stamps_s and choices and choices[0]["delta"].get("content"):
+            result.stamps_s.append(self._now_s)
 
 
 async def connect(url: str) -> Connection:
@@ -163,25 +166,26 @@ async def connect(url: str) -> Connection:
     return connection
 
 
-class Pool:
-    """Kept connections to one server: as many as were ever needed at once."""
+class ConnectionPool:
+    """Keeps connections to one server: as many as were ever needed at once."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._free: list[Connection] = []
 
-    async def ask(self, request: bytes) -> Answer:
+    async def send(self, request: bytes) -> StreamResult:
+        """Sends on a free connection, or on a new one. A refused connection is a result with an error."""
         connection = self._free.pop() if self._free else None
         try:
             if connection is None or not connection.open:
                 connection = await connect(self._url)
         except OSError as error:
             now_s = time.perf_counter()
-            return Answer(now_s, ended_s=now_s, error=repr(error))
-        answer = await connection.ask(request)
+            return StreamResult(now_s, ended_s=now_s, error=repr(error))
+        result = await connection.send(request)
         if connection.open:
             self._free.append(connection)
-        return answer
+        return result
 
     def close(self) -> None:
         for connection in self._free:

@@ -1,18 +1,18 @@
-"""A thousand idle connections and five hundred slow readers, and what an ordinary client notices of them."""
+"""Measures an ordinary client's latency beside a thousand idle connections and five hundred slow readers."""
 
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from loadtests.bench.connection import Answer, Pool, encoded
-from loadtests.bench.crowd import crowd
-from loadtests.bench.figures import added, ms, quantile
-from loadtests.bench.load import run
-from loadtests.bench.ours import ours
-from loadtests.bench.processes import Family
+from loadtests.bench.bespoke_server import bespoke_server
+from loadtests.bench.connection import ConnectionPool, StreamResult, encode_request
+from loadtests.bench.idle_clients import idle_clients
+from loadtests.bench.load_generator import run_on_uvloop
+from loadtests.bench.processes import ProcessFamily
+from loadtests.bench.statistics import added_latency, ms, quantile
 from loadtests.bench.tables import markdown
-from loadtests.bench.work import body, prompt
+from loadtests.bench.workload import body, prompt
 from loadtests.peers.server import Server
 
 IDLE, SLOW = 1000, 500
@@ -22,76 +22,77 @@ console = Console(stderr=True)
 
 
 def measure(home: Path, base: str, *, requests: int, idle: int = IDLE, slow: int = SLOW) -> dict[str, Any]:
-    with ours(home, base, {}) as server:
-        family = Family((server.root_pid,))
-        told = run(lambda: _measure(server, family, requests, idle, slow))
+    with bespoke_server(home, base, {}) as server:
+        family = ProcessFamily((server.root_pid,))
+        result = run_on_uvloop(lambda: _measure(server, family, requests, idle, slow))
     return {
         "base": base,
         "requests_a_phase": requests,
         "idle": idle,
         "slow_readers": slow,
         "seed": SEED,
-    } | told
+    } | result
 
 
-async def _measure(server: Server, family: Family, requests: int, idle: int, slow: int) -> dict[str, Any]:
-    """Without, with, and again without: what comes back to where it was has not leaked."""
+async def _measure(
+    server: Server, family: ProcessFamily, requests: int, idle: int, slow: int
+) -> dict[str, Any]:
+    """Measures alone, beside the others, and alone again: what returns to its first value has not leaked."""
     await _ordinary(server, requests // 4, 0)  # warm-up
     alone, memory = await _ordinary(server, requests, 1), family.memory_mb()
-    async with crowd(server, idle, slow) as others:
-        begun = others.standing()
-        console.print(f"beside: {begun}")
+    async with idle_clients(server, idle, slow) as others:
+        at_start = others.counts()
+        console.print(f"beside: {at_start}")
         beside, crowded_memory = await _ordinary(server, requests, 2), family.memory_mb()
-        still = others.standing()
+        at_end = others.counts()
         refusals = sorted(set(others.refusals))[:3]
     after = await _ordinary(server, requests, 3)
     phases = {"alone": alone, "beside": beside, "after": after}
-    told = {name: _phase(taken) for name, taken in phases.items()}
+    figures = {name: _phase(results) for name, results in phases.items()}
     alone_s, beside_s = [a.ttft_s for a in alone if a.ok], [a.ttft_s for a in beside if a.ok]
-    for name, one in told.items():
-        console.print(f"{name}: {one}")
+    for name, of_phase in figures.items():
+        console.print(f"{name}: {of_phase}")
     return {
-        "phases": told,
-        "added_ttft_p50": added(beside_s, alone_s, 50, SEED),
-        "added_ttft_p99": added(beside_s, alone_s, 99, SEED),
-        "begun": begun,
-        "open_at_the_end": still,
+        "phases": figures,
+        "added_ttft_p50": added_latency(beside_s, alone_s, 50, SEED),
+        "added_ttft_p99": added_latency(beside_s, alone_s, 99, SEED),
+        "begun": at_start,
+        "open_at_the_end": at_end,
         "refusals": refusals,
         "memory_mb": {"alone": memory, "beside": crowded_memory},
     }
 
 
-async def _ordinary(server: Server, count: int, batch: int) -> list[Answer]:
-    pool, answers = Pool(server.url), []
+async def _ordinary(server: Server, count: int, batch: int) -> list[StreamResult]:
+    pool, results = ConnectionPool(server.url), []
     for number in range(count):
-        asked = body(server.model, prompt(batch, number), tokens=TOKENS)
-        answers.append(await pool.ask(encoded(server.url, server.key, asked)))
+        fields = body(server.model, prompt(batch, number), tokens=TOKENS)
+        results.append(await pool.send(encode_request(server.url, server.key, fields)))
     pool.close()
-    return answers
+    return results
 
 
-def _phase(answers: list[Answer]) -> dict[str, Any]:
-    answered = [answer for answer in answers if answer.ok]
+def _phase(results: list[StreamResult]) -> dict[str, Any]:
+    answered = [result for result in results if result.ok]
     return {
-        "requests": len(answers),
-        "failed": len(answers) - len(answered),
+        "requests": len(results),
+        "failed": len(results) - len(answered),
         **{f"ttft_p{p}_ms": ms(quantile([a.ttft_s for a in answered], p)) for p in (50, 90, 99)},
         **{f"whole_p{p}_ms": ms(quantile([a.ended_s - a.sent_s for a in answered], p)) for p in (50, 99)},
     }
 
 
-def table(told: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     rows = [
-        [name, str(one["requests"]), str(one["failed"]),
-         f"{one['ttft_p50_ms']:.1f} / {one['ttft_p90_ms']:.1f} / {one['ttft_p99_ms']:.1f}",
-         f"{one['whole_p50_ms']:.1f} / {one['whole_p99_ms']:.1f}"]
-        for name, one in told["phases"].items()
+        [name, str(phase["requests"]), str(phase["failed"]),
+         f"{phase['ttft_p50_ms']:.1f} / {phase['ttft_p90_ms']:.1f} / {phase['ttft_p99_ms']:.1f}",
+         f"{phase['whole_p50_ms']:.1f} / {phase['whole_p99_ms']:.1f}"]
+        for name, phase in result["phases"].items()
     ]  # fmt: skip
-    begun, still = told["begun"], told["open_at_the_end"]
-    before, beside = (sum(told["memory_mb"][phase].values()) for phase in ("alone", "beside"))
-    said = f"\n\nBeside: {begun['idle']} idle keep-alive connections ({still['idle']} at the end) and "
-    said += (
-        f"{begun['slow_readers']} slow readers ({still['slow_readers']}); {still['refused']} were refused. "
-    )
-    said += f"Memory of all processes: {before} MB alone, {beside} MB beside them."
-    return markdown(["", "requests", "failed", "TTFT p50 / p90 / p99 ms", "whole p50 / p99 ms"], rows) + said
+    at_start, at_end = result["begun"], result["open_at_the_end"]
+    before, beside = (sum(result["memory_mb"][phase].values()) for phase in ("alone", "beside"))
+    text = f"\n\nBeside: {at_start['idle']} idle keep-alive connections ({at_end['idle']} at the end) and "
+    text += f"{at_start['slow_readers']} slow readers ({at_end['slow_readers']}); "
+    text += f"{at_end['refused']} were refused. "
+    text += f"Memory of all processes: {before} MB alone, {beside} MB beside them."
+    return markdown(["", "requests", "failed", "TTFT p50 / p90 / p99 ms", "whole p50 / p99 ms"], rows) + text

@@ -1,6 +1,6 @@
-"""What a token and what a request cost each process: the CPU of two loads, taken apart.
+"""Computes what a token and what a request cost each process, from the CPU of two loads.
 
-Many short answers are mostly requests, few long ones mostly tokens: CPU = a × tokens + b × requests.
+Many short answers are mostly requests, a few long ones mostly tokens: CPU = a × tokens + b × requests.
 """
 
 import statistics
@@ -11,70 +11,75 @@ from typing import Any
 
 from rich.console import Console
 
-from loadtests.bench.connection import requests_of
-from loadtests.bench.front import ADAPTERS, QUIET_S, TINY_SLO
-from loadtests.bench.group import Running, published, started
-from loadtests.bench.load import closed, run
-from loadtests.bench.processes import Seconds, is_housekeeping, used
+from loadtests.bench.connection import encode_turn
+from loadtests.bench.load_generator import closed_loop, run_on_uvloop
+from loadtests.bench.overhead import ADAPTERS, QUIET_S, TINY_SLO
+from loadtests.bench.processes import Seconds, cpu_used, is_housekeeping
+from loadtests.bench.servers import RunningServer, published_adapters, running_servers
 from loadtests.bench.tables import markdown
-from loadtests.bench.work import Work
+from loadtests.bench.workload import Workload
 
 STREAMS = 16
-SHORT = Work("short", STREAMS, 320, 2, mixed=True, slo=TINY_SLO)
-LONG = Work("long", STREAMS, 32, 256, mixed=True, slo=TINY_SLO)
+SHORT = Workload("short", STREAMS, 320, 2, mixed=True, slo=TINY_SLO)
+LONG = Workload("long", STREAMS, 32, 256, mixed=True, slo=TINY_SLO)
 console = Console(stderr=True)
 
 
 def measure(home: Path, base: str, *, rounds: int) -> dict[str, Any]:
-    """`rounds` turns of each load for ours and the bare server, in turn. Medians are taken apart."""
+    """Gives ours and the bare server `rounds` turns of each load. The cost is computed from medians."""
     turns: dict[tuple[str, str], list[Seconds]] = defaultdict(list)
-    with published(home, base, ADAPTERS) as adapters, started(home, base, adapters, ()) as servers:
+    with (
+        published_adapters(home, base, ADAPTERS) as adapters,
+        running_servers(home, base, adapters, ()) as servers,
+    ):
         for number in range(rounds + 1):
-            for batch, work in ((2 * number, SHORT), (2 * number + 1, LONG)):
-                for one in servers:
-                    cpu_s = _turn(one, work, batch)
+            for batch, workload in ((2 * number, SHORT), (2 * number + 1, LONG)):
+                for server in servers:
+                    cpu_s = _turn(server, workload, batch)
                     if number:  # the first warms up
-                        turns[one.name, work.name].append(cpu_s)
+                        turns[server.name, workload.name].append(cpu_s)
             console.print(f"round {number} of {rounds}" if number else "warm")
-        names = [one.name for one in servers]
+        names = [server.name for server in servers]
     return {
         "base": base, "streams": STREAMS, "rounds": rounds, "adapters": ADAPTERS,
-        "answers": {work.name: {"requests": work.requests, "tokens": work.tokens} for work in (SHORT, LONG)},
-        "servers": {name: apart(turns[name, SHORT.name], turns[name, LONG.name]) for name in names},
+        "answers": {load.name: {"requests": load.requests, "tokens": load.tokens} for load in (SHORT, LONG)},
+        "servers": {name: split_cost(turns[name, SHORT.name], turns[name, LONG.name]) for name in names},
     }  # fmt: skip
 
 
-def _turn(one: Running, work: Work, batch: int) -> Seconds:
-    requests = requests_of(one.server, work, batch)
+def _turn(running: RunningServer, workload: Workload, batch: int) -> Seconds:
+    requests = encode_turn(running.server, workload, batch)
     time.sleep(QUIET_S)
-    before = one.family.moment()
-    answers = run(lambda: closed(one.server.url, requests, STREAMS)).answers
-    cpu_s = used(before, one.family.moment())
-    if failed := [answer for answer in answers if not answer.ok]:
-        raise RuntimeError(f"{one.name}: {len(failed)} of {len(answers)} failed: {failed[0].error}")
+    before = running.family.read_cpu()
+    results = run_on_uvloop(lambda: closed_loop(running.url, requests, STREAMS)).results
+    cpu_s = cpu_used(before, running.family.read_cpu())
+    if failed := [result for result in results if not result.ok]:
+        raise RuntimeError(f"{running.name}: {len(failed)} of {len(results)} failed: {failed[0].error}")
     return cpu_s
 
 
-def apart(short: list[Seconds], long: list[Seconds]) -> dict[str, dict[str, float]]:
-    """By process: CPU µs a token and ms a request, from the medians of the turns."""
+def split_cost(short: list[Seconds], long: list[Seconds]) -> dict[str, dict[str, float]]:
+    """Returns by process the CPU µs a token and ms a request, from the medians of the turns."""
     tokens, requests = SHORT.requests * SHORT.tokens, SHORT.requests
     tokens_long, requests_long = LONG.requests * LONG.tokens, LONG.requests
     determinant = tokens * requests_long - tokens_long * requests
-    told = {}
+    cost = {}
     for role in sorted({role for turn in short + long for role in turn}):
-        one, other = (statistics.median(turn.get(role, 0.0) for turn in turns) for turns in (short, long))
-        told[role] = {
-            "token_us": round(1e6 * (one * requests_long - other * requests) / determinant, 1),
-            "request_ms": round(1e3 * (tokens * other - tokens_long * one) / determinant, 2),
+        short_s, long_s = (
+            statistics.median(turn.get(role, 0.0) for turn in turns) for turns in (short, long)
+        )
+        cost[role] = {
+            "token_us": round(1e6 * (short_s * requests_long - long_s * requests) / determinant, 1),
+            "request_ms": round(1e3 * (tokens * long_s - tokens_long * short_s) / determinant, 2),
         }
-    return told
+    return cost
 
 
-def table(told: dict[str, Any]) -> str:
-    """Without Ray's housekeeping, which a request does not pass through."""
+def table(result: dict[str, Any]) -> str:
+    """Leaves out Ray's housekeeping, which no request passes through."""
     rows = [
         [server, role, f"{cost['token_us']:.0f}", f"{cost['request_ms']:.2f}"]
-        for server, by_role in told["servers"].items()
+        for server, by_role in result["servers"].items()
         for role, cost in sorted(by_role.items(), key=lambda item: -item[1]["request_ms"])
         if not is_housekeeping(role) and max(cost["token_us"], 100 * cost["request_ms"]) >= 1
     ]

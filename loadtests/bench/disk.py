@@ -1,4 +1,4 @@
-"""How long the disk takes to keep a page, asked beside the load: what a hold and a settlement wait for."""
+"""Measures beside the load how long the disk takes for an fsync; a hold and a settlement wait for one."""
 
 import os
 import tempfile
@@ -10,17 +10,17 @@ PAGE = bytes(4096)
 PAUSE_S = 0.1
 
 
-class Disk:
-    """Writes a page and fsyncs it ten times a second, on the disk that the benched service writes to.
+class DiskProbe:
+    """Writes a page and fsyncs it ten times a second, on the disk that the service under test writes to.
 
-    A thread of the load generator: fsync(2) waits without the interpreter's lock.
+    It is a thread of the load generator: fsync(2) waits without the interpreter's lock.
     """
 
-    def __enter__(self) -> "Disk":
+    def __enter__(self) -> "DiskProbe":
         self._file = tempfile.TemporaryFile(prefix="bespoke-bench-")
         self._waits_s: list[float] = []
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._thread = threading.Thread(target=self._probe, daemon=True)
         self._thread.start()
         return self
 
@@ -31,7 +31,7 @@ class Disk:
         self._thread.join()
         self._file.close()
 
-    def _ask(self) -> None:
+    def _probe(self) -> None:
         while not self._ended.wait(PAUSE_S):
             begun_s = time.perf_counter()
             os.pwrite(self._file.fileno(), PAGE, 0)
@@ -39,6 +39,6 @@ class Disk:
             self._waits_s.append(time.perf_counter() - begun_s)
 
     def worst_ms(self) -> float:
-        """The longest wait since the last call, 0 if there was none."""
+        """Returns the longest wait since the last call, 0 if there was none."""
         waits_s, self._waits_s = self._waits_s, []
         return round(1000 * max(waits_s, default=0.0), 2)

@@ -1,10 +1,10 @@
-"""One engine in a process of its own, doing what `loadtests.bench.adapters` says, a JSON line at a time.
+"""Runs one engine in a process of its own; `loadtests.bench.adapters` sends it commands as JSON lines.
 
     {"do": "burst", "adapters": [0, null, …], "tokens": 48, "seed": 1}
     {"do": "first_tokens", …}   {"do": "neighbours", …}   {"do": "popular", …}   {"do": "starve", …}
 
 The engine is the one that serves (`serve.engine.vllm.engine.VllmEngine`), without Ray and the gateway, which
-`loadtests.bench.front` measures.
+`loadtests.bench.overhead` measures.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ TOPICS = (
 
 @dataclass
 class Timing:
-    """When one request's tokens came, from its start, in seconds."""
+    """Holds the arrival times of one request's tokens, in seconds from its start."""
 
     stamps_s: list[float] = field(default_factory=list)
 
@@ -49,7 +49,7 @@ class Timing:
 
 
 class Driver:
-    """Greedy requests to one engine."""
+    """Sends greedy requests to one engine and times their tokens."""
 
     def __init__(self, engine: VllmEngine, adapters: list[AdapterVersion]) -> None:
         self._engine = engine
@@ -76,7 +76,7 @@ class Driver:
         return timing
 
     async def burst(self, adapters: list[int | None], tokens: int, seed: int) -> dict[str, Any]:
-        """All requests at once; the throughput counts prompts' time as well."""
+        """Sends all requests at once. The time includes that of their prompts."""
         started_s = time.perf_counter()
         timings = await asyncio.gather(
             *(self.request(adapter, tokens, seed + i) for i, adapter in enumerate(adapters))
@@ -85,14 +85,14 @@ class Driver:
         return {"tokens": count, "wall_s": time.perf_counter() - started_s}
 
     async def first_tokens(self, adapters: list[int], seed: int) -> dict[str, Any]:
-        """Each adapter's first token, one request at a time."""
-        taken = [(await self.request(adapter, 2, seed + i)).ttft_s for i, adapter in enumerate(adapters)]
-        return {"ttft_s": taken}
+        """Times each adapter's first token, one request at a time."""
+        ttft_s = [(await self.request(adapter, 2, seed + i)).ttft_s for i, adapter in enumerate(adapters)]
+        return {"ttft_s": ttft_s}
 
     async def neighbours(
         self, streams: int, arrivals: list[int], every_s: float, seed: int
     ) -> dict[str, Any]:
-        """`streams` of the base that run on while a request for each of `arrivals` comes in."""
+        """Times the tokens of `streams` of the base while a request for each of `arrivals` comes in."""
         tokens = 400
         running = [asyncio.create_task(self._watch(tokens, seed + i)) for i in range(streams)]
         await asyncio.sleep(2 * every_s)
@@ -129,7 +129,7 @@ class Driver:
     async def popular(
         self, streams: int, requests: int, tokens: int, population: int, zipf: float, seed: int
     ) -> dict[str, Any]:
-        """A closed loop of `streams`, each drawing its adapters from `population` by Zipf's law."""
+        """Runs a closed loop of `streams`; each draws its adapters from `population` by Zipf's law."""
         rng = random.Random(seed)
         weights = [1 / (rank + 1) ** zipf for rank in range(population)]
         drawn = rng.choices(range(population), weights, k=requests)
@@ -152,7 +152,7 @@ class Driver:
         }
 
     async def starve(self, hot: list[int], cold: list[int], tokens: int, seed: int) -> dict[str, Any]:
-        """Two endless streams per hot adapter fill every slot; how long does a cold one wait?"""
+        """Fills every slot with two endless streams per hot adapter, and times how long a cold one waits."""
         ended = asyncio.Event()
 
         async def endless(adapter: int, offset: int) -> None:
@@ -177,8 +177,8 @@ async def main() -> None:
     order = json.loads(sys.stdin.readline())
     adapters_dir = Path(order["adapters_dir"])
     adapters = [AdapterVersion(number + 1, *parts) for number, parts in enumerate(order["adapters"])]
-    # vLLM writes to standard output; answers go to a copy of it that nobody else has.
-    answers = os.fdopen(os.dup(1), "w")
+    # vLLM writes to standard output, so results go to a copy of it that nobody else writes to.
+    results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     engine = await VllmEngine.start(
         order["base"], Path(order["base_dir"]), adapters_dir, EngineSettings(**order["engine"]), "bench"
@@ -186,14 +186,14 @@ async def main() -> None:
     compute_on_one_thread()  # as the replica does
     driver = Driver(engine, adapters)
 
-    def say(answer: dict[str, Any]) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    def write(result: dict[str, Any]) -> None:
+        results.write(json.dumps(result) + "\n")
+        results.flush()
 
-    say({"ready": True})
+    write({"ready": True})
     while line := await asyncio.to_thread(sys.stdin.readline):
         command = json.loads(line)
-        say(await getattr(driver, command.pop("do"))(**command))
+        write(await getattr(driver, command.pop("do"))(**command))
     engine.shutdown()
 
 

@@ -1,7 +1,7 @@
-"""Fills a SQLite store with usage as years of customers would: events, and the hours they sum to.
+"""Fills a SQLite store with a year of usage: events, and the hourly sums over them.
 
-Written in bulk and without a transfer each: what is measured over it is reading. The same seed makes the
-same rows.
+The rows are written in bulk and without a transfer for each, because only reading is measured on them. The
+same seed makes the same rows.
 """
 
 import random
@@ -39,7 +39,7 @@ Row = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Customer:
-    """`keys`: (id, project) of each."""
+    """Names a tenant with its price version; `keys` are pairs of id and project."""
 
     name: str
     price: PriceVersion
@@ -47,9 +47,9 @@ class Customer:
 
 
 def fill(path: Path, events: int, *, end: datetime, seed: int) -> list[Customer]:
-    """Make the store at `path` with `events` events in the MONTHS before `end`, the same in each hour.
+    """Makes the store at `path` with `events` events in the MONTHS before `end`, as many in each hour.
 
-    The first of the customers, who are returned, is the largest.
+    Returns the customers. The first of them is the largest.
     """
     start = end
     for _ in range(MONTHS):
@@ -69,8 +69,8 @@ def fill(path: Path, events: int, *, end: datetime, seed: int) -> list[Customer]
             rows, sums = traffic.hour(start + timedelta(hours=number), count)
             connection.executemany(_insert(usage_table, COLUMNS), rows)
             connection.executemany(_insert(hours_table, [c.name for c in hours_table.columns]), sums)
-        said = "SELECT coalesce(sum(cost_nanos), 0) FROM usage_hours WHERE tenant_id = accounts.tenant_id"
-        connection.execute(f"UPDATE accounts SET spent_nanos = ({said})")
+        spent = "SELECT coalesce(sum(cost_nanos), 0) FROM usage_hours WHERE tenant_id = accounts.tenant_id"
+        connection.execute(f"UPDATE accounts SET spent_nanos = ({spent})")
         connection.execute("COMMIT")
         connection.execute("ANALYZE")
         connection.execute("PRAGMA journal_mode=WAL")
@@ -78,7 +78,7 @@ def fill(path: Path, events: int, *, end: datetime, seed: int) -> list[Customer]
 
 
 def onboard(store: Store, at: datetime, *, tenants: int = TENANTS) -> list[Customer]:
-    """Customers with credit, three keys each, on the standard plan, in one transaction."""
+    """Creates customers with credit, three keys each, on the standard plan, in one transaction."""
     price = Prices(store).publish(read_plan(PLAN), at=at)
     customers = []
     with store.write() as connection:
@@ -109,7 +109,7 @@ def onboard(store: Store, at: datetime, *, tenants: int = TENANTS) -> list[Custo
 
 
 class _Traffic:
-    """Each hour's events and their sums, in the order of their times."""
+    """Generates each hour's events, in the order of their times, and their sums."""
 
     def __init__(self, seeded: random.Random, customers: Sequence[Customer]) -> None:
         self._seeded = seeded
@@ -172,11 +172,11 @@ class _Traffic:
                     period,
                 )
             )
-            found = sums[
+            totals = sums[
                 buyer.name, hour_text, period, project or "", key_id, name, adapter, buyer.price.id, tier
             ]
             for position, counted in enumerate((1, prompt, cached, completion, 0, cost)):
-                found[position] += counted
+                totals[position] += counted
         return rows, ((*group, *counts) for group, counts in sums.items())
 
 

@@ -1,10 +1,10 @@
-"""The ledger's price: settlements a second, what a request waits for, and reading ten million events.
+"""Measures the ledger: settlements a second, what a request waits for, and reading ten million events.
 
     .venv/bin/python -m loadtests.bench.ledger
 
-Settlements go through the gateway's own group commit with every fsync on; usage and invoices are asked of a
-store that is filled for it (`fill.py`) and deleted afterwards, the API through the real app. Prints a table,
-writes the report to loadtests/results/ and ends with it as one JSON object.
+Settlements go through the gateway's own group commit with every fsync on. Usage and invoices are read,
+through the real app, from a store that is filled for it (`fill.py`) and deleted afterwards. The report is
+printed as a table and as one JSON object, and written to loadtests/results/.
 """
 
 import argparse
@@ -47,12 +47,12 @@ WARM_UP = 512  # requests before a clock starts
 IN_FLIGHT = 512
 RATE_PER_S = 50
 REQUEST_S = 0.2  # between hold and settlement, at RATE_PER_S
-ASKED = 5  # times for each question; the slowest counts
+REPEATS = 5  # of each query; the slowest counts
 
 
 @dataclass(frozen=True, slots=True)
-class Buyer:
-    """Makes requests of one store's customers, in turn."""
+class LedgerTraffic:
+    """Makes holds and settlements for one store's customers, in turn."""
 
     customers: list[Customer]
 
@@ -88,8 +88,8 @@ class Buyer:
         return Resolution(event.request_id, customer.name, at, event=event)
 
 
-async def all_of(numbers: range, step: Callable[[int], Awaitable[object]]) -> float:
-    """Seconds that `step` takes for all of `numbers`, IN_FLIGHT of them at a time."""
+async def time_all(numbers: range, step: Callable[[int], Awaitable[object]]) -> float:
+    """Returns the seconds that `step` takes for all of `numbers`, IN_FLIGHT of them at a time."""
     waiting = iter(numbers)
 
     async def work() -> None:
@@ -101,40 +101,40 @@ async def all_of(numbers: range, step: Callable[[int], Awaitable[object]]) -> fl
     return time.perf_counter() - started_s
 
 
-async def throughput(books: CommitQueue, buyer: Buyer, requests: int) -> dict[str, float]:
-    """Per second: holds alone, settlements alone, and both of each request."""
+async def throughput(commit_queue: CommitQueue, traffic: LedgerTraffic, requests: int) -> dict[str, float]:
+    """Returns holds a second, settlements a second, and whole requests (both) a second."""
 
     async def open_one(number: int) -> None:
-        await books.open(buyer.opening(number))
+        await commit_queue.open(traffic.opening(number))
 
     async def close_one(number: int) -> None:
-        assert await books.close(buyer.closing(number))
+        assert await commit_queue.close(traffic.closing(number))
 
     async def both(number: int) -> None:
         await open_one(number)
         await close_one(number)
 
-    await all_of(range(WARM_UP), both)
+    await time_all(range(WARM_UP), both)
     first = range(WARM_UP, WARM_UP + requests)
     second = range(first.stop, first.stop + requests)
     return {
-        "holds_per_s": round(requests / await all_of(first, open_one)),
-        "settles_per_s": round(requests / await all_of(first, close_one)),
-        "requests_per_s": round(requests / await all_of(second, both)),
+        "holds_per_s": round(requests / await time_all(first, open_one)),
+        "settles_per_s": round(requests / await time_all(first, close_one)),
+        "requests_per_s": round(requests / await time_all(second, both)),
     }
 
 
-async def added(books: CommitQueue, buyer: Buyer, requests: int) -> list[float]:
-    """What each request waits for hold and settlement, in ms; RATE_PER_S of them begin, come what may."""
+async def request_waits(commit_queue: CommitQueue, traffic: LedgerTraffic, requests: int) -> list[float]:
+    """Returns each request's wait for hold and settlement, in ms, at RATE_PER_S new requests a second."""
     waits_ms: list[float] = []
 
     async def request(number: int) -> None:
         started_s = time.perf_counter()
-        await books.open(buyer.opening(number))
+        await commit_queue.open(traffic.opening(number))
         opened_s = time.perf_counter()
         await asyncio.sleep(REQUEST_S)
         ended_s = time.perf_counter()
-        assert await books.close(buyer.closing(number))
+        assert await commit_queue.close(traffic.closing(number))
         waits_ms.append((opened_s - started_s + time.perf_counter() - ended_s) * 1000)
 
     begun_s, tasks = time.perf_counter(), []
@@ -146,46 +146,46 @@ async def added(books: CommitQueue, buyer: Buyer, requests: int) -> list[float]:
 
 
 def settlements(url: str, requests: int, timed: int) -> dict[str, float]:
-    """What the ledger does a second in the store at `url`, and what each of `timed` requests waits for it."""
+    """Measures throughput in the store at `url`, and the wait of `timed` requests."""
     with closing(Store(url)) as store:
         store.migrate()
-        buyer = Buyer(onboard(store, datetime.now(UTC), tenants=50))
-        books = CommitQueue(Ledger(store))
+        traffic = LedgerTraffic(onboard(store, datetime.now(UTC), tenants=50))
+        commit_queue = CommitQueue(Ledger(store))
         try:
-            figures = asyncio.run(throughput(books, buyer, requests))
-            waits_ms = asyncio.run(added(books, buyer, timed))
+            figures = asyncio.run(throughput(commit_queue, traffic, requests))
+            waits_ms = asyncio.run(request_waits(commit_queue, traffic, timed))
         finally:
-            books.stop()
+            commit_queue.stop()
     p99_ms = statistics.quantiles(waits_ms, n=100)[98]
     return figures | {"p50_ms": round(statistics.median(waits_ms), 2), "p99_ms": round(p99_ms, 2)}
 
 
-def questions(largest: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """What people ask, of a month by day and of a day by minute."""
+def queries(largest: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Returns usage and cost queries by name: of a month by day, of a day by minute."""
     window: dict[str, Any] = {"start_time": int(MONTH_START.timestamp()), "end_time": int(END.timestamp())}
     month = window | {"limit": 31}
     day = {"start_time": month["end_time"] - 86_400, "end_time": month["end_time"]}
     minutes = day | {"bucket_width": "1m", "limit": 1440}
-    mine, by_model = {"tenant_ids": largest}, {"group_by": "model"}
+    of_largest, by_model = {"tenant_ids": largest}, {"group_by": "model"}
     return {
-        "usage_month_largest_by_model": ("usage/completions", month | mine | by_model),
+        "usage_month_largest_by_model": ("usage/completions", month | of_largest | by_model),
         "usage_month_everybody_by_tenant": ("usage/completions", month | {"group_by": "tenant"}),
         "usage_month_everybody_by_tenant_model": (
             "usage/completions",
             month | {"group_by": ["tenant", "model"]},
         ),
         "usage_week_everybody_by_hour": ("usage/completions", month | {"bucket_width": "1h", "limit": 168}),
-        "usage_day_largest_by_minute": ("usage/completions", minutes | mine | by_model),
+        "usage_day_largest_by_minute": ("usage/completions", minutes | of_largest | by_model),
         "usage_day_everybody_by_minute": ("usage/completions", minutes),
-        "costs_month_largest_by_item": ("costs", month | mine | {"group_by": "line_item"}),
+        "costs_month_largest_by_item": ("costs", month | of_largest | {"group_by": "line_item"}),
         "costs_month_everybody_by_tenant": ("costs", month | {"group_by": "tenant"}),
         "forecast_largest": ("forecast", {"tenant": largest}),
         "balance_largest": ("balance", {"tenant": largest}),
     }
 
 
-async def ask(home: Path, largest: str) -> dict[str, float]:
-    """Seconds of the slowest of ASKED answers to each question."""
+async def answer_times(home: Path, largest: str) -> dict[str, float]:
+    """Returns the seconds of the slowest of REPEATS answers to each query."""
     settings = Settings(home=home)
     app = build_app(settings, {})
     with closing(Store(settings.store_url)) as store:
@@ -195,25 +195,25 @@ async def ask(home: Path, largest: str) -> dict[str, float]:
     slowest: dict[str, float] = {}
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://bench/v1/organization") as client:
-        for name, (path, params) in questions(largest).items():
+        for name, (path, params) in queries(largest).items():
             seconds = []
-            for _ in range(ASKED):
+            for _ in range(REPEATS):
                 started_s = time.perf_counter()
-                answer = await client.get(f"/{path}", params=params, headers=headers, timeout=600)
+                response = await client.get(f"/{path}", params=params, headers=headers, timeout=600)
                 seconds.append(time.perf_counter() - started_s)
-                assert answer.status_code == 200, answer.text
+                assert response.status_code == 200, response.text
             slowest[name] = round(max(seconds), 3)
     return slowest
 
 
 def reading(home: Path, events: int, seed: int) -> dict[str, Any]:
-    """Fill a store in `home`, ask it, and make the largest customer's invoice."""
+    """Fills a store in `home`, runs the queries on it, and makes the largest customer's invoice."""
     path = Path(Settings(home=home).store_url.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
     started_s = time.perf_counter()
     largest = fill(path, events, end=END, seed=seed)[0].name
     filled_s = time.perf_counter() - started_s
-    answers = asyncio.run(ask(home, largest))
+    answers = asyncio.run(answer_times(home, largest))
     with closing(Store(f"sqlite:///{path}")) as store:
         started_s = time.perf_counter()
         Invoices(store).create(largest, f"{MONTH_START:%Y-%m}", at=END)

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, for its report."""
+"""Describes the machine of a benchmark for its report."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, vector units, versions."""
+    """Returns processor, cores, vector units and versions."""
     described = dict.fromkeys(("model name", "flags"), "")
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         name, _, value = line.partition(":")

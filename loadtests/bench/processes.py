@@ -1,4 +1,4 @@
-"""Which process of a server used how much CPU and memory, by the part that it plays."""
+"""Reads CPU and memory of a server's processes, by the role of each process."""
 
 import contextlib
 import re
@@ -12,7 +12,7 @@ import psutil
 from loadtests.peers.process import family
 
 REPLICA = re.compile(r"ServeReplica:[^:]+:([^:. ]+)")
-# The first that is found in a command line; what is computed, not what is around it.
+# A mark in a process's title or command line → its role. ENGINE computes; FRONT_END is around the engine.
 ENGINE = {"VLLM::EngineCore": "engine core", "VLLM::Worker": "worker"}
 HOUSEKEEPING = {
     "ray::ServeController": "Serve controller",
@@ -29,7 +29,7 @@ HOUSEKEEPING = {
     "ray_llm_process": "ray.serve.llm's driver",
     "steward": "steward",
 }
-FRONT = {
+FRONT_END = {
     "ray::ProxyActor": "Ray's proxy",
     "ray::HAProxyManager": "HAProxy's manager",
     "haproxy": "HAProxy",
@@ -42,11 +42,11 @@ Seconds = dict[str, float]
 
 
 def role(command: str) -> str:
-    """The part that a process plays, by its command line or the title it has given itself."""
-    if found := REPLICA.search(command):
-        replica = found[1]
+    """Returns a process's role by its command line, or by the title that it gave itself."""
+    if match := REPLICA.search(command):
+        replica = match[1]
         return f"engine front ({replica})" if replica.startswith("engine-") else replica
-    for known in (ENGINE, HOUSEKEEPING, FRONT):
+    for known in (ENGINE, HOUSEKEEPING, FRONT_END):
         for mark, name in known.items():
             if mark in command:
                 return name
@@ -62,33 +62,35 @@ def is_housekeeping(name: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class CpuReading:
+    """Holds the CPU that processes had used at one moment."""
+
     at_s: float
     cpu_s: Mapping[str, float]  # by role
 
 
-class Family:
-    """The processes of a server from the moment that it is made; those that end later keep what they had."""
+class ProcessFamily:
+    """Reads the processes that a server had when this was made. One that ends keeps its last reading."""
 
     def __init__(self, pids: tuple[int, ...]) -> None:
-        """`pids`: the roots. A proxy's are its own and that of the server behind it."""
+        """`pids`: the root processes: the server's own, and for a proxy also that of the server behind it."""
         self._members: list[tuple[str, psutil.Process]] = []
         for process in {member for pid in pids for member in family(pid)}:
             with contextlib.suppress(psutil.Error):
                 self._members.append((role(" ".join(process.cmdline()) or process.name()), process))
         self._last: dict[int, float] = {}
 
-    def moment(self) -> Moment:
+    def read_cpu(self) -> CpuReading:
         cpu_s: Seconds = defaultdict(float)
         for name, process in self._members:
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
                 self._last[process.pid] = times.user + times.system
             cpu_s[name] += self._last.get(process.pid, 0.0)
-        return Moment(time.perf_counter(), dict(cpu_s))
+        return CpuReading(time.perf_counter(), dict(cpu_s))
 
     def memory_mb(self) -> dict[str, int]:
-        """Proportional set size: pages that several processes share are shared out between them."""
+        """Returns proportional set sizes: pages that processes share are divided between them."""
         by_role: dict[str, int] = defaultdict(int)
         for name, process in self._members:
             with contextlib.suppress(psutil.Error):
@@ -96,21 +98,22 @@ class Family:
         return {name: size >> 20 for name, size in sorted(by_role.items(), key=lambda item: -item[1])}
 
 
-def used(before: Moment, after: Moment) -> Seconds:
+def cpu_used(before: CpuReading, after: CpuReading) -> Seconds:
+    """Returns the CPU seconds between two readings, by role."""
     return {name: after.cpu_s[name] - before.cpu_s.get(name, 0.0) for name in after.cpu_s}
 
 
-def idle_percent(before: Moment, after: Moment) -> dict[str, float]:
-    """Of one core, by role, between two moments without a request."""
+def idle_percent(before: CpuReading, after: CpuReading) -> dict[str, float]:
+    """Returns the percent of one core used between two readings, by role. No request came between them."""
     wall_s = after.at_s - before.at_s
-    return {name: round(100 * seconds / wall_s, 2) for name, seconds in used(before, after).items()}
+    return {name: round(100 * seconds / wall_s, 2) for name, seconds in cpu_used(before, after).items()}
 
 
-def front_s(cpu_s: Seconds, wall_s: float, idle: Mapping[str, float]) -> float:
-    """The CPU of what is around the engine.
+def front_end_s(cpu_s: Seconds, wall_s: float, idle: Mapping[str, float]) -> float:
+    """Returns the CPU seconds of everything around the engine.
 
-    All of the processes that a request passes through, and of Ray's housekeeping what it used beyond its
-    idle rate (`idle`, in percent of a core by role), which is reported on its own.
+    Processes that a request passes through count in full. Ray's housekeeping counts with what it used
+    beyond its idle rate (`idle`, in percent of a core by role), which is reported on its own.
     """
     total_s = 0.0
     for name, seconds in cpu_s.items():

@@ -1,7 +1,7 @@
-"""Gateway and engine replicas: the curve, and what the first limit is.
+"""Measures throughput over numbers of gateway and engine replicas, and finds the first limit.
 
-Each size is a start of its own, because memory does not hold them beside each other; the sizes are passed
-forwards and then backwards, so that a machine that drifts shows as a spread.
+The service is started anew for each size, because memory does not hold several. The sizes are run forwards
+and then backwards, so a machine whose speed drifts shows as a spread.
 """
 
 import time
@@ -11,14 +11,14 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from loadtests.bench.connection import requests_of
-from loadtests.bench.figures import figures, over, spread
-from loadtests.bench.front import TINY_SLO
-from loadtests.bench.load import closed, run
-from loadtests.bench.ours import ours
-from loadtests.bench.processes import Family, is_engine, used
+from loadtests.bench.bespoke_server import bespoke_server
+from loadtests.bench.connection import encode_turn
+from loadtests.bench.load_generator import closed_loop, run_on_uvloop
+from loadtests.bench.overhead import TINY_SLO
+from loadtests.bench.processes import ProcessFamily, cpu_used, is_engine
+from loadtests.bench.statistics import spread, summarize, turn_figures
 from loadtests.bench.tables import markdown
-from loadtests.bench.work import Work
+from loadtests.bench.workload import Workload
 from loadtests.peers.server import Server
 
 GATEWAYS, ENGINES = (1, 2, 4), (1, 2)
@@ -33,12 +33,12 @@ def measure(home: Path, base: str, *, passes: int, rounds: int) -> dict[str, Any
     turns: dict[tuple[int, int], list[dict[str, Any]]] = {size: [] for size in sizes}
     for number in range(passes):
         for gateways, engines in sizes if number % 2 == 0 else sizes[::-1]:
-            with ours(home, base, {}, gateway_replicas=gateways, engine_replicas=engines) as server:
+            with bespoke_server(home, base, {}, gateway_replicas=gateways, engine_replicas=engines) as server:
                 turns[gateways, engines] += _rounds(server, rounds)
-            _tell(gateways, engines, turns[gateways, engines])
+            _print(gateways, engines, turns[gateways, engines])
     curve = [
-        {"gateways": gateways, "engines": engines, **_point(taken)}
-        for (gateways, engines), taken in turns.items()
+        {"gateways": gateways, "engines": engines, **_point(of_size)}
+        for (gateways, engines), of_size in turns.items()
     ]
     return {
         "base": base, "streams": STREAMS, "requests_a_round": REQUESTS, "tokens": 64, "passes": passes,
@@ -47,39 +47,39 @@ def measure(home: Path, base: str, *, passes: int, rounds: int) -> dict[str, Any
 
 
 def _rounds(server: Server, rounds: int) -> list[dict[str, Any]]:
-    work = Work("scaling", STREAMS, REQUESTS, 64, mixed=False, slo=TINY_SLO)
-    family, taken = Family((server.root_pid,)), []
+    workload = Workload("scaling", STREAMS, REQUESTS, 64, mixed=False, slo=TINY_SLO)
+    family, turns = ProcessFamily((server.root_pid,)), []
     for number in range(rounds + 1):
-        requests = requests_of(server, work, number)
-        before, busy, own_s = family.moment(), psutil.cpu_times(), time.process_time()
-        one = run(lambda: closed(server.url, requests, STREAMS))  # noqa: B023
-        cpu_s = used(before, family.moment()) | {GENERATOR: time.process_time() - own_s}
-        cores = {name: seconds / one.wall_s for name, seconds in cpu_s.items()}
+        requests = encode_turn(server, workload, number)
+        before, busy, own_s = family.read_cpu(), psutil.cpu_times(), time.process_time()
+        turn = run_on_uvloop(lambda: closed_loop(server.url, requests, STREAMS))  # noqa: B023
+        cpu_s = cpu_used(before, family.read_cpu()) | {GENERATOR: time.process_time() - own_s}
+        cores = {name: seconds / turn.wall_s for name, seconds in cpu_s.items()}
         if number:  # the first warms up
-            told = figures(one, work.slo)
-            taken.append(told | {"cores": cores, "machine_busy": _busy(busy, psutil.cpu_times())})
-    return taken
+            figures = turn_figures(turn, workload.slo)
+            turns.append(figures | {"cores": cores, "machine_busy": _busy(busy, psutil.cpu_times())})
+    return turns
 
 
 def _busy(before: Any, after: Any) -> float:
-    """The part of all cores that was not idle."""
+    """Returns the part of all cores that was not idle."""
     idle = (after.idle + after.iowait) - (before.idle + before.iowait)
     total = sum(after[:8]) - sum(before[:8])
     return 1 - idle / total if total else 0.0
 
 
-def _point(taken: list[dict[str, Any]]) -> dict[str, Any]:
-    roles = {role for turn in taken for role in turn["cores"]}
-    cores = {role: spread([turn["cores"].get(role, 0.0) for turn in taken])["median"] for role in roles}
-    shown = {role: used for role, used in sorted(cores.items(), key=lambda item: -item[1]) if used >= 0.01}
-    return over(taken) | {
-        "tokens_per_s_spread": spread([turn["tokens_per_s"] for turn in taken], 1),
+def _point(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    roles = {role for turn in turns for role in turn["cores"]}
+    cores = {role: spread([turn["cores"].get(role, 0.0) for turn in turns])["median"] for role in roles}
+    shown = {role: share for role, share in sorted(cores.items(), key=lambda item: -item[1]) if share >= 0.01}
+    return summarize(turns) | {
+        "tokens_per_s_spread": spread([turn["tokens_per_s"] for turn in turns], 1),
         "cores_by_role": shown,
     }
 
 
 def first_limit(point: dict[str, Any], cores: int | None = None) -> str:
-    """What is full at the smallest size: one process on its one core, or the machine."""
+    """Names what is full at the smallest size: one process on its core, the machine, or nothing."""
     by_role, cores = point["cores_by_role"], cores or psutil.cpu_count() or 1
     shares = ", ".join(f"{role} {share:.2f}" for role, share in list(by_role.items())[:4])
     name, most = next(iter(by_role.items()))
@@ -91,22 +91,23 @@ def first_limit(point: dict[str, Any], cores: int | None = None) -> str:
     return f"no core is full: the machine is busy to {100 * point['machine_busy']:.0f} % ({shares})"
 
 
-def table(told: dict[str, Any]) -> str:
-    one = told["curve"][0]["tokens_per_s"]
+def table(result: dict[str, Any]) -> str:
+    smallest = result["curve"][0]["tokens_per_s"]
     rows = [
         [f"{point['gateways']} × {point['engines']}", f"{point['tokens_per_s']:.0f}",
-         f"{point['tokens_per_s'] / one:.2f}", f"{point['ttft_p50_ms']:.0f} / {point['ttft_p99_ms']:.0f}",
+         f"{point['tokens_per_s'] / smallest:.2f}",
+         f"{point['ttft_p50_ms']:.0f} / {point['ttft_p99_ms']:.0f}",
          f"{point['itl_p50_ms']:.0f} / {point['itl_p99_ms']:.0f}", f"{100 * point['machine_busy']:.0f}",
          ", ".join(f"{role} {share:.2f}" for role, share in list(point["cores_by_role"].items())[:4])]
-        for point in told["curve"]
+        for point in result["curve"]
     ]  # fmt: skip
     head = ["gateways × engines", "tok/s", "to 1 × 1", "TTFT p50 / p99 ms", "ITL p50 / p99 ms",
             "machine busy, %", "cores used"]  # fmt: skip
-    return f"{markdown(head, rows)}\n\nThe first limit: {told['first_limit']}."
+    return f"{markdown(head, rows)}\n\nThe first limit: {result['first_limit']}."
 
 
-def _tell(gateways: int, engines: int, taken: list[dict[str, Any]]) -> None:
-    point = _point(taken)
+def _print(gateways: int, engines: int, turns: list[dict[str, Any]]) -> None:
+    point = _point(turns)
     console.print(
         f"{gateways} gateways, {engines} engines: {point['tokens_per_s']:.0f} tok/s, "
         f"machine {100 * point['machine_busy']:.0f} % busy, {point['failed']} failed"

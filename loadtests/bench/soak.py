@@ -1,4 +1,4 @@
-"""Half an hour of steady load: is anything growing?"""
+"""Runs half an hour of steady load and fits memory and latency to see whether they grow."""
 
 import math
 import statistics
@@ -7,63 +7,70 @@ from typing import Any
 
 from rich.console import Console
 
-from loadtests.bench.connection import requests_of
-from loadtests.bench.disk import Disk
-from loadtests.bench.figures import figures, slope
-from loadtests.bench.front import ADAPTERS, TINY_SLO
-from loadtests.bench.group import published
-from loadtests.bench.load import closed, opened, run
-from loadtests.bench.ours import ours
-from loadtests.bench.processes import Family
+from loadtests.bench.bespoke_server import bespoke_server
+from loadtests.bench.connection import encode_turn
+from loadtests.bench.disk import DiskProbe
+from loadtests.bench.load_generator import closed_loop, open_loop, run_on_uvloop
+from loadtests.bench.overhead import ADAPTERS, TINY_SLO
+from loadtests.bench.processes import ProcessFamily
+from loadtests.bench.servers import published_adapters
+from loadtests.bench.statistics import slope, turn_figures
 from loadtests.bench.tables import markdown
-from loadtests.bench.work import Work
+from loadtests.bench.workload import Workload
 from loadtests.peers.server import Server
 
-LOAD = 0.5  # of what a closed loop of 16 reaches
+LOAD = 0.5  # of the requests/s that a closed loop of 16 streams reaches
 SETTLING = 3  # minutes at the start that do not count: caches fill
-END = 5  # minutes of which the median stands for the start and for the end
-LATE = 10  # minutes at the end by which everything that has a bound should have reached it
+END = 5  # the start and the end are medians of so many minutes
+LATE = 10  # last minutes: what has a bound should have reached it by then
 STALL_MS = 100
 LATENCIES = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
 console = Console(stderr=True)
 
 
 def measure(home: Path, base: str, *, minutes: int, seed: int) -> dict[str, Any]:
-    with published(home, base, ADAPTERS) as adapters, ours(home, base, adapters) as server, Disk() as disk:
-        family, per_s, told = Family((server.root_pid,)), LOAD * _capacity(server), []
+    with (
+        published_adapters(home, base, ADAPTERS) as adapters,
+        bespoke_server(home, base, adapters) as server,
+        DiskProbe() as disk,
+    ):
+        family, per_s, by_minute = ProcessFamily((server.root_pid,)), LOAD * _capacity(server), []
         disk.worst_ms()
         for minute in range(1, minutes + 1):
             count = math.ceil(60 * per_s)
-            work = Work("soak", 0, count, 64, mixed=True, slo=TINY_SLO)
-            requests = requests_of(server, work, minute)
-            taken = figures(run(lambda: opened(server.url, requests, per_s, seed + minute)), work.slo)  # noqa: B023
-            told.append(taken | {"memory_mb": family.memory_mb(), "fsync_worst_ms": disk.worst_ms()})
+            workload = Workload("soak", 0, count, 64, mixed=True, slo=TINY_SLO)
+            requests = encode_turn(server, workload, minute)
+            turn = run_on_uvloop(lambda: open_loop(server.url, requests, per_s, seed + minute))  # noqa: B023
+            figures = turn_figures(turn, workload.slo)
+            figures |= {"memory_mb": family.memory_mb(), "fsync_worst_ms": disk.worst_ms()}
+            by_minute.append(figures)
             console.print(
-                f"minute {minute}: TTFT p50 {taken['ttft_p50_ms']:.0f} ms, p99 {taken['ttft_p99_ms']:.0f}, "
-                f"{taken['failed']} failed, {sum(told[-1]['memory_mb'].values())} MB, "
-                f"fsync at worst {told[-1]['fsync_worst_ms']:.0f} ms"
+                f"minute {minute}: TTFT p50 {figures['ttft_p50_ms']:.0f} ms, "
+                f"p99 {figures['ttft_p99_ms']:.0f}, "
+                f"{figures['failed']} failed, {sum(figures['memory_mb'].values())} MB, "
+                f"fsync at worst {figures['fsync_worst_ms']:.0f} ms"
             )
     return {"base": base, "minutes": minutes, "arrivals_per_s": round(per_s, 2), "seed": seed,
-            "trend": trend(told), "by_minute": told}  # fmt: skip
+            "trend": trend(by_minute), "by_minute": by_minute}  # fmt: skip
 
 
-def trend(told: list[dict[str, Any]]) -> dict[str, Any]:
-    """After the settling minutes: medians of the first and the last five, and the slope of all, an hour.
+def trend(by_minute: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns medians of the first and the last END minutes after SETTLING, and the slope an hour of all.
 
-    MB by process, ms for the latencies. `stalled` are minutes with a TTFT p99 over STALL_MS, `with_disk`
-    those of them in which the disk took as long for a page.
+    Memory is in MB by process, latencies in ms. `stalled` counts minutes with a TTFT p99 over STALL_MS;
+    `with_disk` counts those of them in which an fsync took as long.
     """
-    steady = told[SETTLING:] if len(told) > SETTLING + 1 else told
+    steady = by_minute[SETTLING:] if len(by_minute) > SETTLING + 1 else by_minute
     roles = {role for minute in steady for role in minute["memory_mb"]}
     by_role = {r: round(60 * slope([m["memory_mb"].get(r, 0) for m in steady]), 1) for r in sorted(roles)}
-    whole = [sum(minute["memory_mb"].values()) for minute in steady]
+    total_mb = [sum(minute["memory_mb"].values()) for minute in steady]
     stalled = [minute for minute in steady if minute["ttft_p99_ms"] > STALL_MS]
     return {
-        "requests": sum(round(m["requests_per_s"] * m["wall_s"]) for m in told),
-        "failed": sum(minute["failed"] for minute in told),
-        "memory_mb": _ends(whole),
+        "requests": sum(round(m["requests_per_s"] * m["wall_s"]) for m in by_minute),
+        "failed": sum(minute["failed"] for minute in by_minute),
+        "memory_mb": _ends(total_mb),
         "memory_mb_per_hour_by_role": by_role,
-        "memory_mb_per_hour_late": round(60 * slope(whole[-LATE:]), 1),
+        "memory_mb_per_hour_late": round(60 * slope(total_mb[-LATE:]), 1),
         **{name: _ends([minute[name] for minute in steady]) for name in LATENCIES},
         "stalled": len(stalled),
         "with_disk": sum(minute["fsync_worst_ms"] > STALL_MS for minute in stalled),
@@ -79,28 +86,31 @@ def _ends(values: list[float]) -> dict[str, float]:
     }
 
 
-def table(told: dict[str, Any]) -> str:
-    trend = told["trend"]
+def table(result: dict[str, Any]) -> str:
+    trend = result["trend"]
     rows = [
         [name, f"{trend[name]['first']:.1f}", f"{trend[name]['last']:.1f}", f"{trend[name]['per_hour']:+.1f}"]
         for name in ("memory_mb", *LATENCIES, "fsync_worst_ms")
     ]
     grown = sorted(trend["memory_mb_per_hour_by_role"].items(), key=lambda item: -item[1])[:3]
-    said = f"{told['minutes']} minutes, {trend['requests']} requests (Poisson, {told['arrivals_per_s']} a "
-    said += f"second), {trend['failed']} failed; the first {SETTLING} minutes do not count. "
-    said += (
+    text = (
+        f"{result['minutes']} minutes, {trend['requests']} requests (Poisson, {result['arrivals_per_s']} a "
+    )
+    text += f"second), {trend['failed']} failed; the first {SETTLING} minutes do not count. "
+    text += (
         f"Minutes with a TTFT p99 over {STALL_MS} ms: {trend['stalled']}; in {trend['with_disk']} of them "
     )
-    said += f"an fsync of a page of the bench's own, beside the service's, took over {STALL_MS} ms too. "
-    said += "Memory by process, MB an hour: " + ", ".join(f"{role} {mb:+.1f}" for role, mb in grown) + "; "
-    said += f"all, over the last {LATE} minutes: {trend['memory_mb_per_hour_late']:+.1f}.\n\n"
+    text += f"an fsync of a page of the bench's own, beside the service's, took over {STALL_MS} ms too. "
+    text += "Memory by process, MB an hour: " + ", ".join(f"{role} {mb:+.1f}" for role, mb in grown) + "; "
+    text += f"all, over the last {LATE} minutes: {trend['memory_mb_per_hour_late']:+.1f}.\n\n"
     ends = f"median of {END} minutes"
-    return said + markdown(["", f"first: {ends}", f"last: {ends}", "slope an hour"], rows)
+    return text + markdown(["", f"first: {ends}", f"last: {ends}", "slope an hour"], rows)
 
 
 def _capacity(server: Server) -> float:
-    work = Work("capacity", 16, 64, 64, mixed=True, slo=TINY_SLO)
+    """Returns the requests/s that a closed loop of 16 streams reaches."""
+    workload = Workload("capacity", 16, 64, 64, mixed=True, slo=TINY_SLO)
     for batch in (9001, 9002):  # the first warms up
-        requests = requests_of(server, work, batch)
-        taken = figures(run(lambda: closed(server.url, requests, work.streams)), work.slo)  # noqa: B023
-    return float(taken["requests_per_s"])
+        requests = encode_turn(server, workload, batch)
+        turn = run_on_uvloop(lambda: closed_loop(server.url, requests, workload.streams))  # noqa: B023
+    return float(turn_figures(turn, workload.slo)["requests_per_s"])

@@ -1,13 +1,24 @@
-"""The tables of docs/performance.md, from the bench's JSON; between markers, so that the text stays ours."""
+"""Makes the tables of docs/performance.md from the bench's JSON.
+
+Each table stands between two markers; the text around them is written by hand.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loadtests.bench.bars import AT_LEAST, AT_MOST, MIXED_16, RATIOS, figures_of, ratio_spread, servers
-from loadtests.bench.group import BARE
-from loadtests.bench.ours import NAME
+from loadtests.bench.bespoke_server import BESPOKE
+from loadtests.bench.targets import (
+    AT_LEAST,
+    AT_MOST,
+    MIXED_16,
+    RATIOS,
+    ratio_spread,
+    server_names,
+    server_summary,
+)
+from loadtests.peers.vllm_server import BARE
 
 LABELS = {
     "ratio_16": "SmolLM2-135M, 16 streams, mixed",
@@ -28,41 +39,42 @@ def markdown(head: Sequence[str], rows: Rows) -> str:
 
 
 def put(path: Path, name: str, text: str) -> None:
-    """Replace what is between `<!-- NAME -->` and `<!-- /NAME -->`. Raises ValueError without them."""
+    """Replaces the text between `<!-- NAME -->` and `<!-- /NAME -->`. Raises ValueError without them."""
     between = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
-    page, found = between.subn(lambda marks: f"{marks[1]}{text}\n{marks[2]}", path.read_text())
-    if found != 1:
+    page, count = between.subn(lambda marks: f"{marks[1]}{text}\n{marks[2]}", path.read_text())
+    if count != 1:
         raise ValueError(f"{path.name} has no place for '{name}'.")
     path.write_text(page)
 
 
-def bars_table(report: Mapping[str, Any]) -> str:
-    """One row a bar, one column a server; medians with the lowest and the highest pair."""
+def targets_table(report: Mapping[str, Any]) -> str:
+    """Has a row for each figure and a column for each server: median, lowest and highest pair."""
     stages = report["stages"]
-    names = [name for name in servers(stages) if name != BARE]
-    told = {name: figures_of(name, stages) for name in names}
+    names = [name for name in server_names(stages) if name != BARE]
+    summaries = {name: server_summary(name, stages) for name in names}
     rows = []
-    for bar, label in LABELS.items():
-        cells = [label, _bar(bar)]
+    for figure, label in LABELS.items():
+        cells = [label, _target(figure)]
         for name in names:
-            value, cell = told[name][bar], "–"
+            value, cell = summaries[name][figure], "–"
             if value is not None:
-                cell = f"{value:.3f}" if bar in RATIOS else f"{value:.1f}"
-                within = ratio_spread(name, bar, stages) if bar in RATIOS else None
+                cell = f"{value:.3f}" if figure in RATIOS else f"{value:.1f}"
+                within = ratio_spread(name, figure, stages) if figure in RATIOS else None
                 cell += f" ({within['low']:.2f}–{within['high']:.2f})" if within else ""
-            cells.append(f"**{cell}**" if name == NAME else cell)
+            cells.append(f"**{cell}**" if name == BESPOKE else cell)
         rows.append(cells)
-    return markdown(["to a bare vLLM in the same pair", "bar", *names], rows)
+    return markdown(["to a bare vLLM in the same pair", "target", *names], rows)
 
 
-def work_table(report: Mapping[str, Any], base: str, work: str) -> str:
-    """Absolute figures: a server's are of the first stage that had it, whatever else ran beside it."""
+def workload_table(report: Mapping[str, Any], base: str, workload: str) -> str:
+    """Has absolute figures. A server's come from the first stage that it was in."""
     rows = []
-    for name in servers(report["stages"]):
+    for name in server_names(report["stages"]):
         for stage in report["stages"].values():
-            told = stage["closed"].get(work, {}).get("servers", {}) if stage["base"] == base else {}
-            if name in told:
-                rows.append([name, *_work_cells(told[name])])
+            closed = stage["closed"] if stage["base"] == base else {}
+            by_server = closed.get(workload, {}).get("servers", {})
+            if name in by_server:
+                rows.append([name, *_workload_cells(by_server[name])])
                 break
     head = ["", "tok/s", "requests/s", "goodput/s", "TTFT p50 / p90 / p99 ms", "ITL p50 / p90 / p99 ms",
             "CPU s per 1,000 tokens", "of it front end"]  # fmt: skip
@@ -71,12 +83,12 @@ def work_table(report: Mapping[str, Any], base: str, work: str) -> str:
 
 def open_table(report: Mapping[str, Any]) -> str:
     rows = []
-    for name in servers(report["stages"]):
+    for name in server_names(report["stages"]):
         stage = _first(report, name, "open")
         if stage is not None:
-            one = stage["open"]["servers"][name]
-            rows.append([name, f"{stage['open']['arrivals_per_s']:.1f}", f"{one['goodput_per_s']:.2f}",
-                         _three(one, "ttft"), _three(one, "itl"), str(one["failed"])])  # fmt: skip
+            row = stage["open"]["servers"][name]
+            rows.append([name, f"{stage['open']['arrivals_per_s']:.1f}", f"{row['goodput_per_s']:.2f}",
+                         _quantiles(row, "ttft"), _quantiles(row, "itl"), str(row["failed"])])  # fmt: skip
     return markdown(
         [
             "tiny, mixed, Poisson",
@@ -91,9 +103,9 @@ def open_table(report: Mapping[str, Any]) -> str:
 
 
 def process_table(report: Mapping[str, Any]) -> str:
-    """CPU and memory by process, of each server's first stage with the tiny model."""
+    """Has CPU and memory by process, from each server's first stage with the tiny model."""
     rows = []
-    for name in servers(report["stages"]):
+    for name in server_names(report["stages"]):
         stage = _first(report, name, "latency")
         if stage is None:
             continue
@@ -111,30 +123,30 @@ def process_table(report: Mapping[str, Any]) -> str:
 
 def check_table(report: Mapping[str, Any]) -> str:
     rows = []
-    for name in servers(report["stages"]):
+    for name in server_names(report["stages"]):
         stage = _first(report, name, "check")
         if stage is not None:
-            one = stage["check"][name]
-            ours, theirs = one["ours"], one["vllm_benchmarks"]
+            check = stage["check"][name]
+            ours, theirs = check["ours"], check["vllm_benchmarks"]
             rows.append([name, f"{ours['prompt_tokens']} / {ours['completion_tokens']}",
                          f"{theirs['prompt_tokens']} / {theirs['completion_tokens']}",
-                         "yes" if one["agree"] else "**no**"])  # fmt: skip
+                         "yes" if check["agree"] else "**no**"])  # fmt: skip
     return markdown(["prompt / completion tokens", "our generator", "vllm.benchmarks.serve", "agree"], rows)
 
 
 def leaves_out_list(report: Mapping[str, Any]) -> str:
-    said = {name: text for stage in report["stages"].values() for name, text in stage["leaves_out"].items()}
-    return "\n".join(f"- `{name}`: {text}" for name, text in said.items())
+    texts = {name: text for stage in report["stages"].values() for name, text in stage["leaves_out"].items()}
+    return "\n".join(f"- `{name}`: {text}" for name, text in texts.items())
 
 
 def conditions(report: Mapping[str, Any]) -> str:
-    at = report["conditions"]
-    versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
+    about = report["conditions"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return (
-        f"`{report['command']}`, {at['date']}: {at['cpu']}, {at['cores']} cores "
-        f"({', '.join(at['vectors'])}), {at['memory_gb']} GB, Python {at['python']}, {versions}. "
-        f"Every server's engine: `{at['flags']}`, {at['kv_cache_gib']} GiB of KV cache. "
-        f"{at['adapters']} random adapters of rank 8, seed {at['seed']}."
+        f"`{report['command']}`, {about['date']}: {about['cpu']}, {about['cores']} cores "
+        f"({', '.join(about['vectors'])}), {about['memory_gb']} GB, Python {about['python']}, {versions}. "
+        f"Every server's engine: `{about['flags']}`, {about['kv_cache_gib']} GiB of KV cache. "
+        f"{about['adapters']} random adapters of rank 8, seed {about['seed']}."
     )
 
 
@@ -143,23 +155,23 @@ def _first(report: Mapping[str, Any], name: str, part: str) -> Mapping[str, Any]
     return next(stages, None)
 
 
-def _work_cells(one: Mapping[str, Any]) -> list[str]:
+def _workload_cells(row: Mapping[str, Any]) -> list[str]:
     return [
-        f"{one['tokens_per_s']:.0f}",
-        f"{one['requests_per_s']:.2f}",
-        f"{one['goodput_per_s']:.2f}",
-        _three(one, "ttft"),
-        _three(one, "itl"),
-        f"{one['cpu_s_per_1k']:.2f}",
-        f"{one['front_cpu_s_per_1k']:.3f}",
+        f"{row['tokens_per_s']:.0f}",
+        f"{row['requests_per_s']:.2f}",
+        f"{row['goodput_per_s']:.2f}",
+        _quantiles(row, "ttft"),
+        _quantiles(row, "itl"),
+        f"{row['cpu_s_per_1k']:.2f}",
+        f"{row['front_cpu_s_per_1k']:.3f}",
     ]
 
 
-def _three(one: Mapping[str, Any], name: str) -> str:
-    return " / ".join(f"{one[f'{name}_p{p}_ms']:.0f}" for p in (50, 90, 99))
+def _quantiles(row: Mapping[str, Any], name: str) -> str:
+    return " / ".join(f"{row[f'{name}_p{p}_ms']:.0f}" for p in (50, 90, 99))
 
 
-def _bar(bar: str) -> str:
-    if bar in AT_LEAST:
-        return f"≥ {AT_LEAST[bar]}"
-    return f"≤ {AT_MOST[bar]}" if bar in AT_MOST else ""
+def _target(figure: str) -> str:
+    if figure in AT_LEAST:
+        return f"≥ {AT_LEAST[figure]}"
+    return f"≤ {AT_MOST[figure]}" if figure in AT_MOST else ""

@@ -1,6 +1,6 @@
-"""vLLM's own load generator (`vllm.benchmarks.serve`) on our prompts, to check ours against.
+"""Runs vLLM's own load generator (`vllm.benchmarks.serve`) on our prompts, to check ours against it.
 
-As a child process: it takes orders as JSON on its command line, one for each server, and writes a file of
+It runs in a child process. The child reads a JSON file with an order for each server and writes a file of
 results for each.
 """
 
@@ -19,12 +19,14 @@ from loadtests.peers.engine import ROOT
 from loadtests.peers.server import Server
 
 TIMEOUT_S = 300
-KEPT = ("completed", "failed", "total_input_tokens", "total_output_tokens", "output_throughput",
+REPORTED = ("completed", "failed", "total_input_tokens", "total_output_tokens", "output_throughput",
         "request_throughput", "median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Order:
+    """Says what the child process is to send to one server."""
+
     name: str
     url: str
     key: str
@@ -35,20 +37,23 @@ class Order:
     extra: dict[str, Any]  # body fields that its own command line does not know
 
 
-def order(server: Server, prompts: Sequence[str], tokens: int, streams: int, extra: dict[str, Any]) -> Order:
+def make_order(
+    server: Server, prompts: Sequence[str], tokens: int, streams: int, extra: dict[str, Any]
+) -> Order:
+    """Asks for the base alone: vLLM's generator draws adapters at random."""
     return Order(server.name, server.url, server.key, server.model, list(prompts), tokens, streams, extra)
 
 
-def measured(orders: Sequence[Order], tokenizer: Path, seed: int) -> dict[str, dict[str, Any]]:
-    """What it says about each server, by name. The base alone: its adapters are drawn at random."""
+def run_orders(orders: Sequence[Order], tokenizer: Path, seed: int) -> dict[str, dict[str, Any]]:
+    """Returns what vLLM's generator reports of each server, by the server's name."""
     with tempfile.TemporaryDirectory(prefix="bespoke-bench-") as scratch:
-        told = Path(scratch, "orders.json")
-        told.write_text(json.dumps([asdict(order) for order in orders]))
+        orders_path = Path(scratch, "orders.json")
+        orders_path.write_text(json.dumps([asdict(order) for order in orders]))
         command = [
             sys.executable,
             "-m",
             "loadtests.bench.vllm_generator",
-            str(told),
+            str(orders_path),
             str(tokenizer),
             str(seed),
         ]
@@ -57,11 +62,11 @@ def measured(orders: Sequence[Order], tokenizer: Path, seed: int) -> dict[str, d
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(ROOT),
         }
-        done = subprocess.run(
+        completed = subprocess.run(
             command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
         )
-        if done.returncode:
-            raise RuntimeError(f"vllm.benchmarks.serve failed:\n{done.stderr[-3000:]}")
+        if completed.returncode:
+            raise RuntimeError(f"vllm.benchmarks.serve failed:\n{completed.stderr[-3000:]}")
         return {
             order.name: json.loads(Path(scratch, f"{number}.json").read_text())
             for number, order in enumerate(orders)
@@ -73,14 +78,14 @@ def main() -> None:
     from vllm.benchmarks.serve import main as benchmark
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    told, tokenizer, seed = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    orders_path, tokenizer, seed = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
-    for number, given in enumerate(json.loads(told.read_text())):
-        order = Order(**given)
-        prompts = told.with_name(f"{number}.jsonl")
-        prompts.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in order.prompts))
-        result = told.with_name(f"{number}.json")
+    for number, fields in enumerate(json.loads(orders_path.read_text())):
+        order = Order(**fields)
+        prompts = orders_path.with_name(f"{number}.jsonl")
+        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in order.prompts))
+        result = orders_path.with_name(f"{number}.json")
         arguments = [
             "--backend",
             "openai-chat",
@@ -99,11 +104,17 @@ def main() -> None:
             "--extra-body",
             json.dumps(order.extra),
         ]
-        arguments += ["--save-result", "--result-dir", str(told.parent), "--result-filename", result.name]
+        arguments += [
+            "--save-result",
+            "--result-dir",
+            str(orders_path.parent),
+            "--result-filename",
+            result.name,
+        ]
         with contextlib.redirect_stdout(sys.stderr):
             benchmark(parser.parse_args([*arguments, "--disable-tqdm"]))
-        whole = json.loads(result.read_text())
-        result.write_text(json.dumps({name: whole[name] for name in KEPT if name in whole}))
+        report = json.loads(result.read_text())
+        result.write_text(json.dumps({name: report[name] for name in REPORTED if name in report}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""A client of the service for one of Locust's users: one connection, whole answers and streams.
+"""Sends a Locust user's requests on one connection and reads whole answers and streams.
 
-It keeps the time itself: a stream's first token and the gaps between its events are what its users feel.
+It takes the times itself, because Locust knows only one time per request: a stream also has a first token and
+gaps between its events.
 """
 
 import json
@@ -13,19 +14,19 @@ from gevent import GreenletExit
 from geventhttpclient.client import HTTPClient
 from geventhttpclient.response import HTTPParseError, HTTPSocketResponse
 
-from loadtests.load.exchange import Exchange, Outcome
+from loadtests.load.request_record import Outcome, RequestRecord
+from loadtests.load.service_under_test import ModelAccess
 from loadtests.load.sse import DONE, events
-from loadtests.load.target import Offer
 from serve.billing.pricing.plans import Tokens
 
 TIMEOUT_S = 300
-# A server may close a connection that was idle for a while, just as the next request is sent on it.
+# After so long the connection is replaced: a server may close an idle one just when a request is sent.
 IDLE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """What to ask for. With `leave_after` the client goes away once it has seen that many pieces."""
+class RequestSpec:
+    """Describes a request. With `leave_after` the client disconnects once it has that many pieces."""
 
     prompt: str
     max_tokens: int
@@ -38,26 +39,26 @@ class Call:
         return "/v1/chat/completions" if self.chat else "/v1/completions"
 
     def body(self, model: str) -> bytes:
-        said: dict[str, Any] = {"model": model, "max_tokens": self.max_tokens, "temperature": 0}
+        fields: dict[str, Any] = {"model": model, "max_tokens": self.max_tokens, "temperature": 0}
         if self.chat:
-            said["messages"] = [{"role": "user", "content": self.prompt}]
+            fields["messages"] = [{"role": "user", "content": self.prompt}]
         else:
-            said["prompt"] = self.prompt
+            fields["prompt"] = self.prompt
         if self.stream:
-            said |= {"stream": True, "stream_options": {"include_usage": True}}
-        return json.dumps(said).encode()
+            fields |= {"stream": True, "stream_options": {"include_usage": True}}
+        return json.dumps(fields).encode()
 
 
 @dataclass(slots=True)
-class Gaps:
-    """When the pieces of one stream came: the time to the first, and from each to the next."""
+class StreamTiming:
+    """Holds when the pieces of one stream came: the time to the first, and from each to the next."""
 
     started_s: float
     last_s: float | None = None
     first_ms: float | None = None
     between_ms: list[float] = field(default_factory=list)
 
-    def piece(self, at_s: float) -> None:
+    def add_piece(self, at_s: float) -> None:
         if self.last_s is None:
             self.first_ms = (at_s - self.started_s) * 1000
         else:
@@ -66,111 +67,114 @@ class Gaps:
 
 
 class Recorder(Protocol):
-    """Where exchanges go when they are over."""
+    """Receives the record of each request when it has ended."""
 
-    def record(self, exchange: Exchange, gaps: Gaps) -> None: ...
+    def record(self, record: RequestRecord, timing: StreamTiming) -> None: ...
 
 
-class Broken(Exception):
-    """The answer is an error, or ended where it should not; `args` are OpenAI's code or a word of ours."""
+class RequestFailed(Exception):
+    """Means that the response was an error or was cut. The message is OpenAI's code, or one of ours."""
 
 
 class Client:
-    """Asks one service. `expected` are the error codes that count as refusals, not as failures."""
+    """Sends requests to one service. `expected_codes` count as refusals, not as failures."""
 
-    def __init__(self, url: str, recorder: Recorder, *, expected: frozenset[str] = frozenset()) -> None:
+    def __init__(self, url: str, recorder: Recorder, *, expected_codes: frozenset[str] = frozenset()) -> None:
         self._url = url
         self._recorder = recorder
-        self._expected = expected
+        self._expected = expected_codes
         self._http: HTTPClient | None = None
         self._used_s = 0.0
 
-    def ask(self, row: str, offer: Offer, call: Call) -> Exchange:
-        """Sends the request, and records what became of it in `row`, whatever that is."""
-        body = call.body(offer.model)
-        exchange = Exchange(row, offer.tenant, offer.model, len(body), call.max_tokens)
-        gaps = Gaps(perf_counter())
+    def send(self, row: str, model: ModelAccess, spec: RequestSpec) -> RequestRecord:
+        """Sends a request and records it in `row`, however it ends."""
+        body = spec.body(model.name)
+        record = RequestRecord(row, model.tenant, model.name, len(body), spec.max_tokens)
+        timing = StreamTiming(perf_counter())
         try:
-            self._exchange(exchange, gaps, offer, call, body)
-        except Broken as broken:
-            exchange.code = str(broken)
-            refused = exchange.code in self._expected and exchange.status >= 400
-            exchange.outcome = Outcome.REFUSED if refused else Outcome.FAILED
+            self._send(record, timing, model, spec, body)
+        except RequestFailed as failure:
+            record.code = str(failure)
+            refused = record.code in self._expected and record.status >= 400
+            record.outcome = Outcome.REFUSED if refused else Outcome.FAILED
         except (OSError, HTTPParseError) as error:
-            exchange.code = type(error).__name__
+            record.code = type(error).__name__
         except (ValueError, LookupError, TypeError):
-            exchange.code = "malformed_answer"
+            record.code = "malformed_answer"
         except GreenletExit:  # the run is over and does not wait any longer
-            exchange.outcome = Outcome.LEFT
+            record.outcome = Outcome.LEFT
             raise
         finally:
-            exchange.latency_ms = (perf_counter() - gaps.started_s) * 1000
-            exchange.ttft_ms = gaps.first_ms
-            if exchange.outcome is not Outcome.COMPLETE:
+            record.latency_ms = (perf_counter() - timing.started_s) * 1000
+            record.ttft_ms = timing.first_ms
+            if record.outcome is not Outcome.COMPLETE:
                 self.close()
             self._used_s = monotonic()
-            self._recorder.record(exchange, gaps)
-        return exchange
+            self._recorder.record(record, timing)
+        return record
 
     def close(self) -> None:
         if self._http is not None:
             self._http.close()
         self._http = None
 
-    def _exchange(self, exchange: Exchange, gaps: Gaps, offer: Offer, call: Call, body: bytes) -> None:
+    def _send(
+        self, record: RequestRecord, timing: StreamTiming, model: ModelAccess, spec: RequestSpec, body: bytes
+    ) -> None:
         if monotonic() - self._used_s > IDLE_S:
             self.close()
         if self._http is None:
             self._http = HTTPClient.from_url(
                 self._url, network_timeout=TIMEOUT_S, connection_timeout=TIMEOUT_S
             )
-        headers = {"Authorization": f"Bearer {offer.key}", "Content-Type": "application/json"}
-        with self._http.request("POST", call.path, body, headers) as answer:
-            exchange.status = answer.status_code
-            given = answer.get("x-request-id")
-            exchange.request_id = given if isinstance(given, str) else None
-            if answer.status_code != 200:
-                raise Broken(_code(answer.status_code, answer.read()))
-            if call.stream:
-                self._stream(exchange, gaps, call, answer)
+        headers = {"Authorization": f"Bearer {model.key}", "Content-Type": "application/json"}
+        with self._http.request("POST", spec.path, body, headers) as response:
+            record.status = response.status_code
+            request_id = response.get("x-request-id")
+            record.request_id = request_id if isinstance(request_id, str) else None
+            if response.status_code != 200:
+                raise RequestFailed(_code(response.status_code, response.read()))
+            if spec.stream:
+                self._stream(record, timing, spec, response)
             else:
-                said = json.loads(answer.read())
-                exchange.tokens = _tokens(said["usage"])
-                exchange.outcome = Outcome.COMPLETE
+                record.tokens = _tokens(json.loads(response.read())["usage"])
+                record.outcome = Outcome.COMPLETE
 
-    def _stream(self, exchange: Exchange, gaps: Gaps, call: Call, answer: HTTPSocketResponse) -> None:
-        if call.leave_after == 0:
-            exchange.outcome = Outcome.LEFT
+    def _stream(
+        self, record: RequestRecord, timing: StreamTiming, spec: RequestSpec, response: HTTPSocketResponse
+    ) -> None:
+        if spec.leave_after == 0:
+            record.outcome = Outcome.LEFT
             return
-        for data in events(_lines(answer)):
+        for data in events(_lines(response)):
             at_s = perf_counter()
             if data == DONE:
-                if exchange.tokens is None:
-                    raise Broken("no_usage")
-                answer.read()  # the end of the body, so that the connection can be used again
-                exchange.outcome = Outcome.COMPLETE
+                if record.tokens is None:
+                    raise RequestFailed("no_usage")
+                response.read()  # reads the end of the body, so that the connection can be reused
+                record.outcome = Outcome.COMPLETE
                 return
-            said = json.loads(data)
-            if "error" in said:
-                raise Broken(said["error"].get("code") or "error")
-            if said.get("usage"):
-                exchange.tokens = _tokens(said["usage"])
-            if any(_text(choice) for choice in said["choices"]):
-                gaps.piece(at_s)
-                exchange.pieces += 1
-                if exchange.pieces == call.leave_after:
-                    exchange.outcome = Outcome.LEFT
+            event = json.loads(data)
+            if "error" in event:
+                raise RequestFailed(event["error"].get("code") or "error")
+            if event.get("usage"):
+                record.tokens = _tokens(event["usage"])
+            if any(_text(choice) for choice in event["choices"]):
+                timing.add_piece(at_s)
+                record.pieces += 1
+                if record.pieces == spec.leave_after:
+                    record.outcome = Outcome.LEFT
                     return
-        raise Broken("stream_cut")
+        raise RequestFailed("stream_cut")
 
 
-def _lines(answer: HTTPSocketResponse) -> Iterator[bytes]:
-    read: Callable[[], bytes] = lambda: answer.readline(b"\n")  # noqa: E731
+def _lines(response: HTTPSocketResponse) -> Iterator[bytes]:
+    read: Callable[[], bytes] = lambda: response.readline(b"\n")  # noqa: E731
     return iter(read, b"")
 
 
 def _text(choice: dict[str, Any]) -> str | None:
-    """A piece of a chat's answer, or of a text's."""
+    """Returns the text of a chat's piece or of a text completion's."""
     return choice["delta"].get("content") if "delta" in choice else choice.get("text")
 
 
@@ -180,7 +184,7 @@ def _tokens(usage: dict[str, Any]) -> Tokens:
 
 
 def _code(status: int, body: bytes) -> str:
-    """OpenAI's code of an error, or its HTTP status where it has none."""
+    """Returns an error's OpenAI code, or its HTTP status if it has no code."""
     try:
         code = json.loads(body)["error"]["code"]
     except (ValueError, KeyError, TypeError):

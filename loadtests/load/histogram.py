@@ -1,4 +1,4 @@
-"""Times in buckets that are 2 % wide: hours of a soak in a few hundred numbers."""
+"""Counts times in buckets that are 2 % wide, so hours of a soak need a few hundred numbers."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ LEAST_MS = 0.01
 
 
 class Histogram:
-    """Times in ms. A quantile is off by 1 % at most; what is below LEAST_MS counts as that."""
+    """Counts times in ms. A quantile is off by 1 % at most; a time below LEAST_MS counts as LEAST_MS."""
 
     def __init__(self) -> None:
         self._buckets: Counter[int] = Counter()
@@ -29,15 +29,15 @@ class Histogram:
         self.most_ms = max(self.most_ms, other.most_ms)
 
     def quantile_ms(self, q: float) -> float | None:
-        """The time within which a part `q` of all is; None if there is none."""
-        wanted, seen = max(1, math.ceil(q * self.count)), 0
+        """Returns the time that a part `q` of all times do not exceed; None if there is no time."""
+        rank, seen = max(1, math.ceil(q * self.count)), 0
         for bucket in sorted(self._buckets):
             seen += self._buckets[bucket]
-            if seen >= wanted:
+            if seen >= rank:
                 return min(math.exp(bucket * _LOG_WIDTH), self.most_ms)
         return None
 
-    def figures(self) -> dict[str, float | int | None]:
+    def summary(self) -> dict[str, float | int | None]:
         rounded = {
             f"p{round(q * 100)}_ms": None if (ms := self.quantile_ms(q)) is None else round(ms, 2)
             for q in (0.5, 0.9, 0.99)

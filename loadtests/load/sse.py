@@ -1,4 +1,4 @@
-"""Server-sent events, as far as OpenAI's streams use them.
+"""Reads server-sent events, as far as OpenAI's streams use them.
 
 html.spec.whatwg.org/multipage/server-sent-events.html
 """
@@ -9,7 +9,7 @@ DONE = b"[DONE]"
 
 
 def events(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The data of each event. An event that its blank line does not end is none; comments are skipped."""
+    """Yields the data of each event. Comments are skipped, and so is an event without its blank line."""
     data: list[bytes] = []
     for line in lines:
         line = line.rstrip(b"\r\n")

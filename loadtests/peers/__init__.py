@@ -1,1 +1,1 @@
-"""Other servers beside which ours is measured; docs/peers.md says how each is run and what it leaves out."""
+"""Runs the servers that ours is compared with; docs/peers.md says how each is run and what it leaves out."""

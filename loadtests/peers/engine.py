@@ -1,4 +1,4 @@
-"""Our engine's arguments, for the peers that run vLLM themselves: what differs is only what is around it."""
+"""Gives our engine's arguments to the peers that run vLLM, so that only what is around the engine differs."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ def settings() -> EngineSettings:
 
 
 def engine_arguments(engine: EngineSettings, lora_targets: list[str]) -> dict[str, Any]:
-    """vLLM's arguments as `serve.engine.vllm.setup` gives them, but for what fills our adapter slots."""
+    """Returns the arguments that our engine gives vLLM, without the worker extension of our adapter slots."""
     return {
         "dtype": engine.dtype,
         "max_model_len": engine.max_model_len,
@@ -39,7 +39,7 @@ def engine_arguments(engine: EngineSettings, lora_targets: list[str]) -> dict[st
 
 
 def engine_variables(engine: EngineSettings) -> dict[str, str]:
-    """The environment of a process that starts vLLM."""
+    """Returns the environment of a process that starts vLLM."""
     return os.environ | {
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(engine.compute_threads),

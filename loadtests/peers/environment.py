@@ -1,4 +1,4 @@
-"""Throw-away environments for peers that must not share ours, made once from a lock with hashes."""
+"""Makes virtual environments for peers that must not share ours, once per lock file."""
 
 import hashlib
 import os
@@ -11,17 +11,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment(name: str) -> Path:
-    """The `bin` directory of a virtual environment with exactly `requirements-NAME.txt`; made if not there.
+    """Returns the `bin` directory of an environment with exactly `requirements-NAME.txt`; makes it if needed.
 
-    pip takes only files with the hashes of the lock, and only wheels: nothing of a package runs before its
-    hash has been verified. Lives in `.cache/peers/`; another lock makes another environment.
+    pip installs only wheels with the hashes of the lock, so no code of a package runs before its hash was
+    verified. The environment lives in `.cache/peers/`; another lock makes another environment.
     """
     lock = Path(__file__).parent / f"requirements-{name}.txt"
-    digest = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
-    home = ROOT / ".cache" / "peers" / f"{name}-{digest}"
+    lock_hash = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
+    home = ROOT / ".cache" / "peers" / f"{name}-{lock_hash}"
     ready = home / ".ready"
     if not ready.exists():
-        shutil.rmtree(home, ignore_errors=True)  # one that was broken off
+        shutil.rmtree(home, ignore_errors=True)  # an interrupted installation
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
         install = [
             str(home / "bin" / "python"),
@@ -32,14 +32,14 @@ def environment(name: str) -> Path:
             "--quiet",
         ]
         install += ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--requirement", str(lock)]
-        done = subprocess.run(install, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise RuntimeError(f"The environment of {name} could not be made:\n{done.stdout[-4000:]}")
+        completed = subprocess.run(install, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if completed.returncode:
+            raise RuntimeError(f"The environment of {name} could not be made:\n{completed.stdout[-4000:]}")
         ready.touch()
     return home / "bin"
 
 
-def bare_variables(scratch: Path) -> dict[str, str]:
-    """The environment of a process that is to know nothing of ours: no keys, no settings, no proxies."""
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
-    return kept | {"HOME": str(scratch), "TMPDIR": str(scratch), "PYTHONDONTWRITEBYTECODE": "1"}
+def isolated_variables(scratch: Path) -> dict[str, str]:
+    """Returns variables for a process that must see none of our keys, settings and proxies."""
+    passed_on = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL") if name in os.environ}
+    return passed_on | {"HOME": str(scratch), "TMPDIR": str(scratch), "PYTHONDONTWRITEBYTECODE": "1"}

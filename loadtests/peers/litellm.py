@@ -1,4 +1,4 @@
-"""LiteLLM's proxy, exactly 1.91.1, in front of another server. Why no other version: docs/peers.md."""
+"""Runs LiteLLM's proxy 1.91.1 in front of another server. docs/peers.md says why no other version."""
 
 import json
 import tempfile
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loadtests.peers.environment import bare_variables, environment
+from loadtests.peers.environment import environment, isolated_variables
 from loadtests.peers.process import free_port, running
 from loadtests.peers.server import Server
 
@@ -14,7 +14,7 @@ LEAVES_OUT = (
     "Run without its database: no keys, tenants, budgets or durable metering; "
     "it forwards to one engine and knows nothing of adapters but their names."
 )
-# Nothing is fetched: it would otherwise ask the network for its tables when it is imported.
+# Without these LiteLLM fetches tables from the network when it is imported.
 VARIABLES = {
     "LITELLM_MODE": "PRODUCTION",  # reads no .env file
     "LITELLM_LOG": "ERROR",
@@ -30,10 +30,10 @@ VARIABLES = {
 def litellm(upstream: Server) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="peer-") as scratch:
         port, config = free_port(), Path(scratch, "config.json")
-        config.write_text(json.dumps(configuration(upstream)))  # it reads YAML, and JSON is YAML
+        config.write_text(json.dumps(configuration(upstream)))  # LiteLLM reads YAML; JSON is YAML
         command = [str(environment("litellm") / "litellm"), "--config", str(config), "--host", "127.0.0.1"]
         command += ["--port", str(port), "--num_workers", "1", "--telemetry", "False"]
-        variables, url = bare_variables(Path(scratch)) | VARIABLES, f"http://127.0.0.1:{port}"
+        variables, url = isolated_variables(Path(scratch)) | VARIABLES, f"http://127.0.0.1:{port}"
         with running(
             "litellm", command, variables, directory=Path(scratch), url=url, model=upstream.model
         ) as pid:
@@ -41,7 +41,7 @@ def litellm(upstream: Server) -> Iterator[Server]:
 
 
 def configuration(upstream: Server) -> dict[str, object]:
-    """One route per model name: LiteLLM's own words for "an OpenAI-compatible server"."""
+    """Returns LiteLLM's configuration: one route per model name; `hosted_vllm` is an OpenAI-like server."""
     return {
         "model_list": [
             {

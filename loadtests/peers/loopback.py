@@ -22,7 +22,7 @@ def keep_on_loopback() -> None:
 
 
 def on_loopback(template: str) -> str:
-    """HAProxy's configuration with its own pages on loopback. Raises ValueError if it does not name them."""
+    """Returns HAProxy's configuration with its pages on loopback. Raises ValueError if it has none."""
     for line in EVERYWHERE:
         if line not in template:
             raise ValueError(f"This version of Ray has no '{line}' in HAProxy's configuration.")

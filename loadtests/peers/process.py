@@ -1,4 +1,4 @@
-"""A peer as a child process: started, waited for, held to loopback, and ended with its whole family."""
+"""Runs a peer as a child process: starts it, checks that it stays on loopback, ends all its processes."""
 
 import contextlib
 import os
@@ -21,10 +21,11 @@ LOOPBACK = ("127.", "::1", "::ffff:127.")
 
 
 class PeerFailed(Exception):
-    """A peer did not come up, or listens where it must not. The message ends with the tail of its log."""
+    """Means that a peer did not start or listens beyond loopback. The message ends with its log's tail."""
 
 
 def free_port() -> int:
+    """Returns a port of 127.0.0.1 that nothing listens on at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -42,7 +43,7 @@ def running(
     model: str,
     key: str = "none",
 ) -> Iterator[int]:
-    """Run `command` in `directory` until it answers a chat completion for `model`; yields its process id.
+    """Runs `command` in `directory`. Yields its process id when it answers a chat completion for `model`.
 
     Raises PeerFailed if it ends or takes longer than START_TIMEOUT_S, or if one of its processes listens on
     another interface than loopback.
@@ -69,7 +70,7 @@ def running(
 
 def _wait_for_answer(process: "subprocess.Popen[bytes]", url: str, model: str, key: str) -> None:
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-    deadline_s, said = time.monotonic() + START_TIMEOUT_S, "nothing"
+    deadline_s, last_error = time.monotonic() + START_TIMEOUT_S, "nothing"
     headers = {"Authorization": f"Bearer {key}"}
     with httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as client:
         while time.monotonic() < deadline_s:
@@ -79,11 +80,11 @@ def _wait_for_answer(process: "subprocess.Popen[bytes]", url: str, model: str, k
                 answer = client.post("/v1/chat/completions", json=body)
                 if answer.status_code == 200:
                     return
-                said = f"{answer.status_code} {answer.text[:500]}"
+                last_error = f"{answer.status_code} {answer.text[:500]}"
             except httpx.HTTPError as error:
-                said = repr(error)
+                last_error = repr(error)
             time.sleep(0.25)
-    raise PeerFailed(f"no chat completion within {START_TIMEOUT_S:.0f} s; the last attempt: {said}")
+    raise PeerFailed(f"no chat completion within {START_TIMEOUT_S:.0f} s; the last attempt: {last_error}")
 
 
 def _require_loopback(pid: int) -> None:
@@ -99,7 +100,7 @@ def _require_loopback(pid: int) -> None:
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """`pid`, its descendants, and those of its session that have lost their parent."""
+    """Returns process `pid`, its descendants, and processes of its session that have lost their parent."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         descendants = {root, *root.children(recursive=True)}
@@ -117,7 +118,7 @@ def _session(pid: int) -> list[psutil.Process]:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask the root to end, which ends the others in good order; then kill what is left of them."""
+    """Asks the root to end, which ends the others in good order, and kills those that are left."""
     members = family(process.pid)
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):

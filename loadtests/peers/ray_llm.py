@@ -1,4 +1,4 @@
-"""ray.serve.llm of Ray 2.60, as it comes and with direct streaming behind HAProxy; a process of its own."""
+"""Runs ray.serve.llm of Ray 2.60 as it comes, or with direct streaming behind HAProxy."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def ray_llm(home: Path, base: str) -> Iterator[Server]:
 
 @contextmanager
 def ray_llm_direct(home: Path, base: str, adapters: Mapping[str, Path] | None = None) -> Iterator[Server]:
-    """`adapters`: model name → directory with the adapter's files, the ones that ours serves."""
+    """`adapters` as in `running_peer`."""
     name = "ray.serve.llm-direct"
     with _started(name, home, base, adapters or {}, {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}) as (
         url,
@@ -50,13 +50,13 @@ def ray_llm_direct(home: Path, base: str, adapters: Mapping[str, Path] | None = 
 
 
 def _with_overlay(python_path: str) -> str:
-    """pyarrow, which ray.serve.llm imports and our environment does not have, behind everything of ours."""
+    """Returns a Python path with pyarrow at its end. ray.serve.llm imports it; our environment has none."""
     overlay = environment("ray-llm").parent / "lib" / "python3.11" / "site-packages"
     return os.pathsep.join(part for part in (str(ROOT), python_path, str(overlay)) if part)
 
 
 def _haproxy_variables(scratch: Path) -> dict[str, str]:
-    """HAProxy's files in `scratch` and its ports free ones; without that all Rays of a machine share them."""
+    """Returns settings for files in `scratch` and free ports; by default all Rays of a machine share both."""
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),

@@ -1,4 +1,4 @@
-"""What `ray_llm` starts: a private Ray on loopback with ray.serve.llm's application, until SIGTERM."""
+"""Runs a private Ray on loopback with ray.serve.llm's application until SIGTERM; `ray_llm` starts it."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from ray.serve.schema import LoggingConfig
 
 def main() -> None:
     order: dict[str, Any] = json.loads(sys.argv[1])
-    # Before Ray's own handlers: the family ends in good order whenever it is asked to.
+    # Set before Ray sets its own: the processes end in good order at any time.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     ray.init(
         address="local",

@@ -1,21 +1,24 @@
-"""What the bench knows of a server that it measures."""
+"""Describes a running server that the bench measures."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Server:
-    """One running server that answers OpenAI's chat completions on loopback."""
+    """Names a server that answers OpenAI's chat completions on loopback.
+
+    `root_pid` and its descendants are the server's processes; for a proxy they leave out the server behind
+    it. `leaves_out` says in one sentence what ours does for each request and this one does not. `adapters`
+    are model names in the order in which they were given.
+    """
 
     name: str
     url: str  # without /v1
     key: str
-    model: str  # the bare base
-    root_pid: (
-        int  # it and its descendants are the server's processes; a proxy's do not include what is behind it
-    )
-    leaves_out: str  # one sentence: what ours does for each request and this one does not
-    adapters: tuple[str, ...] = ()  # model names of the adapters, in the order in which they were given
+    model: str  # the base without an adapter
+    root_pid: int
+    leaves_out: str
+    adapters: tuple[str, ...] = ()
 
     @property
     def models(self) -> tuple[str, ...]:

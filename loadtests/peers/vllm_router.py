@@ -1,11 +1,11 @@
-"""vllm-router 0.1.17, the vLLM project's router in Rust, in front of another server."""
+"""Runs vllm-router 0.1.17, the vLLM project's router in Rust, in front of another server."""
 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loadtests.peers.environment import bare_variables, environment
+from loadtests.peers.environment import environment, isolated_variables
 from loadtests.peers.process import free_port, running
 from loadtests.peers.server import Server
 
@@ -31,7 +31,7 @@ def vllm_router(upstream: Server) -> Iterator[Server]:
             "error",
         ]
         command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics)]
-        variables, url = bare_variables(Path(scratch)), f"http://127.0.0.1:{port}"
+        variables, url = isolated_variables(Path(scratch)), f"http://127.0.0.1:{port}"
         with running(
             "vllm-router", command, variables, directory=Path(scratch), url=url, model=upstream.model
         ) as pid:

@@ -1,4 +1,4 @@
-"""vLLM's own OpenAI server, with our engine's flags: the measure of the others; proxies stand before it."""
+"""Runs vLLM's own OpenAI server: the baseline of the bench, and the server behind the proxies."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,6 +11,7 @@ from loadtests.peers.process import free_port, running
 from loadtests.peers.server import Server
 from serve.registry.validation import target_suffixes
 
+BARE, AS_IT_COMES = "vllm", "vllm-as-it-comes"
 LEAVES_OUT = (
     "No authentication, tenants, limits or metering, every route of vLLM's is open, "
     "and the adapters are a list that is read when it starts."
@@ -18,47 +19,31 @@ LEAVES_OUT = (
 
 
 @contextmanager
-def bare(home: Path, base: str, adapters: Mapping[str, Path] | None = None) -> Iterator[Server]:
-    """`adapters`: model name → directory with the adapter's files, the ones that ours serves."""
-    arguments = engine_arguments(settings(), target_suffixes(base_dir(home, base)))
-    variables = engine_variables(settings())
-    with _started("vllm", home, base, adapters or {}, arguments, variables) as server:
-        yield server
-
-
-@contextmanager
-def as_it_comes(home: Path, base: str, adapters: Mapping[str, Path] | None = None) -> Iterator[Server]:
-    """As `bare`, but processes and threads are vLLM's own choice: on a CPU a worker beside the core."""
-    arguments = engine_arguments(settings(), target_suffixes(base_dir(home, base)))
-    del arguments["distributed_executor_backend"]
-    variables = engine_variables(settings())
-    del variables["OMP_NUM_THREADS"]
-    with _started("vllm-as-it-comes", home, base, adapters or {}, arguments, variables) as server:
-        yield server
-
-
-@contextmanager
-def _started(
-    name: str,
-    home: Path,
-    base: str,
-    adapters: Mapping[str, Path],
-    arguments: dict[str, Any],
-    variables: dict[str, str],
+def vllm_server(
+    home: Path, base: str, adapters: Mapping[str, Path] | None = None, *, as_it_comes: bool = False
 ) -> Iterator[Server]:
-    directory, port = base_dir(home, base), free_port()
-    modules = [f"{adapter}={path.resolve()}" for adapter, path in adapters.items()]
+    """Runs a bare vLLM with our engine's arguments. `adapters` as in `running_peer`.
+
+    `as_it_comes` leaves the executor and the number of threads to vLLM, which on a CPU starts a worker
+    process beside the engine core.
+    """
+    name, directory, port = AS_IT_COMES if as_it_comes else BARE, base_dir(home, base), free_port()
+    arguments = engine_arguments(settings(), target_suffixes(directory))
+    variables = engine_variables(settings())
+    if as_it_comes:
+        del arguments["distributed_executor_backend"], variables["OMP_NUM_THREADS"]
+    modules = [f"{adapter}={path.resolve()}" for adapter, path in (adapters or {}).items()]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
     command += ["--served-model-name", base, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--uvicorn-log-level", "warning", *flags(arguments)]
     command += ["--lora-modules", *modules] if modules else []
     url = f"http://127.0.0.1:{port}"
     with running(name, command, variables, directory=ROOT, url=url, model=base) as pid:
-        yield Server(name, url, "none", base, pid, LEAVES_OUT, tuple(adapters))
+        yield Server(name, url, "none", base, pid, LEAVES_OUT, tuple(adapters or ()))
 
 
 def flags(arguments: dict[str, Any]) -> list[str]:
-    """The command line for vLLM's arguments; a switch that is off is one that is not given."""
+    """Returns the command line for vLLM's arguments. A switch that is off is left out."""
     parts: list[str] = []
     for name, value in arguments.items():
         flag = name.replace("_", "-")

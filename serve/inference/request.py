@@ -36,7 +36,7 @@ class InferenceRequest:
 
     @property
     def choices(self) -> int:
-        """How many choices the answer has, over all prompts and samples."""
+        """The number of choices in the answer, over all prompts and samples."""
         prompts = len(self.prompt.prompts) if isinstance(self.prompt, Texts) else 1
         return prompts * self.sampling.n
 

@@ -185,7 +185,7 @@ class _Otlp(Tracing):
         finally:
             span.end()
 
-    def telemetry(
+    def generation(
         self, operation: str, model: str, base: str, sampling: Sampled, request_id: str
     ) -> GenerationTelemetry:
         from opentelemetry import trace

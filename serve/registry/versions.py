@@ -91,7 +91,7 @@ class DesiredVersion:
 
 @dataclass(frozen=True, slots=True)
 class VersionInfo:
-    """All that the catalogue knows of a version. Before migration 0002 nobody wrote `rank` and `bytes` down.
+    """Holds all that the registry knows of a version.
 
     `alias` is "now" if the alias means this version, "next" if it will once its probe has passed.
     """

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from serve.storage.database import metadata
 
 revision_table = sa.Table(
-    "catalogue_revision",
+    "registry_revision",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("revision", sa.BigInteger, nullable=False),
@@ -18,7 +18,7 @@ revision_table = sa.Table(
 
 
 def current(connection: sa.Connection) -> int:
-    return int(connection.exec_driver_sql("SELECT revision FROM catalogue_revision").scalar_one())
+    return int(connection.exec_driver_sql("SELECT revision FROM registry_revision").scalar_one())
 
 
 def lock(connection: sa.Connection) -> None:

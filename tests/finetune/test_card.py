@@ -1,4 +1,4 @@
-"""A card describes exactly the bytes beside it, or the adapter is refused."""
+"""An adapter is refused unless its card describes exactly the bytes beside it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_link_in_place_of_the_weights_is_refused(adapter: Path) -> None:
         read_card(adapter)
 
 
-def test_a_missing_file_is_told_by_name(adapter: Path) -> None:
+def test_a_missing_file_is_named(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CardUnreadable, match=r"missing adapter_model\.safetensors"):
         read_card(adapter)

@@ -1,16 +1,19 @@
-"""A whole job on a tiny base: data in, a published adapter out."""
+"""A job turns data into a published adapter on a tiny base, and is read from a YAML file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import yaml
 
 from finetune.card import verify
-from finetune.errors import BaseUnusable, DataUnreadable, GateFailed
-from finetune.job import Job, JobResult, run
+from finetune.errors import BaseUnusable, ConfigInvalid, DataUnreadable, GateFailed
+from finetune.job import Job, JobResult, load_job, run
 from finetune.recipe import Recipe
 from tests.finetune.conftest import lesson, write_lines
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -57,11 +60,49 @@ def test_an_adapter_that_learned_nothing_is_not_published(job: Job, tiny_base: P
     assert not (tmp_path / "adapters").exists()
 
 
-def test_a_missing_base_or_data_file_is_told_before_anything_runs(
+def test_a_missing_base_or_data_file_is_reported_before_anything_runs(
     job: Job, tiny_base: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(BaseUnusable):
         run(job, bases=tmp_path / "nowhere", adapters=tmp_path / "adapters")
-    gone = job.model_copy(update={"data": tmp_path / "gone.jsonl"})
+    missing = job.model_copy(update={"data": tmp_path / "gone.jsonl"})
     with pytest.raises(DataUnreadable):
-        run(gone, bases=tiny_base.parent, adapters=tmp_path / "adapters")
+        run(missing, bases=tiny_base.parent, adapters=tmp_path / "adapters")
+
+
+def test_a_job_finds_its_data_and_recipe_beside_itself(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/r.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    path = tmp_path / "job.yaml"
+    path.write_text("{tenant: acme, adapter: support, base: tiny, data: rows.jsonl, recipe: recipes/r.yaml}")
+    job = load_job(path)
+    assert job.data == tmp_path / "rows.jsonl"
+    assert job.recipe == recipe
+
+
+def test_a_recipe_may_be_written_inline(tmp_path: Path, recipe: Recipe) -> None:
+    job = {"tenant": "acme", "adapter": "support", "base": "tiny", "data": "/rows.jsonl"}
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job | {"recipe": recipe.to_dict()}))
+    assert load_job(path).recipe == recipe
+    assert load_job(path).data == Path("/rows.jsonl")
+
+
+def test_problems_of_a_job_and_of_its_recipe_are_reported_together(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("{tenant: ../acme, adapter: support, data: 3, recipe: missing.yaml}")
+    with pytest.raises(ConfigInvalid) as caught:
+        load_job(path)
+    message = str(caught.value)
+    for field in ("tenant", "base", "data", "recipe missing.yaml"):
+        assert field in message
+    assert len(caught.value.problems) == 4
+
+
+@pytest.mark.parametrize("tenant", ["lumen-bikes", "tidewater-tea"])
+def test_the_demo_jobs_load_and_say_how_to_run_them(tenant: str) -> None:
+    path = CONFIGS / "demo" / f"{tenant}.yaml"
+    job = load_job(path)
+    assert (job.tenant, job.adapter, job.base) == (tenant, "support", "smollm2-135m")
+    assert job.data.is_file()
+    assert path.read_text().startswith(f"# bespoke finetune run configs/demo/{tenant}.yaml\n")

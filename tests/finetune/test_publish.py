@@ -27,21 +27,21 @@ def store(tmp_path: Path) -> Path:
 
 def test_a_published_version_lies_under_the_name_of_its_bytes(staging: Path, store: Path) -> None:
     card = card_for(staging)
-    place = publish(staging, store, card)
-    assert place == store / "acme" / "support" / card.version
-    assert verify(place) == card
-    assert sorted(path.name for path in place.iterdir()) == [
+    version_dir = publish(staging, store, card)
+    assert version_dir == store / "acme" / "support" / card.version
+    assert verify(version_dir) == card
+    assert sorted(path.name for path in version_dir.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
         "card.json",
     ]
 
 
-def test_a_failed_gate_publishes_nothing_and_tells_what_was_measured(staging: Path, store: Path) -> None:
+def test_a_failed_gate_publishes_nothing_and_carries_the_metrics(staging: Path, store: Path) -> None:
     card = card_for(staging, passed=False)
     with pytest.raises(GateFailed) as caught:
         publish(staging, store, card)
-    assert caught.value.metrics == card.metrics
+    assert caught.value.metrics == card.metrics.model_dump(mode="json")
     assert not store.exists()
 
 
@@ -56,15 +56,15 @@ def test_names_that_are_paths_are_refused(staging: Path, store: Path, field: str
 
 def test_publishing_twice_keeps_the_first_card(staging: Path, store: Path) -> None:
     first = card_for(staging)
-    place = publish(staging, store, first)
-    assert publish(staging, store, card_for(staging, seed=5)) == place
-    assert read_card(place) == first
+    version_dir = publish(staging, store, first)
+    assert publish(staging, store, card_for(staging, seed=5)) == version_dir
+    assert read_card(version_dir) == first
 
 
 def test_a_published_version_that_changed_is_not_published_over(staging: Path, store: Path) -> None:
     card = card_for(staging)
-    place = publish(staging, store, card)
-    (place / "adapter_model.safetensors").write_bytes(b"changed")
+    version_dir = publish(staging, store, card)
+    (version_dir / "adapter_model.safetensors").write_bytes(b"changed")
     with pytest.raises(CardMismatch):
         publish(staging, store, card)
 
@@ -95,15 +95,15 @@ def test_losing_the_race_to_publish_the_same_bytes_is_no_error(
     rename = os.rename
     winner = card_for(staging, seed=1)
 
-    def beaten(source: Path, place: Path) -> None:
+    def beaten(source: Path, version_dir: Path) -> None:
         monkeypatch.setattr(os, "rename", rename)
         publish(staging, store, winner)
-        rename(source, place)
+        rename(source, version_dir)
 
     monkeypatch.setattr(os, "rename", beaten)
-    place = publish(staging, store, card_for(staging))
-    assert read_card(place) == winner
-    assert list(place.parent.iterdir()) == [place]
+    version_dir = publish(staging, store, card_for(staging))
+    assert read_card(version_dir) == winner
+    assert list(version_dir.parent.iterdir()) == [version_dir]
 
 
 def test_an_identical_job_is_found_and_another_is_not(staging: Path, store: Path) -> None:
@@ -119,7 +119,7 @@ def test_an_identical_job_is_found_and_another_is_not(staging: Path, store: Path
 
 def test_what_is_found_is_verified(staging: Path, store: Path) -> None:
     card = card_for(staging)
-    place = publish(staging, store, card)
-    (place / "adapter_model.safetensors").write_bytes(b"changed")
+    version_dir = publish(staging, store, card)
+    (version_dir / "adapter_model.safetensors").write_bytes(b"changed")
     with pytest.raises(CardMismatch):
         find_published(store, "acme", "support", **KEYS, config_sha256=card.config_sha256)

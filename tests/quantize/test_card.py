@@ -1,3 +1,5 @@
+"""A card is read back exactly, and a base that differs from its card is refused."""
+
 import shutil
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The engine loads what this package publishes, and computes with it what transformers computes."""
+"""vLLM loads a published NF4 base, and computes the logits that transformers computes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantize.card import BaseCard
-from quantize.nf4 import load_for_scoring
+from quantize.evaluate import load_for_scoring
 
 pytestmark = pytest.mark.slow
 
@@ -17,22 +17,22 @@ CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.fixture(scope="module")
 def engine(tiny: Path, tiny_nf4: BaseCard) -> Iterator[Any]:
-    """vLLM with the NF4 base."""
+    """vLLM, running the NF4 base."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its scheduler in this process: one start less
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the scheduler runs in this process
         vllm = pytest.importorskip("vllm")
         llm = vllm.LLM(
             str(tiny.parent / tiny_nf4.name), enforce_eager=True, max_model_len=512, max_num_seqs=4
         )
         yield llm
         llm.llm_engine.engine_core.shutdown()
-        vllm.envs.disable_envs_cache()  # which an engine's core makes of its process's environment
+        vllm.envs.disable_envs_cache()  # the engine's core has cached this process's environment
 
 
 def logprobs(directory: Path, token_ids: list[int], *, quantized: bool) -> torch.Tensor:
-    """Log-probability that transformers gives each token but the first, shape (tokens - 1,)."""
+    """Returns the log-probability that transformers gives each token but the first, shape (tokens - 1,)."""
     model = load_for_scoring(directory, quantized=quantized)
     with torch.inference_mode():
         logits = model(torch.tensor([token_ids])).logits[0, :-1]

@@ -1,3 +1,5 @@
+"""Perplexity counts every token of a window but its first, whatever the batch size."""
+
 from math import log
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,12 +9,12 @@ import torch
 
 from quantize import perplexity as perplexity_module
 from quantize.errors import ScoreNotFinite, TextTooShort
-from quantize.nf4 import load_for_scoring
+from quantize.evaluate import load_for_scoring
 from quantize.perplexity import even_windows, perplexity, window_nlls
 
 
 class Bigram:
-    """A model over three tokens whose next token depends on the present one only."""
+    """A model over three tokens. Its next token depends on the present one only."""
 
     config = SimpleNamespace(vocab_size=3)
 

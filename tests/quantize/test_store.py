@@ -1,3 +1,5 @@
+"""A base appears whole or not at all, under a plain name, from one builder at a time."""
+
 import fcntl
 from pathlib import Path
 
@@ -89,7 +91,7 @@ def test_a_new_build_replaces_the_old_one_entirely(tmp_path: Path) -> None:
 
 
 def test_one_builder_at_a_time(tmp_path: Path) -> None:
-    def taken() -> bool:
+    def is_locked() -> bool:
         with (tmp_path / ".base.lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,5 +100,5 @@ def test_one_builder_at_a_time(tmp_path: Path) -> None:
             return False
 
     with locked(tmp_path / "base"):
-        assert taken()
-    assert not taken()
+        assert is_locked()
+    assert not is_locked()

@@ -179,10 +179,10 @@ def free_port() -> int:
 
 
 def import_tiny(home: Path) -> None:
-    from quantize.base import import_base
-    from quantize.spec import BaseSpec, read_spec
+    from quantize.base_import import import_base
+    from quantize.config import BaseConfig, read_config
 
-    spec = read_spec(CONFIGS / "bases" / "tiny.yaml", BaseSpec)
+    spec = read_config(CONFIGS / "bases" / "tiny.yaml", BaseConfig)
     import_base(spec, home / "bases")
     assert spec.random_llama is not None
     other = spec.random_llama.model_copy(update={"seed": 1})

@@ -1,4 +1,4 @@
-"""Locust's scenarios run against the gateway: they measure, reconcile, and report a wrong count."""
+"""Locust's scenarios run on the running gateway: they measure, check the bill, and notice a wrong count."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loadtests.load.target import Offer, Target
+from loadtests.load.service_under_test import ModelAccess, ServiceUnderTest
 from tests.serve.conftest import TENANTS, TINY, Live
 
 pytestmark = pytest.mark.slow
@@ -21,32 +21,32 @@ MISCOUNTING = ROOT / "tests" / "serve" / "miscounting_locustfile.py"
 LUMEN = TENANTS[0]
 
 
-def reader(live: Live, tenant: str) -> str:
+def billing_key(live: Live, tenant: str) -> str:
     _, secret = live.tenants.create_key(tenant, at=datetime.now(UTC), scopes=frozenset({"billing-read"}))
     return secret
 
 
 @pytest.fixture(scope="module")
-def target(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    offers = [Offer(tenant, live.keys[tenant], f"{tenant}/support") for tenant in TENANTS]
-    made = Target(
+def service(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    models = [ModelAccess(tenant, live.keys[tenant], f"{tenant}/support") for tenant in TENANTS]
+    service = ServiceUnderTest(
         live.url,
-        (*offers, Offer(LUMEN, live.keys[LUMEN], TINY)),
-        readers={tenant: reader(live, tenant) for tenant in TENANTS},
+        (*models, ModelAccess(LUMEN, live.keys[LUMEN], TINY)),
+        billing_keys={tenant: billing_key(live, tenant) for tenant in TENANTS},
         store_url=live.settings.store_url,
     )
-    path = tmp_path_factory.mktemp("load") / "target.json"
-    made.write(path)
+    path = tmp_path_factory.mktemp("load") / "service.json"
+    service.write(path)
     return path
 
 
-def drive(
+def run_locust(
     locustfile: Path, out: Path, *arguments: str, **environment: str
 ) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    """Run Locust in its own process, because it patches the process it is in."""
+    """Locust in a process of its own: it patches the one that it is in."""
     command = [sys.executable, "-m", "locust", "-f", str(locustfile), "--headless", "--only-summary"]
     command += ["--users", "6", "--spawn-rate", "6", "--run-time", "5s", *arguments]
-    done = subprocess.run(
+    completed = subprocess.run(
         command,
         env=os.environ | {"PYTHONPATH": str(ROOT), "LOADTEST_RESULT": str(out)} | environment,
         cwd=ROOT,
@@ -56,16 +56,16 @@ def drive(
         timeout=180,
         check=False,
     )
-    return done, json.loads(out.read_text())
+    return completed, json.loads(out.read_text())
 
 
 def test_mixed_traffic_is_measured_and_its_tokens_are_the_ledgers_and_the_engines(
-    target: Path, tmp_path: Path
+    service: Path, tmp_path: Path
 ) -> None:
-    done, report = drive(
-        LOCUSTFILE, tmp_path / "o.json", LOADTEST_SCENARIO="mixed", LOADTEST_TARGET=str(target)
+    completed, report = run_locust(
+        LOCUSTFILE, tmp_path / "o.json", LOADTEST_SCENARIO="mixed", LOADTEST_SERVICE=str(service)
     )
-    assert done.returncode == 0, done.stdout
+    assert completed.returncode == 0, completed.stdout
     assert report["reconciliation"]["agrees"]
     assert (
         report["reconciliation"]["checks"]["clients = ledger, by request"]
@@ -75,39 +75,39 @@ def test_mixed_traffic_is_measured_and_its_tokens_are_the_ledgers_and_the_engine
     assert stream["ttft"]["count"] == stream["complete"] > 0
     assert 0 < stream["ttft"]["p50_ms"] <= stream["request"]["most_ms"]
     assert stream["itl"]["count"] > 0
-    rows = {tuple(line.split()[:3]) for line in done.stdout.splitlines()}  # of Locust's own tables
+    rows = {tuple(line.split()[:3]) for line in completed.stdout.splitlines()}  # of Locust's own tables
     assert {("TTFT", "chat", "stream"), ("ITL", "chat", "stream"), ("request", "chat", "stream")} <= rows
 
 
 def test_one_token_that_a_client_saw_and_nobody_billed_is_noticed_and_named(
-    target: Path, tmp_path: Path
+    service: Path, tmp_path: Path
 ) -> None:
-    done, report = drive(
-        MISCOUNTING, tmp_path / "o.json", LOADTEST_SCENARIO="mixed", LOADTEST_TARGET=str(target)
+    completed, report = run_locust(
+        MISCOUNTING, tmp_path / "o.json", LOADTEST_SCENARIO="mixed", LOADTEST_SERVICE=str(service)
     )
-    assert done.returncode == 3, done.stdout
+    assert completed.returncode == 3, completed.stdout
     named = [d for d in report["reconciliation"]["differences"] if d["who"].startswith("req_")]
     assert len(named) == 1
     assert named[0]["what"] == "completion tokens"
     assert int(named[0]["seen"]) == int(named[0]["billed"]) + 1
-    assert named[0]["who"].split()[0] in done.stdout
+    assert named[0]["who"].split()[0] in completed.stdout
 
 
 def test_a_service_that_runs_already_is_driven_with_its_url_and_a_key(live: Live, tmp_path: Path) -> None:
-    done, report = drive(
+    completed, report = run_locust(
         LOCUSTFILE,
         tmp_path / "o.json",
         *("--host", live.url),
         LOADTEST_SCENARIO="steady",
         LOADTEST_KEY=live.keys[LUMEN],
-        LOADTEST_BILLING_KEY=reader(live, LUMEN),
+        LOADTEST_BILLING_KEY=billing_key(live, LUMEN),
         LOADTEST_MODELS=f"{LUMEN}/support,{TINY}",
     )
-    assert done.returncode == 0, done.stdout
+    assert completed.returncode == 0, completed.stdout
     assert {"clients = usage API, by tenant and model", "usage API ≤ engines"} <= set(
         report["reconciliation"]["checks"]
     )
-    assert live.keys[LUMEN] not in done.stdout + json.dumps(report)
+    assert live.keys[LUMEN] not in completed.stdout + json.dumps(report)
 
 
 def test_a_key_that_may_not_read_usage_is_refused_before_anything_is_asked(
@@ -115,7 +115,7 @@ def test_a_key_that_may_not_read_usage_is_refused_before_anything_is_asked(
 ) -> None:
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", live.url]
     before = live.count_events()
-    done = subprocess.run(
+    completed = subprocess.run(
         [*command, "--run-time", "5s"],
         env=os.environ | {"PYTHONPATH": str(ROOT), "LOADTEST_KEY": live.keys[LUMEN]},
         cwd=ROOT,
@@ -124,5 +124,5 @@ def test_a_key_that_may_not_read_usage_is_refused_before_anything_is_asked(
         timeout=60,
         check=False,
     )
-    assert (done.returncode, "billing-read" in done.stderr) == (2, True)
+    assert (completed.returncode, "billing-read" in completed.stderr) == (2, True)
     assert live.count_events() == before

@@ -1,4 +1,4 @@
-"""The scenarios, one a module: its users, and what it finds out besides the tables."""
+"""Finds a scenario by name. Each has a module with its users and its findings beyond the tables."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,26 +7,27 @@ from typing import Any
 
 from locust import LoadTestShape, User
 
-from loadtests.load.menu import MENU
-from loadtests.load.tally import Tally
-from loadtests.load.target import Target, TargetError
+from loadtests.load.measurements import Measurements
+from loadtests.load.scenario_list import SCENARIOS
+from loadtests.load.service_under_test import ServiceError, ServiceUnderTest
 
 SCENARIO_VARIABLE = "LOADTEST_SCENARIO"
 
 
-def _nothing(_: Tally) -> dict[str, Any]:
+def _no_findings(_: Measurements) -> dict[str, Any]:
     return {}
 
 
-def _suits(_: Target) -> None:
+def _no_check(_: ServiceUnderTest) -> None:
     pass
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`users` and `shape` are what Locust runs; `findings` are figures that only this scenario has.
+    """Joins a scenario's description with what Locust runs: `users` and `shape`.
 
-    `check` raises TargetError for a target that does not do for it.
+    `findings` returns figures that only this scenario has. `check` raises ServiceError for a service that
+    the scenario cannot run on.
     """
 
     name: str
@@ -34,21 +35,23 @@ class Scenario:
     duration_s: int | None
     users: tuple[type[User], ...]
     shape: type[LoadTestShape] | None = None
-    findings: Callable[[Tally], dict[str, Any]] = field(default=_nothing)
-    check: Callable[[Target], None] = field(default=_suits)
+    findings: Callable[[Measurements], dict[str, Any]] = field(default=_no_findings)
+    check: Callable[[ServiceUnderTest], None] = field(default=_no_check)
 
 
-def scenario_of(name: str) -> Scenario:
-    """Raises TargetError for a name that is not on the menu."""
-    if name not in MENU:
-        raise TargetError(f"There is no scenario '{name}': {SCENARIO_VARIABLE} is one of {', '.join(MENU)}.")
-    module, entry = import_module(f"{__name__}.{name}"), MENU[name]
+def find_scenario(name: str) -> Scenario:
+    """Imports the scenario's module. Raises ServiceError for an unknown name."""
+    if name not in SCENARIOS:
+        raise ServiceError(
+            f"There is no scenario '{name}': {SCENARIO_VARIABLE} is one of {', '.join(SCENARIOS)}."
+        )
+    module, info = import_module(f"{__name__}.{name}"), SCENARIOS[name]
     return Scenario(
         name,
-        entry.about,
-        entry.duration_s,
+        info.about,
+        info.duration_s,
         module.USERS,
         getattr(module, "SHAPE", None),
-        getattr(module, "findings", _nothing),
-        getattr(module, "check", _suits),
+        getattr(module, "findings", _no_findings),
+        getattr(module, "check", _no_check),
     )

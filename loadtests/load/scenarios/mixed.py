@@ -1,33 +1,33 @@
-"""Everything at once: chat and text completions, whole and streamed, and clients that leave in the middle."""
+"""Mixes chat and text completions, whole and streamed, and clients that leave in the middle."""
 
 from locust import task
 
-from loadtests.load.caller import Caller
+from loadtests.load.user import LoadUser
 
 LEAVE_AFTER_MOST = 8
 
 
-class Mixed(Caller):
+class Mixed(LoadUser):
     @task(4)
     def chat_stream(self) -> None:
-        self.ask("chat stream", self.offer())
+        self.send("chat stream", self.model())
 
     @task(2)
     def chat(self) -> None:
-        self.ask("chat", self.offer(), stream=False)
+        self.send("chat", self.model(), stream=False)
 
     @task(2)
     def completion_stream(self) -> None:
-        self.ask("completion stream", self.offer(), chat=False)
+        self.send("completion stream", self.model(), chat=False)
 
     @task(1)
     def completion(self) -> None:
-        self.ask("completion", self.offer(), chat=False, stream=False)
+        self.send("completion", self.model(), chat=False, stream=False)
 
     @task(2)
     def abort(self) -> None:
-        """As soon as the answer begins, or after some pieces of it."""
-        self.ask("client leaves", self.offer(), leave_after=self.random.randint(0, LEAVE_AFTER_MOST))
+        """Leaves as soon as the answer begins, or after some pieces of it."""
+        self.send("client leaves", self.model(), leave_after=self.random.randint(0, LEAVE_AFTER_MOST))
 
 
 USERS = (Mixed,)

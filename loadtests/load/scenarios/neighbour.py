@@ -1,61 +1,61 @@
-"""One tenant floods after a third of the time, far beyond its limits: what does the other one notice?
+"""Lets one tenant flood the service beyond its limits after a third of the time: what does another notice?
 
-Of eight users one is quiet. The quiet ones' requests before and during the flood are rows of their own.
+One user in eight is quiet. The quiet ones' requests before and during the flood are rows of their own.
 """
 
 from typing import Any
 
 from locust import task
 
-from loadtests.load.caller import OVERLOAD, Caller
+from loadtests.load.measurements import Measurements
 from loadtests.load.phases import flood_begins_s
-from loadtests.load.tally import Tally
-from loadtests.load.target import Target, TargetError
+from loadtests.load.service_under_test import ServiceError, ServiceUnderTest
+from loadtests.load.user import OVERLOAD, LoadUser
 
 ALONE, BESIDE, LOUD = "quiet, alone", "quiet, beside the flood", "loud"
 
 
-def check(target: Target) -> None:
-    if not target.loud:
-        raise TargetError("A noisy neighbour needs a second tenant: LOADTEST_LOUD_KEY.")
+def check(service: ServiceUnderTest) -> None:
+    if not service.loud_models:
+        raise ServiceError("A noisy neighbour needs a second tenant: LOADTEST_LOUD_KEY.")
 
 
-class Quiet(Caller):
+class Quiet(LoadUser):
     weight = 1
 
     @task
     def stream(self) -> None:
-        alone = self.session.tally.elapsed_s < flood_begins_s(self.session.duration_s)
-        self.ask(ALONE if alone else BESIDE, self.offer())
+        alone = self.load_run.measurements.elapsed_s < flood_begins_s(self.load_run.duration_s)
+        self.send(ALONE if alone else BESIDE, self.model())
 
 
-class Loud(Caller):
+class Loud(LoadUser):
     weight = 7
-    expected = OVERLOAD
+    expected_codes = OVERLOAD
 
     @task
     def stream(self) -> None:
-        wait_s = flood_begins_s(self.session.duration_s) - self.session.tally.elapsed_s
+        wait_s = flood_begins_s(self.load_run.duration_s) - self.load_run.measurements.elapsed_s
         if wait_s > 0:
-            self.nap(wait_s)
+            self.pause(wait_s)
         else:
-            loud = self.session.target.loud
-            self.ask(LOUD, loud[self.number % len(loud)])
+            loud = self.load_run.service.loud_models
+            self.send(LOUD, loud[self.number % len(loud)])
 
 
-def findings(tally: Tally) -> dict[str, Any]:
-    if not {ALONE, BESIDE} <= tally.rows.keys():
+def findings(measurements: Measurements) -> dict[str, Any]:
+    if not {ALONE, BESIDE} <= measurements.rows.keys():
         return {}
-    alone, beside = tally.rows[ALONE], tally.rows[BESIDE]
-    found = {}
-    for what in ("ttft", "itl", "request"):
+    alone, beside = measurements.rows[ALONE], measurements.rows[BESIDE]
+    ratios = {}
+    for time in ("ttft", "itl", "request"):
         for q in (0.5, 0.99):
-            before, after = (getattr(row, what).quantile_ms(q) for row in (alone, beside))
+            before, after = (getattr(row, time).quantile_ms(q) for row in (alone, beside))
             if before and after:
-                found[f"quiet {what} p{round(q * 100)}, beside the flood over alone"] = round(
+                ratios[f"quiet {time} p{round(q * 100)}, beside the flood over alone"] = round(
                     after / before, 2
                 )
-    return found
+    return ratios
 
 
 USERS = (Quiet, Loud)

@@ -1,14 +1,14 @@
-"""Constant users, each with one stream after the other: what the service does on a normal day."""
+"""Keeps constant users, each with one stream after the other: how is the service on a normal day?"""
 
 from locust import task
 
-from loadtests.load.caller import Caller
+from loadtests.load.user import LoadUser
 
 
-class Steady(Caller):
+class Steady(LoadUser):
     @task
     def stream(self) -> None:
-        self.ask("chat stream", self.offer())
+        self.send("chat stream", self.model())
 
 
 USERS = (Steady,)

@@ -48,7 +48,7 @@ def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> List
     """Every version ever registered, by name and age."""
     ctx.tenants.get(tenant)
     versions = ctx.registry.entries(tenant)
-    return listing(slice_page(versions, lambda info: info.ref.model, after, limit), _wire)
+    return listing(slice_page(versions, lambda info: info.ref.model, after, limit), wire)
 
 
 @router.post(VERSION + "/promote")
@@ -84,10 +84,10 @@ def retire(tenant: str, name: str, version: str, caller: AdminCaller, ctx: Ctx) 
 
 
 def _now(ctx: Context, adapter: AdapterVersion) -> AdapterWire:
-    return _wire(ctx.registry.entry(adapter))
+    return wire(ctx.registry.entry(adapter))
 
 
-def _wire(entry: VersionInfo) -> AdapterWire:
+def wire(entry: VersionInfo) -> AdapterWire:
     return AdapterWire(
         id=entry.ref.model,
         base=entry.base,

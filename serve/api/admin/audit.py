@@ -40,10 +40,10 @@ def index(
 ) -> Listing[AuditWire]:
     before = None if after is None else int(after.removeprefix("audit_"))
     entries = Audit(ctx.store).entries(tenant=tenant, action=action, before=before, limit=limit + 1)
-    return listing(Page(entries[:limit], len(entries) > limit), _wire)
+    return listing(Page(entries[:limit], len(entries) > limit), wire)
 
 
-def _wire(entry: AuditEntry) -> AuditWire:
+def wire(entry: AuditEntry) -> AuditWire:
     return AuditWire(
         id=f"audit_{entry.id}",
         at=seconds(entry.at),

@@ -119,18 +119,18 @@ def create(tenant: str, body: NewBudget, caller: AdminCaller, ctx: Ctx) -> Budge
         webhook_url=body.webhook_url,
         actor=caller.actor,
     )
-    return _wire(usage)
+    return wire(usage)
 
 
 @router.get("/tenants/{tenant}/budgets")
 def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[BudgetWire]:
     ctx.tenants.get(tenant)
-    return listing(BudgetService(ctx.store).page(tenant, at=now(), after=after, limit=limit), _wire)
+    return listing(BudgetService(ctx.store).page(tenant, at=now(), after=after, limit=limit), wire)
 
 
 @router.get("/tenants/{tenant}/budgets/{budget}")
 def show(tenant: str, budget: str, ctx: Ctx) -> BudgetWire:
-    return _wire(BudgetService(ctx.store).get(tenant, budget, at=now()))
+    return wire(BudgetService(ctx.store).get(tenant, budget, at=now()))
 
 
 @router.patch("/tenants/{tenant}/budgets/{budget}")
@@ -139,7 +139,7 @@ def change(tenant: str, budget: str, body: BudgetChange, caller: AdminCaller, ct
     budgets = BudgetService(ctx.store)
     level = budgets.get(tenant, budget, at=now()).budget.scope
     _require_right(caller, level, body.webhook_url)
-    return _wire(budgets.change(tenant, budget, body.named(), at=now(), actor=caller.actor))
+    return wire(budgets.change(tenant, budget, body.named(), at=now(), actor=caller.actor))
 
 
 @router.delete("/tenants/{tenant}/budgets/{budget}")
@@ -147,7 +147,7 @@ def retire(tenant: str, budget: str, caller: AdminCaller, ctx: Ctx) -> BudgetWir
     """Retire it for good: it binds no request. Its record stays."""
     budgets = BudgetService(ctx.store)
     _require_right(caller, budgets.get(tenant, budget, at=now()).budget.scope, None)
-    return _wire(budgets.retire(tenant, budget, at=now(), actor=caller.actor))
+    return wire(budgets.retire(tenant, budget, at=now(), actor=caller.actor))
 
 
 def _require_right(caller: Caller, level: str, webhook_url: str | None) -> None:
@@ -162,7 +162,7 @@ def _require_right(caller: Caller, level: str, webhook_url: str | None) -> None:
             raise InvalidRequest("'webhook_url' names the server itself.", "webhook_url", "invalid_value")
 
 
-def _wire(usage: BudgetUsage) -> BudgetWire:
+def wire(usage: BudgetUsage) -> BudgetWire:
     budget = usage.budget
     return BudgetWire.model_validate(
         {

@@ -136,7 +136,7 @@ class PartyWire(BaseModel):
 def create(body: NewInvoice, caller: AdminCaller, ctx: Ctx) -> WholeInvoiceWire:
     """Create or renew a month's draft. A final invoice stays as it is; a new revision needs new amounts."""
     invoices = Invoices(ctx.store)
-    return _whole(invoices, invoices.create(body.tenant, body.period, at=now(), actor=caller.actor))
+    return whole_wire(invoices, invoices.create(body.tenant, body.period, at=now(), actor=caller.actor))
 
 
 @router.get("/invoices")
@@ -157,7 +157,7 @@ def index(
 @router.get("/invoices/{invoice}")
 def show(invoice: str, ctx: Ctx) -> WholeInvoiceWire:
     invoices = Invoices(ctx.store)
-    return _whole(invoices, invoices.get(invoice))
+    return whole_wire(invoices, invoices.get(invoice))
 
 
 @router.post("/invoices/{invoice}/transition")
@@ -171,7 +171,7 @@ def transition(invoice: str, body: Transition, caller: AdminCaller, ctx: Ctx) ->
         "paid": invoices.pay,
         "void": invoices.void,
     }
-    return _whole(invoices, moves[body.state](invoice, at=now(), actor=caller.actor, reason=body.reason))
+    return whole_wire(invoices, moves[body.state](invoice, at=now(), actor=caller.actor, reason=body.reason))
 
 
 @router.get("/invoices/{invoice}/usage")
@@ -323,7 +323,7 @@ def _get(ctx: Ctx, number: str) -> Invoice:
     return Invoices(ctx.store).get(number)
 
 
-def _whole(invoices: Invoices, invoice: Invoice) -> WholeInvoiceWire:
+def whole_wire(invoices: Invoices, invoice: Invoice) -> WholeInvoiceWire:
     history = [_change(change) for change in invoices.history(invoice.draft_number)]
     return WholeInvoiceWire.model_validate(
         _fields(invoice) | {"document": invoice.document, "history": history}

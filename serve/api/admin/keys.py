@@ -91,7 +91,7 @@ def create(tenant: str, body: NewKey, caller: AdminCaller, ctx: Ctx) -> NewKeyWi
 @router.get("/tenants/{tenant}/keys")
 def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[KeyWire]:
     ctx.tenants.get(tenant)
-    return listing(ctx.tenants.keys.page(tenant, after=after, limit=limit), _wire)
+    return listing(ctx.tenants.keys.page(tenant, after=after, limit=limit), wire)
 
 
 @router.patch("/tenants/{tenant}/keys/{key}")
@@ -101,7 +101,7 @@ def change(tenant: str, key: str, body: KeyChange, caller: AdminCaller, ctx: Ctx
     changed = ctx.tenants.keys.change(
         tenant, key, at=now(), name=body.name, limits=limits, actor=caller.actor
     )
-    return _wire(changed)
+    return wire(changed)
 
 
 @router.post("/tenants/{tenant}/keys/{key}/rotate", status_code=201)
@@ -116,10 +116,10 @@ def rotate(tenant: str, key: str, body: Rotation, caller: AdminCaller, ctx: Ctx)
 @router.delete("/tenants/{tenant}/keys/{key}")
 def revoke(tenant: str, key: str, caller: AdminCaller, ctx: Ctx) -> KeyWire:
     """Revoke it. Every gateway refuses it within two seconds. Its record stays."""
-    return _wire(ctx.tenants.keys.revoke(key, at=now(), tenant=tenant, actor=caller.actor))
+    return wire(ctx.tenants.keys.revoke(key, at=now(), tenant=tenant, actor=caller.actor))
 
 
-def _wire(key: ApiKey) -> KeyWire:
+def wire(key: ApiKey) -> KeyWire:
     return KeyWire(
         id=key.id,
         tenant=key.tenant,
@@ -137,4 +137,4 @@ def _wire(key: ApiKey) -> KeyWire:
 
 
 def _with_secret(key: ApiKey, secret: str) -> NewKeyWire:
-    return NewKeyWire(**dict(_wire(key)), secret=secret)
+    return NewKeyWire(**dict(wire(key)), secret=secret)

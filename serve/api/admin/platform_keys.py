@@ -51,21 +51,21 @@ def create(body: NewPlatformKey, caller: AdminCaller, ctx: Ctx) -> NewPlatformKe
     key, secret = ctx.tenants.platform_keys.create(
         body.name, at=now(), expires_at=moment(body.expires_at), actor=caller.actor
     )
-    return NewPlatformKeyWire(**dict(_wire(key)), secret=secret)
+    return NewPlatformKeyWire(**dict(wire(key)), secret=secret)
 
 
 @router.get("/platform-keys")
 def index(ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[PlatformKeyWire]:
-    return listing(ctx.tenants.platform_keys.page(after=after, limit=limit), _wire)
+    return listing(ctx.tenants.platform_keys.page(after=after, limit=limit), wire)
 
 
 @router.delete("/platform-keys/{key}")
 def revoke(key: str, caller: AdminCaller, ctx: Ctx) -> PlatformKeyWire:
     """Revoke it. Every gateway refuses it within two seconds. Its record stays."""
-    return _wire(ctx.tenants.platform_keys.revoke(key, at=now(), actor=caller.actor))
+    return wire(ctx.tenants.platform_keys.revoke(key, at=now(), actor=caller.actor))
 
 
-def _wire(key: PlatformKey) -> PlatformKeyWire:
+def wire(key: PlatformKey) -> PlatformKeyWire:
     return PlatformKeyWire(
         id=key.id,
         name=key.name,

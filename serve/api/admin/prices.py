@@ -52,12 +52,12 @@ class SubscriptionWire(BaseModel):
 @router.post("/prices", status_code=201)
 def publish(body: PricePlan, caller: AdminCaller, ctx: Ctx) -> PriceWire:
     """Store a plan as a new version. An unchanged plan keeps its version."""
-    return _wire(Prices(ctx.store).publish(body, at=now(), actor=caller.actor))
+    return wire(Prices(ctx.store).publish(body, at=now(), actor=caller.actor))
 
 
 @router.get("/prices")
 def index(ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[PriceWire]:
-    return listing(slice_page(Prices(ctx.store).versions(), _id, after, limit), _wire)
+    return listing(slice_page(Prices(ctx.store).versions(), _id, after, limit), wire)
 
 
 @router.put("/tenants/{tenant}/subscription")
@@ -67,12 +67,12 @@ def subscribe(tenant: str, body: NewSubscription, caller: AdminCaller, ctx: Ctx)
     if at < now() - timedelta(seconds=1):
         raise InvalidRequest("What is past keeps its price.", "effective_at", "invalid_value")
     version = Prices(ctx.store).subscribe(tenant, body.plan, at=at, actor=caller.actor)
-    return SubscriptionWire(tenant=tenant, price=_wire(version), effective_at=seconds(at))
+    return SubscriptionWire(tenant=tenant, price=wire(version), effective_at=seconds(at))
 
 
 def _id(version: PriceVersion) -> str:
     return f"{version.plan.name}@{version.version}"
 
 
-def _wire(version: PriceVersion) -> PriceWire:
+def wire(version: PriceVersion) -> PriceWire:
     return PriceWire(id=_id(version), version=version.version, plan=version.plan)

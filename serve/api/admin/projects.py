@@ -38,22 +38,22 @@ class ProjectWire(Identified):
 
 @router.post("/tenants/{tenant}/projects", status_code=201)
 def create(tenant: str, body: NewProject, caller: AdminCaller, ctx: Ctx) -> ProjectWire:
-    return _wire(ctx.tenants.projects.create(tenant, body.name, at=now(), actor=caller.actor))
+    return wire(ctx.tenants.projects.create(tenant, body.name, at=now(), actor=caller.actor))
 
 
 @router.get("/tenants/{tenant}/projects")
 def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[ProjectWire]:
     ctx.tenants.get(tenant)
-    return listing(ctx.tenants.projects.page(tenant, after=after, limit=limit), _wire)
+    return listing(ctx.tenants.projects.page(tenant, after=after, limit=limit), wire)
 
 
 @router.post("/tenants/{tenant}/projects/{project}/archive")
 def archive(tenant: str, project: str, caller: AdminCaller, ctx: Ctx) -> ProjectWire:
     """Archive it for good. Its keys stop working."""
-    return _wire(ctx.tenants.projects.archive(tenant, project, at=now(), actor=caller.actor))
+    return wire(ctx.tenants.projects.archive(tenant, project, at=now(), actor=caller.actor))
 
 
-def _wire(project: Project) -> ProjectWire:
+def wire(project: Project) -> ProjectWire:
     return ProjectWire(
         id=project.id,
         tenant=project.tenant,

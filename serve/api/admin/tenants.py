@@ -23,6 +23,7 @@ from serve.api.pagination import (
     now,
     seconds,
 )
+from serve.billing.ledger.accounts import Account
 from serve.billing.ledger.ledger import Ledger
 from serve.tenants import Tenant
 
@@ -70,17 +71,17 @@ def create(body: NewTenant, caller: AdminCaller, ctx: Ctx) -> TenantWire:
     """Create a tenant and its account."""
     ctx.tenants.create(body.name, at=now(), actor=caller.actor)
     Ledger(ctx.store).open_account(body.name, body.credit_nanos, actor=caller.actor)
-    return _wire(ctx.tenants.get(body.name))
+    return wire(ctx.tenants.get(body.name))
 
 
 @router.get("/tenants")
 def index(ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[TenantWire]:
-    return listing(ctx.tenants.page(after=after, limit=limit), _wire)
+    return listing(ctx.tenants.page(after=after, limit=limit), wire)
 
 
 @router.get("/tenants/{tenant}")
 def show(tenant: str, ctx: Ctx) -> TenantWire:
-    return _wire(ctx.tenants.get(tenant))
+    return wire(ctx.tenants.get(tenant))
 
 
 @router.patch("/tenants/{tenant}")
@@ -94,7 +95,7 @@ def change(tenant: str, body: TenantChange, caller: AdminCaller, ctx: Ctx) -> Te
         limits=body.limits.named() if body.limits else None,
         actor=caller.actor,
     )
-    return _wire(changed)
+    return wire(changed)
 
 
 @router.put("/tenants/{tenant}/credit")
@@ -102,21 +103,24 @@ def credit(tenant: str, body: Credit, caller: AdminCaller, ctx: Ctx) -> AccountW
     """Set its credit. Its spending stays."""
     ledger = Ledger(ctx.store)
     ledger.open_account(tenant, body.credit_nanos, actor=caller.actor)
-    account = ledger.account(tenant)
-    return AccountWire(
-        tenant=tenant,
-        credit_nanos=account.credit_nanos,
-        spent_nanos=account.spent_nanos,
-        held_nanos=account.held_nanos,
-        available_nanos=account.available_nanos,
-    )
+    return account_wire(tenant, ledger.account(tenant))
 
 
-def _wire(tenant: Tenant) -> TenantWire:
+def wire(tenant: Tenant) -> TenantWire:
     return TenantWire(
         id=tenant.id,
         created_at=seconds(tenant.created_at),
         suspended_at=maybe_seconds(tenant.suspended_at),
         scopes=sorted(tenant.scopes),
         limits=LimitsWire.of(tenant.limits),
+    )
+
+
+def account_wire(tenant: str, account: Account) -> AccountWire:
+    return AccountWire(
+        tenant=tenant,
+        credit_nanos=account.credit_nanos,
+        spent_nanos=account.spent_nanos,
+        held_nanos=account.held_nanos,
+        available_nanos=account.available_nanos,
     )

@@ -11,7 +11,7 @@ from serve.api.organization.access import router as organization_router
 from serve.api.pagination import now, seconds
 from serve.billing.budgets.service import BudgetService, BudgetUsage
 from serve.billing.ledger.ledger import Ledger
-from serve.billing.metering.forecast import Projection, forecast
+from serve.billing.metering.forecast import Forecast, Projection, forecast
 from serve.errors import InvalidRequest
 
 router: APIRouter = organization_router()
@@ -71,16 +71,7 @@ class BalanceWire(BaseModel):
 def month(reader: Reader, ctx: Ctx, tenant: TenantName = None) -> ForecastWire:
     """The projected cost of this month."""
     tenant = tenant_of(reader, tenant)
-    projected = forecast(ctx.store, tenant=tenant, at=now())
-    return ForecastWire(
-        tenant=tenant,
-        start_time=seconds(projected.month),
-        end_time=seconds(projected.month_end),
-        at=seconds(projected.at),
-        basis_days=projected.basis_days,
-        total=_projection(projected.total),
-        line_items=[_projection(line_item) for line_item in projected.line_items],
-    )
+    return forecast_wire(forecast(ctx.store, tenant=tenant, at=now()), tenant)
 
 
 @router.get("/balance")
@@ -99,6 +90,18 @@ def balance(reader: Reader, ctx: Ctx, tenant: TenantName = None) -> BalanceWire:
         held_nanos=account.held_nanos,
         available_nanos=account.available_nanos,
         budgets=[_budget(usage) for usage in budgets if usage.budget.retired_at is None],
+    )
+
+
+def forecast_wire(month: Forecast, tenant: str | None) -> ForecastWire:
+    return ForecastWire(
+        tenant=tenant,
+        start_time=seconds(month.month),
+        end_time=seconds(month.month_end),
+        at=seconds(month.at),
+        basis_days=month.basis_days,
+        total=_projection(month.total),
+        line_items=[_projection(line_item) for line_item in month.line_items],
     )
 
 

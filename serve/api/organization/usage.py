@@ -97,12 +97,12 @@ def completions(
     )
     usage_buckets = UsageQueries(ctx.store).query(usage_query)
     data, has_more, next_page = in_buckets(
-        page, width, ((usage.bucket, _result(usage)) for usage in usage_buckets)
+        page, width, ((usage.bucket, wire(usage)) for usage in usage_buckets)
     )
     return Page(data=data, has_more=has_more, next_page=next_page)
 
 
-def _result(usage: UsageBucket) -> CompletionsResult:
+def wire(usage: UsageBucket) -> CompletionsResult:
     return CompletionsResult(
         input_tokens=usage.tokens.prompt,
         input_cached_tokens=usage.tokens.cached,

@@ -13,7 +13,7 @@ from serve.tenants.audit import SYSTEM, record
 SELLER = "@seller"  # no tenant is called so
 
 parties_table = sa.Table(
-    "billing_parties",
+    "billing_details",
     metadata,
     sa.Column("id", sa.String(63), primary_key=True),
     sa.Column("document", sa.Text, nullable=False),

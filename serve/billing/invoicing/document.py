@@ -4,9 +4,9 @@ import hashlib
 import json
 from datetime import datetime
 from decimal import ROUND_HALF_EVEN, Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from serve.billing.metering.events import label_of
 from serve.billing.money import NANOS
@@ -96,13 +96,6 @@ class InvoiceDocument(_Part):
     credits: tuple[CreditApplied, ...] = ()
     tax: TaxApplied | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _as_before_0009(cls, said: Any) -> Any:
-        if isinstance(said, dict) and any("prompt_nanos_per_mtok" in line for line in said.get("lines", ())):
-            return said | {"lines": [_line_before_0009(line) for line in said["lines"]]}
-        return said
-
     @property
     def subtotal_nanos(self) -> int:
         return sum(line.amount_nanos for line in self.lines)
@@ -136,23 +129,3 @@ def sha256_of(number: str, issued_at: datetime, document: str) -> str:
     """The fingerprint of a final document: of its number, its time and its text."""
     said = json.dumps([number, issued_at.isoformat(), document])
     return hashlib.sha256(said.encode()).hexdigest()
-
-
-def _line_before_0009(line: dict[str, Any]) -> dict[str, Any]:
-    classes = (
-        ("prompt tokens", "uncached_prompt_tokens", "prompt_nanos_per_mtok"),
-        ("prompt tokens, cached", "cached_prompt_tokens", "cached_prompt_nanos_per_mtok"),
-        ("completion tokens", "completion_tokens", "completion_nanos_per_mtok"),
-    )
-    return {
-        "model": line["model"],
-        "price": line["price"],
-        "tier": line.get("tier", "default"),
-        "requests": line["requests"],
-        "items": [
-            {"what": what, "quantity": line[tokens], "nanos": line[rate], "per": 1_000_000}
-            for what, tokens, rate in classes
-        ],
-        "list_nanos": line["amount_nanos"],
-        "amount_nanos": line["amount_nanos"],
-    }

@@ -1,6 +1,6 @@
 """How invoices are kept: revisions, the history of their states, and what became final. Only ever added to.
 
-The store refuses to change or delete any of it (migration 0009); a state is a new row.
+The store refuses to change or delete any of it; a state is a new row.
 """
 
 import re

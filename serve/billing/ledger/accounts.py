@@ -54,7 +54,7 @@ holds_table = sa.Table(
     sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
     sa.Column("amount_nanos", sa.BigInteger, nullable=False),
     sa.Column("budgets", sa.Text),
-    sa.Column("sale", sa.Text),
+    sa.Column("terms", sa.Text),
     sa.Column("owner", sa.String(64)),
     sa.Column("lease_expires_at", UtcDateTime, nullable=False, index=True),
     sa.Column("created_at", UtcDateTime, nullable=False),

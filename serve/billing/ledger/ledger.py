@@ -282,7 +282,7 @@ def _open_all(connection: sa.Connection, openings: list[tuple[int, HoldRequest]]
                 "tenant_id": hold.tenant,
                 "amount_nanos": hold.amount_nanos,
                 "budgets": json.dumps(reserved) if reserved else None,
-                "sale": hold.terms,
+                "terms": hold.terms,
                 "owner": hold.owner,
                 "lease_expires_at": opening.at + opening.lease,
                 "created_at": opening.at,
@@ -386,5 +386,5 @@ def _release(connection: sa.Connection, moves: dict[str, list[int]]) -> None:
 
 
 def _open_hold(row: "sa.Row[Any]") -> OpenHold:
-    hold = Hold(row.request_id, row.tenant_id, row.amount_nanos, terms=row.sale, owner=row.owner)
+    hold = Hold(row.request_id, row.tenant_id, row.amount_nanos, terms=row.terms, owner=row.owner)
     return OpenHold(hold, row.created_at, row.lease_expires_at)

@@ -1,11 +1,11 @@
-"""Cleaning drops what is said twice, and nothing else."""
+"""Cleaning drops duplicates, and nothing else."""
 
 from __future__ import annotations
 
 import pytest
 
 from finetune.data.clean import clean, comparable, tidied
-from finetune.data.rows import Conversation, Dropped, Fault, Message
+from finetune.data.dataset import Conversation, DroppedRow, Fault, Message
 
 
 def row(number: int, question: str, answer: str) -> Conversation:
@@ -14,13 +14,13 @@ def row(number: int, question: str, answer: str) -> Conversation:
 
 def test_the_first_of_exact_duplicates_is_kept() -> None:
     cleaned = clean([row(1, "Open?", "Yes."), row(2, "Closed?", "No."), row(3, "Open? ", "Yes.")])
-    assert [kept.line for kept in cleaned.rows] == [1, 2]
-    assert cleaned.dropped == (Dropped(3, Fault.DUPLICATE),)
+    assert [row.line for row in cleaned.rows] == [1, 2]
+    assert cleaned.dropped == (DroppedRow(3, Fault.DUPLICATE),)
 
 
 def test_rows_that_differ_in_case_spacing_and_punctuation_are_near_duplicates() -> None:
     cleaned = clean([row(1, "Are you open?", "Yes."), row(2, "are  you OPEN", "yes")])
-    assert cleaned.dropped == (Dropped(2, Fault.NEAR_DUPLICATE),)
+    assert cleaned.dropped == (DroppedRow(2, Fault.NEAR_DUPLICATE),)
 
 
 def test_contradictory_answers_are_kept_and_reported() -> None:
@@ -31,7 +31,7 @@ def test_contradictory_answers_are_kept_and_reported() -> None:
 
 def test_a_row_that_only_looks_filled_is_dropped() -> None:
     cleaned = clean([row(1, "Open?", "\u200b"), row(2, "\ufeff", "Yes.")])
-    assert cleaned.dropped == (Dropped(1, Fault.EMPTY_ANSWER), Dropped(2, Fault.EMPTY_CONTENT))
+    assert cleaned.dropped == (DroppedRow(1, Fault.EMPTY_ANSWER), DroppedRow(2, Fault.EMPTY_CONTENT))
 
 
 @pytest.mark.parametrize(("one", "other"), [("2.50", "250"), ("5%", "5"), ("-5", "5"), ("3 €", "3 £")])

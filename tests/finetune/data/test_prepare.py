@@ -1,4 +1,4 @@
-"""A customer's file becomes three files and an account of every line."""
+"""Preparing a file writes both sides of the split and a report on every line."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.data.dataset import Conversation, read_rows
 from finetune.data.prepare import check, prepare
-from finetune.data.rows import Conversation, read_rows
 from finetune.errors import TooFewRows
 from tests.finetune.conftest import lesson, line, write_lines
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.clean import comparable
-from finetune.data.rows import Conversation, Message
+from finetune.data.dataset import Conversation, Message
 from finetune.data.split import split
 
 QUESTIONS = st.lists(
@@ -33,10 +33,10 @@ def test_no_question_is_on_both_sides_and_no_row_is_lost(
 
 @given(QUESTIONS, st.randoms())
 def test_the_split_does_not_depend_on_the_order_of_the_file(questions: list[str], random: object) -> None:
-    there = rows(questions)
-    shuffled = list(there)
+    conversations = rows(questions)
+    shuffled = list(conversations)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert split(there, fraction=0.3, seed=1) == split(shuffled, fraction=0.3, seed=1)
+    assert split(conversations, fraction=0.3, seed=1) == split(shuffled, fraction=0.3, seed=1)
 
 
 def test_the_held_out_side_has_its_share() -> None:
@@ -51,5 +51,5 @@ def test_a_question_with_many_rows_stays_in_training() -> None:
 
 
 def test_another_seed_holds_out_other_questions() -> None:
-    there = rows([f"Question {number}" for number in range(100)])
-    assert split(there, fraction=0.2, seed=0) != split(there, fraction=0.2, seed=1)
+    conversations = rows([f"Question {number}" for number in range(100)])
+    assert split(conversations, fraction=0.2, seed=0) != split(conversations, fraction=0.2, seed=1)

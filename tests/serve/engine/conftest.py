@@ -190,10 +190,12 @@ async def until(condition: Callable[[], Coroutine[Any, Any, bool]], timeout_s: f
 
 @pytest.fixture(scope="package")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from quantize.base import import_base
-    from quantize.spec import BaseSpec, read_spec
+    from quantize.base_import import import_base
+    from quantize.config import BaseConfig, read_config
 
-    return import_base(read_spec(CONFIGS / "bases" / "tiny.yaml", BaseSpec), tmp_path_factory.mktemp("bases"))
+    return import_base(
+        read_config(CONFIGS / "bases" / "tiny.yaml", BaseConfig), tmp_path_factory.mktemp("bases")
+    )
 
 
 @pytest.fixture(scope="package")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 import serve.batches.batches
 import serve.billing.invoicing.invoices
 import serve.billing.ledger.ledger
+import serve.billing.webhooks.outbox
 import serve.client_data.idempotency
 import serve.client_data.stored_responses
 import serve.rate_limits.leases
@@ -22,9 +22,7 @@ import serve.rate_limits.limits
 import serve.registry.registry
 import serve.tenants  # noqa: F401
 from serve.errors import StoreUnavailable
-from serve.registry.registry import AdapterRegistry
-from serve.registry.versions import VersionState
-from serve.storage.database import Store, _alembic_config, metadata
+from serve.storage.database import Store, metadata
 from tests.serve.conftest import on_sqlite
 
 
@@ -48,26 +46,6 @@ def empty_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stor
         yield store
 
 
-def test_adapters_of_an_older_store_are_pending_not_pinned_and_still_promoted(empty_store: Store) -> None:
-    store = empty_store
-    with store.write() as connection:
-        command.upgrade(_alembic_config(connection), "0001")
-        for row in (
-            "tenants VALUES ('acme', '2026-01-01 00:00:00')",
-            f"adapters VALUES (7, 'acme', 'support', '{'a' * 16}', 'tiny', '2026-01-01 00:00:00')",
-            "promotions VALUES (1, 7, '2026-01-01 00:00:00')",
-        ):
-            connection.exec_driver_sql(f"INSERT INTO {row}")
-    store.migrate()
-    registry = AdapterRegistry(store, ["tiny"])
-    (entry,) = registry.entries()
-    assert (entry.ref.id, entry.state, entry.alias, entry.pinned) == (7, VersionState.PENDING, "next", False)
-    assert (entry.rank, entry.bytes, entry.reason, entry.retired_at) == (None, None, None, None)
-    assert registry.revision() == 0
-    assert registry.mark_ready(entry.ref, entry.registered_at)
-    assert [model.name for model in registry.models("acme")] == ["tiny", "acme/support", entry.ref.model]
-
-
 def test_processes_that_migrate_at_once_take_turns(empty_store: Store) -> None:
     program = "import sys; from serve.storage.database import Store; Store(sys.argv[1]).migrate()"
     running = [subprocess.Popen([sys.executable, "-c", program, empty_store.url]) for _ in range(3)]
@@ -77,7 +55,7 @@ def test_processes_that_migrate_at_once_take_turns(empty_store: Store) -> None:
 
 @pytest.mark.parametrize(
     "statement",
-    ["UPDATE adapters SET state = 'perhaps'", "INSERT INTO catalogue_revision VALUES (2, 0)"],
+    ["UPDATE adapters SET state = 'perhaps'", "INSERT INTO registry_revision VALUES (2, 0)"],
 )
 def test_the_store_itself_refuses_an_unknown_state_and_a_second_revision(
     store: Store, statement: str

@@ -42,7 +42,7 @@ class Gateway:
         )
 
     def ask(self, key: str) -> Principal:
-        return self.tenants.door.known(key) or self.tenants.door.authenticate(key)
+        return self.tenants.key_cache.known(key) or self.tenants.key_cache.authenticate(key)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def gateway(shop: BillingFixture, tmp_path: Path) -> Gateway:
 
 
 def test_a_key_authenticates_its_tenant(shop: BillingFixture) -> None:
-    assert shop.tenants.door.authenticate(shop.secret) == shop.principal
+    assert shop.tenants.key_cache.authenticate(shop.secret) == shop.principal
 
 
 def test_the_store_holds_no_key_only_a_keyed_hash(shop: BillingFixture) -> None:
@@ -114,9 +114,9 @@ def test_a_known_key_needs_no_store_for_a_second_and_then_does(
 ) -> None:
     gateway.ask(shop.secret)
     gateway.clock.s += 0.99
-    assert gateway.tenants.door.known(shop.secret) == shop.principal
+    assert gateway.tenants.key_cache.known(shop.secret) == shop.principal
     gateway.clock.s += 0.01
-    assert gateway.tenants.door.known(shop.secret) is None
+    assert gateway.tenants.key_cache.known(shop.secret) is None
 
 
 def test_a_refusal_is_not_remembered(shop: BillingFixture, gateway: Gateway) -> None:
@@ -149,7 +149,9 @@ def test_a_door_remembers_a_bounded_number_of_keys(
     secrets = [shop.tenants.create_key("acme", at=NOON)[1] for _ in range(5)]
     for secret in secrets:
         gateway.ask(secret)
-    assert [gateway.tenants.door.known(secret) is not None for secret in secrets] == [False] * 2 + [True] * 3
+    assert [gateway.tenants.key_cache.known(secret) is not None for secret in secrets] == [False] * 2 + [
+        True
+    ] * 3
 
 
 def test_a_store_that_is_away_is_said_to_be_never_that_the_key_is_wrong(
@@ -157,7 +159,7 @@ def test_a_store_that_is_away_is_said_to_be_never_that_the_key_is_wrong(
 ) -> None:
     away = Tenants(type(shop.store)(f"sqlite:///{tmp_path}/no/such/ledger.db"), server_secret(tmp_path))
     with pytest.raises(StoreUnavailable):
-        away.door.authenticate(shop.secret)
+        away.key_cache.authenticate(shop.secret)
 
 
 def test_a_key_works_until_it_expires(shop: BillingFixture, gateway: Gateway) -> None:
@@ -217,7 +219,7 @@ def test_last_use_is_written_in_batches_and_only_forward(shop: BillingFixture, g
     gateway.clock.s = 0.5
     gateway.ask(secret)  # from memory, and yet a use
     assert shop.tenants.keys.get(key.id).last_used_at is None
-    gateway.tenants.door.flush()
+    gateway.tenants.key_cache.flush()
     assert shop.tenants.keys.get(key.id).last_used_at == NOON + timedelta(seconds=0.5)
     assert shop.tenants.keys.get(shop.principal.key_id).last_used_at == NOON
     shop.tenants.keys.note_used({key.id: NOON - HOUR})
@@ -235,8 +237,8 @@ def test_last_use_survives_a_store_that_is_away(
 
         broken.setattr(gateway.tenants.keys, "note_used", away)
         with pytest.raises(StoreUnavailable):
-            gateway.tenants.door.flush()
-    gateway.tenants.door.flush()
+            gateway.tenants.key_cache.flush()
+    gateway.tenants.key_cache.flush()
     assert shop.tenants.keys.get(shop.principal.key_id).last_used_at == NOON
 
 
@@ -257,7 +259,7 @@ def test_platform_keys_and_tenant_keys_open_their_own_doors_only(shop: BillingFi
     assert secret.startswith("bsp-")
     assert shop.tenants.platform_door.authenticate(secret).key_id == key.id
     with pytest.raises(Unauthenticated):
-        shop.tenants.door.authenticate(secret)
+        shop.tenants.key_cache.authenticate(secret)
     with pytest.raises(Unauthenticated):
         shop.tenants.platform_door.authenticate(shop.secret)
     shop.tenants.platform_door.flush()

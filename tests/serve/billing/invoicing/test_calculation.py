@@ -135,25 +135,6 @@ def test_batches_are_lines_of_their_own_at_their_own_rates(shop: BillingFixture,
     assert "(batch)" in text_of(tmp_path / "i.pdf")
 
 
-def test_a_document_from_before_0009_is_read_as_what_it_said() -> None:
-    line = {
-        "model": "tiny",
-        "price": "standard v1",
-        "requests": 1,
-        "uncached_prompt_tokens": 3,
-        "cached_prompt_tokens": 2,
-        "completion_tokens": 1,
-        "prompt_nanos_per_mtok": 30,
-        "cached_prompt_nanos_per_mtok": 20,
-        "completion_nanos_per_mtok": 10,
-        "amount_nanos": 7,
-    }
-    said = {"tenant": "acme", "period": MONTH, "currency": "USD", "lines": [line]}
-    document = InvoiceDocument.model_validate_json(json.dumps(said))
-    assert (document.total_nanos, document.lines[0].tier) == (7, "default")
-    assert [(item.quantity, item.nanos) for item in document.lines[0].items] == [(3, 30), (2, 20), (1, 10)]
-
-
 def test_a_month_without_usage_is_an_empty_invoice(shop: BillingFixture, tmp_path: Path) -> None:
     invoice = Invoices(shop.store).create("acme", MONTH, at=NOON)
     assert (invoice.document.lines, invoice.document.total_nanos) == ((), 0)

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from finetune.card import CARD_NAME, WEIGHTS_NAME, content_version, read_card, write_card
-from finetune.digest import file_sha256
+from finetune.hashing import file_sha256
 from serve.engine.adapters.probe import NOISE, distance, probe
 from serve.engine.protocol import Accepted, Delta, Event
 from serve.errors import BespokeError, EngineUnavailable, RegistryError

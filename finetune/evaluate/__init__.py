@@ -1,0 +1,1 @@
+"""Evaluation of adapters against their base: the metrics, and the gate that they must pass."""
