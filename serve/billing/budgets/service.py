@@ -209,7 +209,7 @@ def _begin(connection: sa.Connection, budget: Budget, *, at: datetime) -> None:
     c = holds_table.c
     marks = []
     for row in connection.execute(sa.select(holds_table).where(c.tenant_id == budget.tenant)):
-        terms = json.loads(row.terms) if row.terms else {}
+        terms = json.loads(row.sale) if row.sale else {}
         if budget.binds(row.tenant_id, terms.get("project"), terms.get("key_id")):
             span = budget.period_at(row.created_at)
             held[span] += row.amount_nanos
