@@ -105,10 +105,10 @@ async def throughput(books: CommitQueue, buyer: Buyer, requests: int) -> dict[st
     """Per second: holds alone, settlements alone, and both of each request."""
 
     async def open_one(number: int) -> None:
-        await books.open(buyer.opening(number))
+        await books.hold(buyer.opening(number))
 
     async def close_one(number: int) -> None:
-        assert await books.close(buyer.closing(number))
+        assert await books.resolve(buyer.closing(number))
 
     async def both(number: int) -> None:
         await open_one(number)
@@ -130,11 +130,11 @@ async def added(books: CommitQueue, buyer: Buyer, requests: int) -> list[float]:
 
     async def request(number: int) -> None:
         started_s = time.perf_counter()
-        await books.open(buyer.opening(number))
+        await books.hold(buyer.opening(number))
         opened_s = time.perf_counter()
         await asyncio.sleep(REQUEST_S)
         ended_s = time.perf_counter()
-        assert await books.close(buyer.closing(number))
+        assert await books.resolve(buyer.closing(number))
         waits_ms.append((opened_s - started_s + time.perf_counter() - ended_s) * 1000)
 
     begun_s, tasks = time.perf_counter(), []

@@ -23,7 +23,7 @@ from serve.observability.metrics import GatewayPeers, Metrics
 from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
 from serve.tenants import Principal, Tenants
-from serve.tenants.key_cache import KeyCache, Who
+from serve.tenants.key_cache import KeyCache, PrincipalT
 
 
 class DirectRoute(APIRoute):
@@ -84,12 +84,12 @@ def bearer(request: Request) -> str:
     return key.strip()
 
 
-async def admit(key_cache: KeyCache[Who], key: str) -> Who:
+async def admit(key_cache: KeyCache[PrincipalT], key: str) -> PrincipalT:
     """Whose key it is; of many requests with one key at once, one asks the store.
 
     Raises Unauthenticated, TenantSuspended, StoreUnavailable.
     """
-    who = key_cache.known(key)
+    who = key_cache.cached(key)
     return (
         await key_cache.shared(key, lambda: asyncio.to_thread(key_cache.authenticate, key))
         if who is None

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from serve.billing.credits.grants import Credits
-from serve.billing.invoicing.calculation import credit_left
+from serve.billing.invoicing.calculation import remaining_credit
 from serve.billing.jobs import expire_due
 from serve.billing.money import nanos_of_usd, usd
 from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
@@ -60,7 +60,7 @@ def index(tenant: str, home: HomeOption = None) -> None:
     store = open_store(settings_of(home))
     rows = table("!id", "kind", ">amount", ">left", "granted", "expires", "reason")
     with store.read() as connection:
-        left = credit_left(connection, tenant)
+        left = remaining_credit(connection, tenant)
     for one in Credits(store).page(tenant).items:
         rest = usd(0) if one.expired_nanos is not None else usd(left.get(one.id, one.amount_nanos))
         expires = f"{one.expires_at:%Y-%m-%d}" if one.expires_at else "never"

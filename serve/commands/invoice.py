@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from serve.billing.invoicing.billing_details import SELLER, BillingDetails, read_party
-from serve.billing.invoicing.breakdown import By, InvoiceUsage, Within
+from serve.billing.invoicing.breakdown import By, InvoiceFilter, InvoiceUsage
 from serve.billing.invoicing.credit_notes import CreditNotes
 from serve.billing.invoicing.export import write_csv, write_json
 from serve.billing.invoicing.invoices import Invoices
@@ -92,7 +92,7 @@ def show(number: NumberArgument, home: HomeOption = None) -> None:
     for change in invoices.history(number):
         rows.add_row(change.state.value, f"{change.at:%Y-%m-%d %H:%M} UTC", change.actor, change.reason)
     console.print(rows)
-    for note in CreditNotes(store).of(number):
+    for note in CreditNotes(store).for_invoice(number):
         said = note.document
         console.print(
             f"  {note.number}: {usd(said.amount_nanos)} {said.currency}, {said.reason}", markup=False
@@ -113,7 +113,7 @@ def lines(
     """What is behind an invoice's lines, at list price: days, keys, requests with their price versions."""
     store = open_store(settings_of(home))
     invoice, usage = Invoices(store).get(number), InvoiceUsage(store)
-    within = Within(line, day.replace(tzinfo=UTC) if day else None, key)
+    within = InvoiceFilter(line, day.replace(tzinfo=UTC) if day else None, key)
     counted = (">prompt", ">of it cached", ">completion", f">{invoice.document.currency}")
     if by != Grouping.REQUEST:
         grouping: By = "day" if by == Grouping.DAY else "key"
@@ -218,7 +218,7 @@ def export(
 def verify(number: NumberArgument, home: HomeOption = None) -> None:
     """Compute a final invoice again, and compare it with what was frozen; exit 1 if it differs."""
     invoices = _invoices(home)
-    if invoices.recomputed(number) != invoices.get(number).document:
+    if invoices.recalculate(number) != invoices.get(number).document:
         raise OperatorError(f"{number} computed again says something else.")
     console.print(f"{number} computed again is the same, to the nano", style="green")
 

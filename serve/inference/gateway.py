@@ -176,7 +176,7 @@ class Gateway:
         # The lease outlasts every way in which a live gateway can still close the request itself.
         lease = timedelta(seconds=self.context.request_timeout_s + 120)
         also = None if request.commit_hook is None else partial(request.commit_hook.on_hold, at=at)
-        await self.context.commit_queue.open(HoldRequest(hold, at, lease, also, quote.priced_model.revision))
+        await self.context.commit_queue.hold(HoldRequest(hold, at, lease, also, quote.priced_model.revision))
 
 
 def prompt_tokens_max(request: InferenceRequest, context_tokens: int) -> int:

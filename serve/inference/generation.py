@@ -116,7 +116,7 @@ class Generation:
     @property
     def rate_limit_status(self) -> RateLimitStatus | None:
         """What is left of the caller's limits."""
-        return self._admitted.permit.standing
+        return self._admitted.permit.status
 
     async def wait_accepted(self) -> None:
         try:

@@ -68,7 +68,7 @@ async def close(commit_queue: CommitQueue, checkpoints: UsageCheckpoints | None,
     failures = 0
     for delay_s in chain(_RETRY_S, repeat(_RETRY_LATER_S)):
         try:
-            if not await commit_queue.close(closing):
+            if not await commit_queue.resolve(closing):
                 log.warning("request %s was closed by somebody else", closing.request_id)
             if checkpoints is not None:
                 checkpoints.forget(closing.request_id)

@@ -225,7 +225,7 @@ async def _held_up(
 
 
 def _watch_ledger(traps: FailPoints, who: str, marker_of: Callable[[str], str | None]) -> None:
-    record, close = ledger._record, writer.CommitQueue.close
+    record, close = ledger._record, writer.CommitQueue.resolve
 
     def _record(connection: Any, closed: list[ledger.Resolution], held: Any) -> None:
         record(connection, closed, held)
@@ -239,7 +239,7 @@ def _watch_ledger(traps: FailPoints, who: str, marker_of: Callable[[str], str | 
         return outcome
 
     ledger._record = _record
-    writer.CommitQueue.close = _close  # type: ignore[method-assign]
+    writer.CommitQueue.resolve = _close  # type: ignore[method-assign]
 
 
 def _marker_of(prompt: Any) -> str | None:

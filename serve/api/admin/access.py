@@ -47,7 +47,7 @@ async def _caller(request: Request, own_tenant: bool) -> Caller:
     tenants, key = context(request).tenants, bearer(request)
     caller: Caller
     if key.startswith(PLATFORM_PREFIX):
-        caller = await admit(tenants.platform_door, key)
+        caller = await admit(tenants.platform_key_cache, key)
     else:
         caller = await admit(tenants.key_cache, key)
         if "admin" not in caller.scopes:

@@ -14,7 +14,7 @@ from serve.tenants import PLATFORM_PREFIX, Operator, Principal
 async def _reader(request: Request, _documented: Annotated[object, KEY_REQUIRED]) -> Operator | Principal:
     tenants, key = context(request).tenants, bearer(request)
     if key.startswith(PLATFORM_PREFIX):
-        return await admit(tenants.platform_door, key)
+        return await admit(tenants.platform_key_cache, key)
     who = await admit(tenants.key_cache, key)
     if "billing-read" not in who.scopes:
         raise PermissionDenied("billing-read")

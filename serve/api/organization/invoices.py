@@ -108,7 +108,7 @@ def credit_notes(
     invoice: str, reader: Reader, ctx: Ctx, tenant: TenantName = None
 ) -> Listing[CreditNoteWire]:
     found = _issued(ctx, invoice, tenant_of(reader, tenant))
-    return listing(Page(CreditNotes(ctx.store).of(found.number), False), note_wire)
+    return listing(Page(CreditNotes(ctx.store).for_invoice(found.number), False), note_wire)
 
 
 def _issued(ctx: Ctx, number: str, tenant: str | None) -> Invoice:
