@@ -266,7 +266,7 @@ def test_an_answer_is_stored_in_the_transaction_that_bills_it(
             entry.in_transaction(connection)
             raise sa.exc.OperationalError("commit", None, Exception())
 
-        return apply(self, [replace(entry, also=away)])
+        return apply(self, [replace(entry, in_transaction=away)])
 
     played = ScriptedApp(tmp_path, HELLO)
     monkeypatch.setattr(Ledger, "apply", flaky)
