@@ -105,10 +105,10 @@ async def throughput(commit_queue: CommitQueue, traffic: LedgerTraffic, requests
     """Returns holds a second, settlements a second, and whole requests (both) a second."""
 
     async def open_one(number: int) -> None:
-        await commit_queue.open(traffic.opening(number))
+        await commit_queue.hold(traffic.opening(number))
 
     async def close_one(number: int) -> None:
-        assert await commit_queue.close(traffic.closing(number))
+        assert await commit_queue.resolve(traffic.closing(number))
 
     async def both(number: int) -> None:
         await open_one(number)
@@ -130,11 +130,11 @@ async def request_waits(commit_queue: CommitQueue, traffic: LedgerTraffic, reque
 
     async def request(number: int) -> None:
         started_s = time.perf_counter()
-        await commit_queue.open(traffic.opening(number))
+        await commit_queue.hold(traffic.opening(number))
         opened_s = time.perf_counter()
         await asyncio.sleep(REQUEST_S)
         ended_s = time.perf_counter()
-        assert await commit_queue.close(traffic.closing(number))
+        assert await commit_queue.resolve(traffic.closing(number))
         waits_ms.append((opened_s - started_s + time.perf_counter() - ended_s) * 1000)
 
     begun_s, tasks = time.perf_counter(), []

@@ -24,7 +24,7 @@ from serve.observability.metrics import GatewayPeers, Metrics
 from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
 from serve.tenants import Principal, Tenants
-from serve.tenants.key_cache import KeyCache, Who
+from serve.tenants.key_cache import KeyCache, PrincipalT
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,12 @@ async def authorize(request: Request, scope: str) -> Principal:
     return principal
 
 
-async def authenticate(key_cache: KeyCache[Who], key: str) -> Who:
+async def authenticate(key_cache: KeyCache[PrincipalT], key: str) -> PrincipalT:
     """The key's owner. Of many requests with one key at once, only one reads the store.
 
     Raises Unauthenticated, TenantSuspended, StoreUnavailable.
     """
-    cached = key_cache.known(key)
+    cached = key_cache.cached(key)
     if cached is not None:
         return cached
     return await key_cache.shared(key, lambda: asyncio.to_thread(key_cache.authenticate, key))

@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from serve.batches.batches import OK, BatchStatus, batches_table, results_table
-from serve.billing.ledger.accounts import CLOSING, OPENING, transfers_table
+from serve.billing.ledger.accounts import FINAL_PHASE, HOLD_PHASE, transfers_table
 from serve.billing.ledger.ledger import Hold, Ledger
 from serve.inference.request import GenerationResult
 from serve.storage.database import Store
@@ -78,7 +78,7 @@ class Lines:
         r, t = results_table.c, transfers_table.c
         query = (
             sa.select(r.request_id, t.tenant_id, t.amount_nanos)
-            .join(transfers_table, sa.and_(t.request_id == r.request_id, t.phase == OPENING))
+            .join(transfers_table, sa.and_(t.request_id == r.request_id, t.phase == HOLD_PHASE))
             .where(r.batch_id == batch_id, r.status_code.is_(None))
         )
         with self._store.read() as connection:
@@ -119,7 +119,7 @@ class LineCommitHook:
     def on_void(self, connection: sa.Connection) -> None:
         """An answer that was cut short but billed is the line's result: it must not be billed again."""
         t = transfers_table.c
-        closing = sa.select(t.kind).where(t.request_id == self._attempt.request_id, t.phase == CLOSING)
+        closing = sa.select(t.kind).where(t.request_id == self._attempt.request_id, t.phase == FINAL_PHASE)
         if connection.execute(closing).scalar() == "settle":
             self._fill(connection, 500, self._failed_body)
         else:

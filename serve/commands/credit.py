@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from serve.billing.credits.grants import Credits
-from serve.billing.invoicing.calculation import credit_left
+from serve.billing.invoicing.calculation import remaining_credit
 from serve.billing.jobs import expire_due
 from serve.billing.money import nanos_of_usd, usd
 from serve.commands.common import HomeOption, JsonOption, console, now, open_store, print_list, settings_of
@@ -65,7 +65,7 @@ def index(tenant: str, as_json: JsonOption = False, home: HomeOption = None) -> 
     tenants_of(settings).get(tenant)
     store = open_store(settings)
     with store.read() as connection:
-        left = credit_left(connection, tenant)
+        left = remaining_credit(connection, tenant)
     grants = Credits(store).page(tenant)
     if as_json:
         from serve.api.admin.credits import wire

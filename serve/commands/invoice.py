@@ -83,7 +83,7 @@ def show(number: InvoiceArgument, as_json: JsonOption = False, home: HomeOption 
     """Show an invoice, its history and its credit notes."""
     store = open_store(settings_of(home))
     invoices = Invoices(store)
-    invoice, notes = invoices.get(number), CreditNotes(store).of(number)
+    invoice, notes = invoices.get(number), CreditNotes(store).for_invoice(number)
     if as_json:
         from serve.commands.wire import invoice_and_credit_notes
 
@@ -162,7 +162,7 @@ def export(
 def verify(number: InvoiceArgument, home: HomeOption = None) -> None:
     """Compute a final invoice again and compare it with the frozen one; exit 1 if they differ."""
     invoices = _invoices(home)
-    if invoices.recomputed(number) != invoices.get(number).document:
+    if invoices.recalculate(number) != invoices.get(number).document:
         raise OperatorError(f"{number} differs from the invoice that is computed again.")
     console.print(f"{number} computed again is the same, to the nano", style="green")
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from serve.billing.invoicing.breakdown import By, InvoiceUsage, Within
+from serve.billing.invoicing.breakdown import By, InvoiceFilter, InvoiceUsage
 from serve.billing.invoicing.invoices import Invoices
 from serve.billing.invoicing.store import Invoice
 from serve.billing.money import usd
@@ -42,14 +42,14 @@ def lines(
     """List what is behind an invoice's lines: sums at list price, or requests with their price versions."""
     store = open_store(settings_of(home))
     invoice, usage = Invoices(store).get(number), InvoiceUsage(store)
-    within = Within(line, day.replace(tzinfo=UTC) if day else None, key)
+    within = InvoiceFilter(line, day.replace(tzinfo=UTC) if day else None, key)
     if by == Grouping.REQUEST:
         _print_requests(invoice, usage, within, after, limit, as_json)
     else:
         _print_sums(invoice, usage, within, "day" if by == Grouping.DAY else "key", as_json)
 
 
-def _print_sums(invoice: Invoice, usage: InvoiceUsage, within: Within, by: By, as_json: bool) -> None:
+def _print_sums(invoice: Invoice, usage: InvoiceUsage, within: InvoiceFilter, by: By, as_json: bool) -> None:
     sums = usage.sums(invoice, by, within)
     if as_json:
         from serve.api.admin.invoices import sum_wire
@@ -63,7 +63,7 @@ def _print_sums(invoice: Invoice, usage: InvoiceUsage, within: Within, by: By, a
 
 
 def _print_requests(
-    invoice: Invoice, usage: InvoiceUsage, within: Within, after: str | None, limit: int, as_json: bool
+    invoice: Invoice, usage: InvoiceUsage, within: InvoiceFilter, after: str | None, limit: int, as_json: bool
 ) -> None:
     page = usage.requests(invoice, within, after=after, limit=limit)
     if as_json:

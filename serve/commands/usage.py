@@ -13,7 +13,7 @@ from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.verification import verify
 from serve.billing.metering.events import label_of
 from serve.billing.metering.forecast import forecast
-from serve.billing.metering.queries import DAY, EVER, UsageQueries, UsageQuery
+from serve.billing.metering.queries import ALL_TIME, DAY, UsageQueries, UsageQuery
 from serve.billing.metering.reconciliation import EngineCount, Reconciliation, reconcile
 from serve.billing.metering.rollups import rebuild
 from serve.billing.money import cents, usd
@@ -53,7 +53,7 @@ def show(
     home: HomeOption = None,
 ) -> None:
     """Show requests, tokens and cost per tenant and model."""
-    start, end = period_bounds(month) if month else EVER
+    start, end = period_bounds(month) if month else ALL_TIME
     query = UsageQuery(
         start,
         end,

@@ -70,7 +70,7 @@ def build_app(
     metrics = _metrics(settings, peers.name if peers else ALONE)
     admission = RateLimiter(store, f"{socket.gethostname()}-{os.getpid()}")
     commit_queue = CommitQueue(Ledger(store), metrics.committed)
-    checkpoints = UsageCheckpoints(settings.checkpoints_dir, failed=metrics.journal_failed)
+    checkpoints = UsageCheckpoints(settings.checkpoints_dir, on_failure=metrics.journal_failed)
     idempotency = Idempotency(store, lease=timedelta(seconds=settings.request_timeout_s + 120))
     tracing = tracing_of(settings.otlp_endpoint, settings.trace_ratio, "gateway")
     gateway = Gateway(
@@ -187,6 +187,6 @@ async def _note_key_use(tenants: Tenants) -> None:
 
 
 async def _flush_key_use(tenants: Tenants) -> None:
-    for key_cache in (tenants.key_cache, tenants.platform_door):
+    for key_cache in (tenants.key_cache, tenants.platform_key_cache):
         with contextlib.suppress(StoreUnavailable):  # kept for the next time
             await asyncio.to_thread(key_cache.flush)

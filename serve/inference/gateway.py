@@ -179,7 +179,7 @@ class Gateway:
         # The lease is longer than any way a live gateway can take to close the request itself.
         lease = timedelta(seconds=self.context.request_timeout_s + 120)
         in_transaction = None if request.commit_hook is None else partial(request.commit_hook.on_hold, at=at)
-        await self.context.commit_queue.open(
+        await self.context.commit_queue.hold(
             HoldRequest(hold, at, lease, in_transaction, quote.priced_model.revision)
         )
 

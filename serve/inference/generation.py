@@ -121,7 +121,7 @@ class Generation:
     @property
     def rate_limit_status(self) -> RateLimitStatus | None:
         """The caller's remaining requests and tokens."""
-        return self._admitted.permit.standing
+        return self._admitted.permit.status
 
     async def wait_accepted(self) -> None:
         try:

@@ -73,7 +73,7 @@ async def close(
     failures = 0
     for delay_s in chain(_RETRY_S, repeat(_RETRY_LATER_S)):
         try:
-            if not await commit_queue.close(resolution):
+            if not await commit_queue.resolve(resolution):
                 log.warning("request %s was closed by somebody else", resolution.request_id)
             if checkpoints is not None:
                 checkpoints.forget(resolution.request_id)

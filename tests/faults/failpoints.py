@@ -153,13 +153,13 @@ class FaultyEngine(EngineDeployment):
 class FaultySteward(StewardDeployment):
     def __init__(self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> None:
         traps = FailPoints(settings.home)
-        finish = recovery.Recovery._finish
+        commit = recovery.Recovery._commit
 
-        async def _finish(self: recovery.Recovery, closing: ledger.Resolution) -> bool:
+        async def _commit(self: recovery.Recovery, closing: ledger.Resolution) -> bool:
             await traps.come(at("steward", BEFORE_SETTLE), ANY, closing.request_id)
-            return await finish(self, closing)
+            return await commit(self, closing)
 
-        recovery.Recovery._finish = _finish  # type: ignore[method-assign]
+        recovery.Recovery._commit = _commit  # type: ignore[method-assign]
         _watch_ledger(traps, "steward", lambda _request_id: ANY)
         super().__init__(settings, contexts, handles)
 
@@ -225,7 +225,7 @@ async def _held_up(
 
 
 def _watch_ledger(traps: FailPoints, who: str, marker_of: Callable[[str], str | None]) -> None:
-    record, close = ledger._record, writer.CommitQueue.close
+    record, close = ledger._record, writer.CommitQueue.resolve
 
     def _record(connection: Any, closed: list[ledger.Resolution], held: Any) -> None:
         record(connection, closed, held)
@@ -239,7 +239,7 @@ def _watch_ledger(traps: FailPoints, who: str, marker_of: Callable[[str], str | 
         return outcome
 
     ledger._record = _record
-    writer.CommitQueue.close = _close  # type: ignore[method-assign]
+    writer.CommitQueue.resolve = _close  # type: ignore[method-assign]
 
 
 def _marker_of(prompt: Any) -> str | None:

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.billing.budgets.alerts import BudgetFigures
+from serve.billing.budgets.alerts import BudgetMetrics
 from serve.billing.metering.reconciliation import EngineCount, reconcile
 from serve.billing.pricing.plans import Tokens
-from serve.billing.webhooks.outbox import NoticeFigures
+from serve.billing.webhooks.outbox import OutboxMetrics
 from serve.engine.metrics import render_engines
 from serve.engine.protocol import Counters, Delta
 from serve.errors import RateLimited
@@ -57,10 +57,10 @@ def measured() -> StewardStatus:
         drift=tuple(reconcile([count], {})),
         drift_at=1.0,
         jobs={"recover": 1.0},
-        budgets=BudgetFigures((("bud_1", "tenant", "month", 0.5),), 1),
+        budgets=BudgetMetrics((("bud_1", "tenant", "month", 0.5),), 1),
         intervals={"recover": 1.0},
         failures={"recover": 1},
-        notices=NoticeFigures(pending=1),
+        outbox=OutboxMetrics(pending=1),
     )
 
 

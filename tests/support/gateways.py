@@ -13,7 +13,7 @@ from serve.rate_limits.limits import Limits, Subject
 from serve.storage.database import Store
 
 LEASE_S = 2.0
-PLACES_LEASE_S = 15.0
+CONCURRENCY_LEASE_S = 15.0
 
 
 class Clock:
@@ -57,7 +57,7 @@ class Gateways:
             f"g{number}",
             clock=self.clock,
             lease_s=LEASE_S,
-            places_lease_s=PLACES_LEASE_S,
+            concurrency_lease_s=CONCURRENCY_LEASE_S,
             refusal_s=self.refusal_s,
             grace_s=self.grace_s,
         )

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import sqlalchemy as sa
 
-from serve.billing.ledger.accounts import CLOSING, transfers_table
+from serve.billing.ledger.accounts import FINAL_PHASE, transfers_table
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import usage_table
 from serve.engine.protocol import Message, Sampling
@@ -50,7 +50,7 @@ def events(store: Store) -> list[dict[str, object]]:
 
 def closings(store: Store) -> list[str]:
     c = transfers_table.c
-    closing = sa.select(c.kind).where(c.phase == CLOSING, c.kind != "grant")
+    closing = sa.select(c.kind).where(c.phase == FINAL_PHASE, c.kind != "grant")
     with store.read() as connection:
         return list(connection.execute(closing).scalars())
 

@@ -49,7 +49,7 @@ async def _admit(request: Request, own_tenant: bool) -> Caller:
     tenants, key = context_of(request).tenants, bearer_key(request)
     caller: Caller
     if key.startswith(PLATFORM_PREFIX):
-        caller = await authenticate(tenants.platform_door, key)
+        caller = await authenticate(tenants.platform_key_cache, key)
     else:
         caller = await authenticate(tenants.key_cache, key)
         if "admin" not in caller.scopes:

@@ -21,7 +21,7 @@ from serve.api.pagination import (
     seconds,
 )
 from serve.billing.credits.grants import CREDIT_NANOS_MAX, Credits, Grant
-from serve.billing.invoicing.calculation import credit_left
+from serve.billing.invoicing.calculation import remaining_credit
 
 router: APIRouter = admin_router("credits")
 
@@ -73,7 +73,7 @@ def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> List
     ctx.tenants.get(tenant)
     grants = Credits(ctx.store).page(tenant, after=after, limit=limit)
     with ctx.store.read() as connection:
-        left_nanos = credit_left(connection, tenant)
+        left_nanos = remaining_credit(connection, tenant)
     return listing(grants, lambda grant: wire(grant, left_nanos.get(grant.id, 0)))
 
 

@@ -23,7 +23,7 @@ from serve.api.pagination import (
     seconds,
 )
 from serve.billing.invoicing.billing_details import SELLER, BillingDetails
-from serve.billing.invoicing.breakdown import InvoiceUsage, UsageRequest, UsageSum, Within
+from serve.billing.invoicing.breakdown import InvoiceFilter, InvoiceUsage, UsageRequest, UsageSum
 from serve.billing.invoicing.credit_notes import LINES_MAX, CreditNote, CreditNotes
 from serve.billing.invoicing.document import InvoiceDocument, Party
 from serve.billing.invoicing.export import csv_text, json_text
@@ -226,7 +226,7 @@ def credit(invoice: str, body: NewCreditNote, caller: AdminCaller, ctx: Ctx) -> 
 
 @router.get("/invoices/{invoice}/credit-notes")
 def credit_notes(invoice: str, ctx: Ctx) -> Listing[CreditNoteWire]:
-    return listing(Page(CreditNotes(ctx.store).of(invoice), False), note_wire)
+    return listing(Page(CreditNotes(ctx.store).for_invoice(invoice), False), note_wire)
 
 
 @router.put("/seller")
@@ -254,13 +254,13 @@ def get_buyer(tenant: str, ctx: Ctx) -> PartyWire:
     return PartyWire(details=BillingDetails(ctx.store).get(tenant))
 
 
-def within(line: int | None, day: str | None, key: str | None) -> Within:
+def within(line: int | None, day: str | None, key: str | None) -> InvoiceFilter:
     """The selection of an invoice's usage. Raises InvalidRequest if `day` is not a date."""
     try:
         midnight = None if day is None else datetime.strptime(day, "%Y-%m-%d").replace(tzinfo=UTC)
     except ValueError:
         raise InvalidRequest(f"'{day}' is not a day.", "day", "invalid_value") from None
-    return Within(line, midnight, key)
+    return InvoiceFilter(line, midnight, key)
 
 
 def file_of(invoice: Invoice, format: str) -> Response:

@@ -14,7 +14,7 @@ from serve.tenants import PLATFORM_PREFIX, Operator, Principal
 async def _reader(request: Request, _documented: Annotated[object, KEY_REQUIRED]) -> Operator | Principal:
     tenants, key = context_of(request).tenants, bearer_key(request)
     if key.startswith(PLATFORM_PREFIX):
-        return await authenticate(tenants.platform_door, key)
+        return await authenticate(tenants.platform_key_cache, key)
     principal = await authenticate(tenants.key_cache, key)
     if "billing-read" not in principal.scopes:
         raise PermissionDenied("billing-read")

@@ -108,7 +108,7 @@ def credit_notes(
     invoice: str, reader: Reader, ctx: Ctx, tenant: TenantName = None
 ) -> Listing[CreditNoteWire]:
     record = _issued(ctx, invoice, tenant_of(reader, tenant))
-    return listing(Page(CreditNotes(ctx.store).of(record.number), False), note_wire)
+    return listing(Page(CreditNotes(ctx.store).for_invoice(record.number), False), note_wire)
 
 
 def _issued(ctx: Ctx, number: str, tenant: str | None) -> Invoice:

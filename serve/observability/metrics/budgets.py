@@ -6,13 +6,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serve.billing.budgets.alerts import SHOWN_MAX, BudgetFigures
+from serve.billing.budgets.alerts import SHOWN_MAX, BudgetMetrics
 
 
 class BudgetCollector(Collector):
     """The fullest budgets, by ids that tell nobody who the customers are."""
 
-    def __init__(self, figures: BudgetFigures) -> None:
+    def __init__(self, figures: BudgetMetrics) -> None:
         self._figures = figures
 
     def collect(self) -> Iterable[Metric]:
@@ -24,11 +24,11 @@ class BudgetCollector(Collector):
         for budget, level, period, ratio in self._figures.used:
             used.add_metric([budget, level, period], ratio)
         told = CounterMetricFamily("bespoke_budget_notices", "Thresholds of budgets that were told.")
-        told.add_metric([], self._figures.notices)
+        told.add_metric([], self._figures.alerts)
         return [used, told]
 
 
-def render_budgets(figures: BudgetFigures) -> bytes:
+def render_budgets(figures: BudgetMetrics) -> bytes:
     registry = CollectorRegistry()
     registry.register(BudgetCollector(figures))
     return generate_latest(registry)

@@ -1,4 +1,4 @@
-"""What dead gateways leave: closed once, by the highest count that anybody knows."""
+"""Tests that holds of dead gateways are resolved once, by the highest known count."""
 
 import asyncio
 import os
@@ -28,7 +28,7 @@ ONE = "req_1"
 
 
 class RememberingEngine:
-    """Knows what it did for requests, by the names that the gateway gave them."""
+    """Reports its usage of requests by the names that the gateway gave them."""
 
     def __init__(self) -> None:
         self.done: dict[str, RequestUsage] = {}
@@ -65,7 +65,7 @@ class Scene:
     def hold(
         self, owner: str, request_id: str = ONE, *, again: bool = False, at: datetime = NOON
     ) -> BillingTerms:
-        sale = BillingTerms(
+        terms = BillingTerms(
             "acme",
             self.shop.principal.key_id,
             None,
@@ -78,9 +78,9 @@ class Scene:
             "default",
             again,
         )
-        hold = Hold(request_id, "acme", 100_000, terms=sale.to_json(), owner=owner)
+        hold = Hold(request_id, "acme", 100_000, terms=terms.to_json(), owner=owner)
         self.shop.ledger.hold(hold, at=at, lease=LEASE)
-        return sale
+        return terms
 
     def run(self) -> None:
         asyncio.run(self.recovery.run())
@@ -106,7 +106,7 @@ def scene(shop: BillingFixture, tmp_path: Path) -> Iterator[Scene]:
 
 
 def die(checkpoints: UsageCheckpoints) -> None:
-    """The process is gone: its thread, its lock, and nothing is tidied up."""
+    """Simulate the process's death: its thread and lock are gone, and nothing is cleaned up."""
     checkpoints._stopped.set()
     checkpoints._flusher.join()
     os.close(checkpoints._file)
@@ -188,8 +188,8 @@ def test_an_engine_that_does_not_answer_is_waited_for_a_while(scene: Scene) -> N
 
 def test_what_the_gateway_was_about_to_settle_is_settled_so(scene: Scene) -> None:
     checkpoints = scene.gateway()
-    sale = scene.hold(checkpoints.name)
-    event = sale.event(ONE, served(5), UsageStatus.COMPLETE, "stop", ttft_ms=7, latency_ms=9, at=NOON)
+    terms = scene.hold(checkpoints.name)
+    event = terms.event(ONE, served(5), UsageStatus.COMPLETE, "stop", ttft_ms=7, latency_ms=9, at=NOON)
     checkpoints.note_end(event)
     die(checkpoints)
     scene.now += timedelta(minutes=1)
@@ -227,7 +227,7 @@ def test_the_second_attempt_is_billed_and_the_first_recorded(scene: Scene) -> No
 
 
 def test_an_answer_that_somebody_asks_for_again_is_billed_when_it_arrives(scene: Scene) -> None:
-    """Its tokens are accounted for, so that the ledger still agrees with the engine; nobody pays them."""
+    """Its tokens are recorded, so that the ledger still agrees with the engine, but are not billed."""
     checkpoints = scene.gateway()
     scene.hold(checkpoints.name, again=True)
     checkpoints.track(ONE, partial(served, 3))
@@ -285,6 +285,6 @@ def test_a_clock_that_steps_back_closes_nothing_twice_and_leaks_nothing(scene: S
 
 
 def test_a_sale_is_kept_as_it_was(scene: Scene) -> None:
-    sale = scene.hold("somebody", again=True)
-    dear = replace(sale, rates=RATES.model_copy(update={"cold_load_nanos": 5}))
+    terms = scene.hold("somebody", again=True)
+    dear = replace(terms, rates=RATES.model_copy(update={"cold_load_nanos": 5}))
     assert BillingTerms.from_json(dear.to_json()) == dear

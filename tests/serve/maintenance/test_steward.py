@@ -1,4 +1,4 @@
-"""The steward's chores stand alone, and what it measures is what /metrics says."""
+"""Tests that the steward's jobs are independent, and that /metrics shows its status."""
 
 import asyncio
 from collections.abc import Callable
@@ -20,7 +20,7 @@ LEASE = timedelta(minutes=10)
 
 
 class CountingEngine:
-    """An engine process with the counters that tests give it."""
+    """Simulates an engine process with the counters that a test sets."""
 
     def __init__(self, prompt: int = 0, completion: int = 0) -> None:
         self.counted = (prompt, completion)
@@ -52,7 +52,7 @@ def steward_of(
 
 
 def watch(steward: Steward, seen: Callable[[StewardStatus], bool]) -> StewardStatus:
-    """What it measures once `seen` is true of it."""
+    """Return the first status for which `seen` is true."""
 
     async def scenario() -> StewardStatus:
         running = asyncio.create_task(steward.run())

@@ -14,7 +14,7 @@ from serve.api import admin, errors, models
 from serve.api.dependencies import Context
 from serve.api.middleware import RequestMiddleware
 from serve.billing.budgets.service import BudgetService
-from serve.billing.credits.charges import Charge, charge
+from serve.billing.credits.charges import Charge, post_charge
 from serve.billing.invoicing.invoices import Invoices
 from serve.billing.pricing.plans import Prices
 from serve.errors import StoreUnavailable
@@ -33,7 +33,7 @@ def old_invoice(shop: BillingFixture, tenant: str) -> str:
     """The number of an invoice that is final, of a month long ago."""
     at = LONG_AGO - timedelta(days=1)
     with shop.store.write() as connection:
-        charge(connection, Charge(f"old:{tenant}", tenant, "training", "x", 1, shop.price.id, 1000, at))
+        post_charge(connection, Charge(f"old:{tenant}", tenant, "training", "x", 1, shop.price.id, 1000, at))
     invoices = Invoices(shop.store)
     draft = invoices.create(tenant, "2025-01", at=LONG_AGO)
     invoices.review(draft.number, at=LONG_AGO)

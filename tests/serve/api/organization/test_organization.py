@@ -15,7 +15,7 @@ from serve.api import errors, organization
 from serve.api.dependencies import Context
 from serve.api.organization import costs, forecast, usage
 from serve.billing.budgets.service import BudgetService
-from serve.billing.credits.charges import Charge, charge
+from serve.billing.credits.charges import Charge, post_charge
 from serve.billing.ledger.ledger import Hold
 from serve.billing.metering.events import UsageEvent
 from tests.serve.conftest import NOON, BillingFixture
@@ -67,7 +67,7 @@ class Office:
             charged = Charge(
                 reference, "acme", "training", "acme/support@1", 9, self.shop.price.id, nanos, at
             )
-            assert charge(connection, charged)
+            assert post_charge(connection, charged)
 
     def ask(self, path: str, key: str | None = None, **params: Any) -> httpx.Response:
         async def send() -> httpx.Response:

@@ -25,7 +25,7 @@ MONTH = "2026-11"
 def buy(
     shop: BillingFixture, number: int, *, adapter: bool, days: int = 0, tier: str = "default", times: int = 1
 ) -> int:
-    """One settled request; returns its cost."""
+    """Settle one request and return its cost."""
     tokens = Tokens(times * (100 + number), times * 20, times * (30 + number))
     cost = shop.price.rates(adapter=adapter, batch=tier == "batch").cost_nanos(tokens)
     at = NOON + timedelta(days=days)
