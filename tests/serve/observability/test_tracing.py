@@ -41,7 +41,7 @@ class Traced(ScriptedApp):
         super().__init__(home, *scripts, otlp_endpoint=endpoint, **settings)
 
     def ended(self) -> None:
-        self.gateway.terms.tracing.close()
+        self.gateway.context.tracing.close()
 
 
 def tree(spans: list[Received]) -> dict[str, list[str]]:
