@@ -33,7 +33,8 @@
         ├── ReconciliationFailed
         └── UnknownRecord
 
-Errors carry data, not prose built elsewhere, and they pickle (Ray ships them between processes):
+Errors carry data, not prose built elsewhere. They pickle (Ray ships them in control calls), and replicas
+send them as a type and plain arguments (`serve.engine.transport.errors`):
 `args` are always exactly the constructor's positional arguments. `serve.api.errors` is the one
 place that maps a type to an HTTP status.
 """

@@ -38,9 +38,10 @@ class Address:
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):
-    """The request ends with a BespokeError, pickled: both ends are this program, and have proved it."""
+    """Ends a request with an error of `serve.errors`: its type's name and its constructor's arguments."""
 
-    error: bytes
+    name: str
+    arguments: tuple[str | int | float | bool | None, ...]
 
 
 class Generate(msgspec.Struct, frozen=True, array_like=True, tag="g"):

@@ -2,11 +2,11 @@
 
 import asyncio
 import hmac
-import pickle
 import secrets
 from typing import Any, Protocol
 
 from serve.engine.protocol import Finished, GenerationRequest, Take
+from serve.engine.transport.errors import decode_error
 from serve.engine.transport.frames import (
     TOKEN_BYTES,
     Abort,
@@ -39,7 +39,7 @@ class PendingRequest:
             return
         last = batch[-1]
         if isinstance(last, Failed):
-            self.end(pickle.loads(last.error))
+            self.end(decode_error(last))
             return
         self.accepted = True
         try:

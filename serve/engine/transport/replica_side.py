@@ -3,17 +3,16 @@
 import asyncio
 import contextlib
 import logging
-import pickle
 from functools import partial
 from typing import Any, Protocol
 
 from serve.engine.protocol import GenerationRequest, Take
+from serve.engine.transport.errors import encode_error
 from serve.engine.transport.frames import (
     Abort,
     Address,
     Cancel,
     Entry,
-    Failed,
     Frame,
     FrameProtocol,
     Generate,
@@ -132,10 +131,10 @@ class GatewayConnection(FrameProtocol):
         try:
             await self._replica_server.engine.generate(request, partial(self._send, request.request_id))
         except BespokeError as error:
-            self._send(request.request_id, [Failed(pickle.dumps(error))])
+            self._send(request.request_id, [encode_error(error)])
         except Exception:
             log.exception("request %s failed", request.request_id)
-            self._send(request.request_id, [Failed(pickle.dumps(EngineFailed()))])
+            self._send(request.request_id, [encode_error(EngineFailed())])
 
     def _send(self, request_id: str, batch: list[Any]) -> None:
         """On its way once every request of the engine's step has had its turn."""
@@ -163,6 +162,6 @@ class GatewayConnection(FrameProtocol):
             self._write(Frame([(request_id, batch)]))
         except Exception:
             log.exception("request %s is ended: its events could not be written", request_id)
-            self._write(Frame([(request_id, [Failed(pickle.dumps(EngineFailed()))])]))
+            self._write(Frame([(request_id, [encode_error(EngineFailed())])]))
             if request_id in self.running:
                 self.running[request_id].cancel()

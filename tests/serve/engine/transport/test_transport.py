@@ -307,7 +307,7 @@ def test_a_request_that_is_not_accepted_in_time_is_unavailable() -> None:
 
 
 def test_without_a_replica_a_request_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.engine.client.NO_REPLICA_S", 0.1)
+    monkeypatch.setattr("serve.engine.client.REPLICA_WAIT_S", 0.1)
 
     async def scenario() -> None:
         async with World("") as world:
