@@ -26,6 +26,7 @@ from ray import serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
 from serve.deployment.app import LOOPBACK
+from serve.deployment.upstream import ray_folder
 from serve.settings import Settings
 
 
@@ -83,7 +84,7 @@ class LocalService:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env={"worker_process_setup_hook": "serve.deployment.event_loop.use_uvloop"},
-                _temp_dir=str(self._scratch),
+                **ray_folder(self._scratch),
             )
         finally:  # even what a start that failed has left
             self._children = [one for one in psutil.Process().children(recursive=True) if one not in others]

@@ -16,6 +16,7 @@ from typing import Any
 from quantize.card import verify
 from quantize.errors import CardMissing
 from serve.billing.metering.terms import RequestUsage
+from serve.deployment import upstream
 from serve.deployment.app import LOOPBACK
 from serve.deployment.autoscaling import REQUESTS
 from serve.engine.adapters.reconciler import Reconciler
@@ -25,7 +26,8 @@ from serve.engine.transport.frames import Address, Hello
 from serve.engine.transport.gateway_side import ReplicaListener
 from serve.engine.transport.replica_side import ReplicaServer
 from serve.engine.vllm.engine import VllmEngine
-from serve.engine.vllm.setup import compute_on_one_thread, read_variables_once
+from serve.engine.vllm.setup import compute_on_one_thread
+from serve.engine.vllm.upstream import read_variables_once
 from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError
 from serve.maintenance.steward import StewardStatus
 from serve.observability import logs
@@ -34,15 +36,7 @@ from serve.registry.registry import AdapterRegistry
 from serve.settings import ScalingSettings, Settings
 from serve.storage.database import Store
 
-# Read by ray when it is imported and by every process it starts.
-os.environ.setdefault("RAY_worker_niceness", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# User code runs in a replica's own loop: a change of thread costs up to an interpreter's switch interval.
-os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
-os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# The node's address is then 127.0.0.1, so that none of Ray's unauthenticated ports leaves the machine.
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.update(upstream.RAY_VARIABLES | os.environ)
 
 import ray
 from ray import serve as ray_serve
@@ -313,20 +307,9 @@ def _replicas(least: int, scaling: ScalingSettings) -> dict[str, Any]:
 
 
 def _keep_replica_port_on(host: str) -> None:
-    """Bind this replica's inter-deployment gRPC port to loopback when the service is on loopback.
-
-    Ray 2.60 binds it to every interface (serve/_private/replica.py, `"[::]:0"`), unauthenticated, and what
-    arrives there is unpickled. Ray opens it after the deployment's constructor, so this is in time.
-    """
-    from ray.serve._private import replica
-
-    bind = replica.add_port_to_grpc_server
-    if host in LOOPBACK and bind.__module__.startswith("ray."):
-
-        def bind_loopback(server: Any, address: str) -> int:
-            return int(bind(server, address.replace("[::]:", "127.0.0.1:")))
-
-        replica.add_port_to_grpc_server = bind_loopback
+    """Keep this replica's inter-deployment port on loopback when the service is on loopback."""
+    if host in LOOPBACK:
+        upstream.keep_replica_port_on_loopback()
 
 
 def _gpus(settings: Settings) -> int:

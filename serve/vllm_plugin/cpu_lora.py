@@ -12,39 +12,16 @@ one product for their Aᵀ; only the rank that a slot's adapter has is computed,
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.vllm_plugin import kernel
+from serve.vllm_plugin import kernel, upstream
 from serve.vllm_plugin.batch import Batch
 
 
-def needed() -> bool:
-    """Whether the installed vLLM still gives adapterless tokens the last slot's delta."""
-    import torch
-    from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
-
-    hidden = torch.zeros(1, 1)
-    output = torch.zeros(1, 1)
-    nobody = torch.tensor([-1])
-    bgmv_shrink(torch.ones(1, 1), torch.ones(1, 1, 1, 1), hidden, nobody, 1.0)
-    bgmv_expand(hidden, torch.ones(1, 1, 1, 1), output, nobody)
-    return bool(output.any())
-
-
 def install() -> None:
-    """Replace PunicaWrapperCPU's linear path and mask its remaining operators."""
-    from vllm.lora.punica_wrapper import punica_cpu
-
+    """Replace PunicaWrapperCPU's linear path and mask its remaining operators, where vLLM needs it."""
     from serve.vllm_plugin import cpu_slots
 
-    wrapper = punica_cpu.PunicaWrapperCPU
-    if getattr(wrapper, "bespoke_repaired", False) or not needed():
-        return
-    wrapper.bespoke_repaired = True
-    wrapper.update_metadata = _update_metadata
-    wrapper.add_lora_linear = _add_lora_linear
-    for name in ("bgmv_shrink", "bgmv_expand"):  # logits and embeddings still use these
-        setattr(punica_cpu, name, _masked(getattr(punica_cpu, name)))
-    wrapper._expand_prefill = wrapper._expand_decode  # the prefill form hides the indices; same result
-    cpu_slots.install()
+    if upstream.replace_cpu_lora(_update_metadata, _add_lora_linear, _masked):
+        cpu_slots.install()
 
 
 class Stack(tuple[Any, ...]):
@@ -82,17 +59,15 @@ class State:
 
 def state(wrapper: Any) -> State:
     """The state of `wrapper`, made on first use."""
-    kept: State = wrapper.__dict__.setdefault("bespoke_state", State())
-    return kept
+    wrapper_state: State = wrapper.__dict__.setdefault("bespoke_state", State())
+    return wrapper_state
 
 
 def _update_metadata(self: Any, mapping: Any, *args: Any, **kwargs: Any) -> None:
-    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
-
-    PunicaWrapperBase.update_metadata(self, mapping, *args, **kwargs)
-    known = state(self)
-    compiled = kernel.entry(known.dtype) is not None
-    self.bespoke_batch = Batch.of(self.token_lora_indices, known.ranks, compiled=compiled)
+    upstream.base_update_metadata(self, mapping, *args, **kwargs)
+    wrapper_state = state(self)
+    compiled = kernel.entry(wrapper_state.dtype) is not None
+    self.bespoke_batch = Batch.of(self.token_lora_indices, wrapper_state.ranks, compiled=compiled)
 
 
 def _add_lora_linear(

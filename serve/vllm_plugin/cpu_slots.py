@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.vllm_plugin import upstream
 from serve.vllm_plugin.cpu_lora import Stack, stack, state
 from serve.vllm_plugin.packed import INDEX_NAME, Layer, Layout, Packed
 
@@ -23,33 +24,29 @@ class Traffic:
 
 
 def install() -> None:
-    """Patch the managers, once."""
-    from vllm.lora import model_manager, worker_manager
-
-    manager = model_manager.LoRAModelManager
-    if getattr(manager, "bespoke_slots", False):
-        return
-    manager.bespoke_slots = True
-    manager.register_module = _register_module(manager.register_module)
-    manager.activate_adapter = _activate_adapter(manager.activate_adapter)
-    manager._deactivate_adapter = _deactivate_adapter(manager._deactivate_adapter)
-    manager._add_adapter = _add_adapter(manager._add_adapter)
-    manager.remove_all_adapters = _remove_all_adapters(manager.remove_all_adapters)
-    workers = worker_manager.WorkerLoRAManager
-    workers._load_adapter = _load_adapter(workers._load_adapter)
+    """Wrap the managers' methods, once."""
+    upstream.replace_slot_handling(
+        {
+            "register_module": _register_module,
+            "activate_adapter": _activate_adapter,
+            "_deactivate_adapter": _deactivate_adapter,
+            "_add_adapter": _add_adapter,
+            "remove_all_adapters": _remove_all_adapters,
+        },
+        _load_adapter,
+    )
 
 
 def layout(manager: Any) -> Layout | None:
     """The layers of a LoRAModelManager in its order, or None where packing is not known to be right."""
     if not hasattr(manager, "bespoke_layout"):
         manager.bespoke_layout = _layout(manager)
-    known: Layout | None = manager.bespoke_layout
-    return known
+    worker_layout: Layout | None = manager.bespoke_layout
+    return worker_layout
 
 
 def _layout(manager: Any) -> Layout | None:
-    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
-    rename = mapper.get_rename_mapper()._map_name if mapper is not None else str
+    rename = upstream.module_renaming(manager.model)
     layers, dtypes = [], set()
     for name, module in manager.modules.items():
         a, b = getattr(module, "lora_a_stacked", None), getattr(module, "lora_b_stacked", None)
@@ -65,8 +62,8 @@ def _layout(manager: Any) -> Layout | None:
 
 
 def traffic(manager: Any) -> Traffic:
-    kept: Traffic = manager.__dict__.setdefault("bespoke_traffic", Traffic())
-    return kept
+    totals: Traffic = manager.__dict__.setdefault("bespoke_traffic", Traffic())
+    return totals
 
 
 def residency(manager: Any) -> dict[str, Any]:
@@ -91,13 +88,11 @@ def _register_module(original: Any) -> Any:
 
 def _load_adapter(original: Any) -> Any:
     def _load_adapter(self: Any, lora_request: Any) -> Any:
-        from vllm.lora.lora_model import LoRAModel
-
-        path, known = Path(lora_request.lora_path), layout(self._adapter_manager)
-        if known is None or not (path / INDEX_NAME).exists():
+        path, worker_layout = Path(lora_request.lora_path), layout(self._adapter_manager)
+        if worker_layout is None or not (path / INDEX_NAME).exists():
             return original(self, lora_request)
-        packed = Packed.open(path, known)
-        model = LoRAModel(lora_request.lora_int_id, packed.rank, {})
+        packed = Packed.open(path, worker_layout)
+        model = upstream.loaded_model(lora_request.lora_int_id, packed.rank)
         model.bespoke_packed = packed
         return model
 
@@ -135,9 +130,9 @@ def _activate_adapter(original: Any) -> Any:
             _fill(list(self.modules.values()), slot, packed)
         for wrapper in self.punica_wrapper_mapping.values():
             state(wrapper).ranks[slot] = lora.rank
-        kept = traffic(self)
-        kept.activations += 1
-        kept.seconds += time.perf_counter() - started_s
+        totals = traffic(self)
+        totals.activations += 1
+        totals.seconds += time.perf_counter() - started_s
         return True
 
     return activate_adapter

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from serve.vllm_plugin import cpu_slots
+from serve.vllm_plugin import cpu_slots, upstream
 
 
 class WorkerExtension:
@@ -12,7 +12,7 @@ class WorkerExtension:
 
     def bespoke_layout(self) -> dict[str, Any] | None:
         """The layout that adapters are packed for, as plain values, or None: do not pack."""
-        layout = cpu_slots.layout(self.model_runner.lora_manager._adapter_manager)
+        layout = cpu_slots.layout(upstream.adapter_manager(self))
         if layout is None:
             return None
         layers = [(layer.parts, layer.width_in, layer.widths_out) for layer in layout.layers]
@@ -20,4 +20,4 @@ class WorkerExtension:
 
     def bespoke_residency(self) -> dict[str, Any]:
         """See `cpu_slots.residency`."""
-        return cpu_slots.residency(self.model_runner.lora_manager._adapter_manager)
+        return cpu_slots.residency(upstream.adapter_manager(self))

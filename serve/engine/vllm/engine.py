@@ -29,6 +29,7 @@ from serve.engine.protocol import (
     Take,
     Texts,
 )
+from serve.engine.vllm import upstream
 from serve.engine.vllm.counters import read_counters
 from serve.engine.vllm.outputs import OutputHook, OutputParser
 from serve.engine.vllm.prompts import PromptRenderer, Rendered, refusal_of
@@ -88,22 +89,13 @@ class VllmEngine:
         """Load the base and prove with one real request that it answers. Takes tens of seconds."""
         prepare_environment(settings)
         prepare_vllm(otlp_endpoint)
-        from vllm import AsyncEngineArgs
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.async_llm import AsyncLLM
-
         targets = target_suffixes(base_dir) if settings.max_loras else []
-        args = AsyncEngineArgs(
+        llm = upstream.start_llm(
             model=str(base_dir),
             served_model_name=base,
             otlp_traces_endpoint=traces_url(otlp_endpoint) if otlp_endpoint else None,
             **engine_args(settings, targets),
         )
-        config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        # A small model may write free whitespace until its tokens are spent. Both grammar backends that
-        # `auto` chooses between know the switch; vLLM's check of the arguments overlooks that.
-        config.structured_outputs_config.disable_any_whitespace = True
-        llm = AsyncLLM.from_vllm_config(config)
         card = read_card(base_dir)
         renderer = PromptRenderer(llm, tool_parser=card.tool_parser, reasoning_parser=card.reasoning_parser)
         if not settings.max_loras:
@@ -281,8 +273,7 @@ class VllmEngine:
         await self._abort(self._queues.get(request_id, ()))
 
     async def _abort(self, queues: Iterable[Any]) -> None:
-        """By vLLM's own names: by ours it would keep for ever what several samples have in common."""
-        await self._llm.abort([queue.request_id for queue in queues], internal=True)
+        await upstream.abort(self._llm, queues)
 
     async def counters(self) -> Counters:
         """vLLM's own counters, read from its Prometheus registry."""

@@ -11,6 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from serve.engine.protocol import Delta, Event, Finished, Take, TokenLogprob, ToolCall
+from serve.engine.vllm import upstream
 
 _NO_REASON = ("abort", "error")  # vLLM's for an end that is no answer's
 _LOGPROB_MIN = -9999.0  # JSON knows no infinity; vLLM's and OpenAI's floor
@@ -174,7 +175,9 @@ class _Choice:
             self._text, self._request, enable_auto_tools=True, model_output_token_ids=self._ids
         )
         calls = self._allowed(
-            ToolCall(number, call.id or _call_id(), _whole(call.name), _whole(call.arguments))
+            ToolCall(
+                number, call.id or upstream.make_tool_call_id(), _whole(call.name), _whole(call.arguments)
+            )
             for number, call in enumerate(found or ())
         )
         self._called = bool(calls)
@@ -205,12 +208,6 @@ def _whole(text: str | None) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _call_id() -> str:
-    from vllm.renderers.chat_utils import make_tool_call_id
-
-    return str(make_tool_call_id())
-
-
 class OutputHook:
     """Takes the place of a task that waits for each output: waking it would cost more than reading does.
 
@@ -225,10 +222,7 @@ class OutputHook:
 
     def open(self, part: int, queue: Any) -> None:
         """Read the RequestOutputCollector of the prompt number `part`, from what is in it already on."""
-        early, queue.output = queue.output, None
-        queue.put = partial(self._put, part)
-        if early is not None:
-            self._put(part, early)
+        upstream.redirect_outputs(queue, partial(self._put, part))
 
     def _put(self, part: int, output: Any) -> None:
         # vLLM's caller serves all requests: nothing may be raised here.

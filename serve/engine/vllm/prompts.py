@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.engine.protocol import GenerationRequest, Message, Texts, Toolbox
+from serve.engine.vllm import upstream
 from serve.errors import BespokeError, ContextLengthExceeded, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -33,21 +34,9 @@ class PromptRenderer:
     """Renders for one AsyncLLM. The parsers are names of vLLM's, or None where the base has none."""
 
     def __init__(self, llm: Any, *, tool_parser: str | None, reasoning_parser: str | None) -> None:
-        from vllm.renderers.online_renderer import OnlineRenderer
-
         self._config = llm.model_config
-        self._tools = tool_parser is not None
-        self._online = OnlineRenderer(
-            llm.model_config,
-            llm.renderer,
-            request_logger=None,
-            chat_template=None,
-            chat_template_content_format="auto",
-            enable_auto_tools=self._tools,
-            exclude_tools_when_tool_choice_none=True,
-            tool_parser=tool_parser,
-            reasoning_parser=reasoning_parser,
-        )
+        self._has_tools = tool_parser is not None
+        self._online = upstream.make_renderer(llm, tool_parser=tool_parser, reasoning_parser=reasoning_parser)
 
     @property
     def context_tokens_max(self) -> int:
@@ -83,19 +72,10 @@ class PromptRenderer:
 
     def parser(self, rendered: Rendered) -> Any:
         """A new parser of vLLM's for one choice; None if its text is the answer as it stands."""
-        made, asked = self._online.parser, rendered.request
-        plain = made is None or not hasattr(asked, "messages")
-        if plain or (made.reasoning_parser_cls is None and not (asked.tools and asked.tool_choice != "none")):
-            return None
-        kwargs = self._online.effective_chat_template_kwargs(asked)
-        parser = made(self.tokenizer, asked.tools, chat_template_kwargs=kwargs, model_config=self._config)
-        parser.set_prompt_token_ids(rendered.inputs[0]["prompt_token_ids"])
-        return parser
+        return upstream.make_parser(self._online, rendered.request, rendered.inputs[0]["prompt_token_ids"])
 
     async def _chat(self, request: GenerationRequest, messages: tuple[Message, ...]) -> tuple[Any, list[Any]]:
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
-        asked = ChatCompletionRequest(
+        asked = upstream.chat_request(
             messages=[_message(message) for message in messages],
             logprobs=request.sampling.logprobs is not None,
             top_logprobs=request.sampling.logprobs or 0,
@@ -106,16 +86,11 @@ class PromptRenderer:
         result = await self._online.render_chat(asked)
         if not isinstance(result, tuple):
             raise InvalidRequest(result.error.message, result.error.param, "invalid_value")
-        if asked.structured_outputs is not None and asked.structured_outputs.structural_tag is not None:
-            tag = json.loads(asked.structured_outputs.structural_tag)
-            _bound_whitespace(tag)
-            asked.structured_outputs.structural_tag = json.dumps(tag)
+        upstream.bound_whitespace(asked)
         return asked, result[1]
 
     async def _texts(self, request: GenerationRequest, texts: Texts) -> tuple[Any, list[Any]]:
-        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
-        asked = CompletionRequest(
+        asked = upstream.completion_request(
             prompt=[text if isinstance(text, str) else list(text) for text in texts.prompts],
             logprobs=request.sampling.logprobs,
             echo=request.sampling.echo,
@@ -129,7 +104,7 @@ class PromptRenderer:
     def _tools_of(self, toolbox: Toolbox | None) -> dict[str, Any]:
         if toolbox is None:
             return {}
-        if not self._tools and toolbox.choice != "none":
+        if not self._has_tools and toolbox.choice != "none":
             raise InvalidRequest("This model does not support tools.", "tools", "unsupported_parameter")
         choice: Any = toolbox.choice
         if toolbox.function is not None:
@@ -206,19 +181,6 @@ def _common(request: GenerationRequest) -> dict[str, Any]:
             else {"type": "json_schema", "json_schema": {"name": "answer", "schema": json.loads(schema)}}
         )
     return fields
-
-
-def _bound_whitespace(tag: Any) -> None:
-    """In tool calls too (see `VllmEngine.start`): one space may follow a comma, and no more."""
-    if isinstance(tag, dict):
-        if tag.get("type") == "json_schema" and "json_schema" in tag:
-            tag["max_whitespace_cnt"] = 1
-            return
-        for part in tag.values():
-            _bound_whitespace(part)
-    elif isinstance(tag, list):
-        for part in tag:
-            _bound_whitespace(part)
 
 
 def _message(message: Message) -> dict[str, Any]:

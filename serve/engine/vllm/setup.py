@@ -3,12 +3,8 @@
 import os
 from typing import Any
 
+from serve.engine.vllm.upstream import CPU_EXECUTOR
 from serve.settings import EngineSettings
-
-# vLLM's core computes in its own process, as on a GPU. On CPUs vLLM would start a worker process, because
-# OpenMP's threads can only be set before a process starts, and each would wait actively for the other: a core
-# less to compute on. We set the threads before the core starts (docs/performance.md).
-CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def prepare_environment(settings: EngineSettings) -> None:
@@ -60,10 +56,3 @@ def compute_on_one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def read_variables_once() -> None:
-    """For a replica's process, once its engine runs: vLLM looks several up for every token."""
-    from vllm.envs import enable_envs_cache
-
-    enable_envs_cache()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from serve.deployment import http_server as server_module
+from serve.deployment import upstream
 from serve.deployment.http_server import HttpServer
 from tests.serve.conftest import free_port
 
@@ -61,7 +61,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 def test_a_client_that_reads_no_more_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "STALLED_S", 0.3)
+    monkeypatch.setattr(upstream, "STALLED_S", 0.3)
 
     async def scenario(server: HttpServer, port: int) -> None:
         with closing(ask(port)):
@@ -72,7 +72,7 @@ def test_a_client_that_reads_no_more_is_cut_off(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_client_that_reads_slowly_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "STALLED_S", 0.2)
+    monkeypatch.setattr(upstream, "STALLED_S", 0.2)
 
     async def scenario(server: HttpServer, port: int) -> None:
         with closing(ask(port)) as client:

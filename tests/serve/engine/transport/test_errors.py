@@ -50,7 +50,9 @@ class Private(errors.OperatorError):
     """An error that no gateway knows."""
 
 
-@pytest.mark.parametrize("error", [Private("no"), errors.OperatorError({"not": "plain"})], ids=["type", "value"])
+@pytest.mark.parametrize(
+    "error", [Private("no"), errors.OperatorError({"not": "plain"})], ids=["type", "value"]
+)
 def test_an_error_that_cannot_travel_becomes_a_failed_engine(error: BespokeError) -> None:
     assert type(sent(encode_error(error))) is EngineFailed
 
