@@ -1,4 +1,4 @@
-"""A gateway replica's own HTTP server: uvicorn on a port that all replicas share.
+"""Runs a gateway replica's own HTTP server: uvicorn on a port that all replicas share.
 
 Each replica listens on the port itself (SO_REUSEPORT, socket(7)) and the kernel spreads new connections
 over them. There is no proxy process between a client and its gateway.
@@ -17,10 +17,13 @@ KEEP_ALIVE_S = 90  # longer than clients and load balancers keep idle connection
 
 
 class HttpServer:
-    """Serves `app` on `host`:`port`, beside others that do."""
+    """Serves `app` on `host`:`port`, beside other processes that do."""
 
     def __init__(self, app: ASGIApp, host: str, port: int, *, drain_timeout_s: float) -> None:
-        """`drain_timeout_s` after `stop` this process is killed: a fifth of it is for the last bills."""
+        """Configures uvicorn. The process is killed `drain_timeout_s` after `stop`.
+
+        A fifth of that time is left to settle the last requests.
+        """
         self._address = host, port
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -38,7 +41,7 @@ class HttpServer:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns once it listens. Raises OSError if the port is another's."""
+        """Starts to listen. Raises OSError if the port is taken."""
         self._serving = asyncio.create_task(self._server.serve([_listener(*self._address)]))
         while not self._server.started:
             done, _ = await asyncio.wait({self._serving}, timeout=0.01)
@@ -48,11 +51,11 @@ class HttpServer:
 
     @property
     def ongoing(self) -> int:
-        """Requests that are being answered."""
+        """Counts the requests that are being answered."""
         return ongoing_requests(self._server)
 
     async def stop(self) -> None:
-        """Takes no more connections and returns once the last answer is sent, or is given up."""
+        """Takes no more connections. Returns once the last answer is sent, or given up."""
         self._server.should_exit = True
         if self._serving is not None:
             with contextlib.suppress(asyncio.CancelledError):

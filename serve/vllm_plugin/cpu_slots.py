@@ -1,7 +1,8 @@
-"""The slots of vLLM's CPU LoRA: how adapters get into them, and that nothing stays behind in them.
+"""Loads adapters into the slots of vLLM's CPU LoRA, and empties slots when adapters leave them.
 
-Patches of `vllm.lora.model_manager` and `worker_manager`, installed with `cpu_lora`. An adapter whose path is
-that of a packed one (`packed.py`) is mapped and copied; any other goes vLLM's own way.
+It wraps methods of `vllm.lora.model_manager` and `worker_manager`, and is installed with `cpu_lora`. An
+adapter whose path is that of a packed one (`packed.py`) is mapped and copied. Any other is loaded by vLLM
+itself.
 """
 
 import time
@@ -16,7 +17,7 @@ from serve.vllm_plugin.packed import INDEX_NAME, Layer, Layout, Packed
 
 @dataclass
 class Traffic:
-    """What went through the slots of one worker since it started."""
+    """Counts loads and evictions of one worker's slots since it started."""
 
     activations: int = 0
     evictions: int = 0
@@ -24,7 +25,7 @@ class Traffic:
 
 
 def install() -> None:
-    """Wrap the managers' methods, once."""
+    """Wraps the managers' methods, once."""
     upstream.replace_slot_handling(
         {
             "register_module": _register_module,
@@ -38,7 +39,7 @@ def install() -> None:
 
 
 def layout(manager: Any) -> Layout | None:
-    """The layers of a LoRAModelManager in its order, or None where packing is not known to be right."""
+    """Returns the layers of a LoRAModelManager in its order, or None where packing may be wrong."""
     if not hasattr(manager, "bespoke_layout"):
         manager.bespoke_layout = _layout(manager)
     worker_layout: Layout | None = manager.bespoke_layout
@@ -67,7 +68,7 @@ def traffic(manager: Any) -> Traffic:
 
 
 def residency(manager: Any) -> dict[str, Any]:
-    """Ids in slots and in the worker's memory, and the traffic so far; plain values, to be sent."""
+    """Returns ids in slots and in the worker's memory, and the traffic so far, as plain values to be sent."""
     return {
         "slots": [lora_id for lora_id in manager.lora_index_to_id if lora_id is not None],
         "memory": sorted(manager.list_adapters()),
@@ -102,7 +103,7 @@ def _load_adapter(original: Any) -> Any:
 def _add_adapter(original: Any) -> Any:
     def _add_adapter(self: Any, lora: Any) -> None:
         if hasattr(lora, "bespoke_packed"):
-            self._registered_adapters[lora.id] = lora  # nothing is left to be joined or scaled
+            self._registered_adapters[lora.id] = lora  # it is joined and scaled already
         else:
             original(self, lora)
 
@@ -139,7 +140,7 @@ def _activate_adapter(original: Any) -> Any:
 
 
 def _fill(modules: list[Any], slot: int, packed: Packed) -> None:
-    # The slot is zero, see `_deactivate_adapter`: what the adapter does not have need not be written.
+    # The slot is zero, see `_deactivate_adapter`. Layers that the adapter lacks need not be written.
     for number, (a, b) in packed.weights.items():
         module = modules[number]
         module.lora_a_stacked.whole[slot, : packed.rank] = a
@@ -148,7 +149,7 @@ def _fill(modules: list[Any], slot: int, packed: Packed) -> None:
 
 
 def _deactivate_adapter(original: Any) -> Any:
-    """A freed slot holds nothing: no later mistake can serve what is no longer there."""
+    """Empties a freed slot, so that no later mistake can serve its adapter."""
 
     def _deactivate_adapter(self: Any, lora_id: int) -> None:
         if lora_id in self.lora_index_to_id:
@@ -178,4 +179,8 @@ def _empty(manager: Any, slot: int) -> None:
 
 
 def _stacked(manager: Any) -> list[Any]:
-    return [m for m in manager.modules.values() if isinstance(getattr(m, "lora_a_stacked", None), Stack)]
+    return [
+        module
+        for module in manager.modules.values()
+        if isinstance(getattr(module, "lora_a_stacked", None), Stack)
+    ]

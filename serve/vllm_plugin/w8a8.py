@@ -1,7 +1,7 @@
-"""W8A8 bases start with LoRA on.
+"""Lets W8A8 bases start with LoRA on.
 
-Answers no numbered vLLM issue that we found: on CPU, oneDNN packs an INT8 layer's weight away and leaves
-`weight` None, and `lora/layers/utils.py:_get_lora_device` then fails on `weight.device` at start.
+We found no numbered vLLM issue for it. On CPU, oneDNN packs an INT8 layer's weight away and leaves `weight`
+None. `lora/layers/utils.py:_get_lora_device` then fails on `weight.device` at start.
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ from serve.vllm_plugin import upstream
 
 
 def needed() -> bool:
-    """Whether the installed vLLM still fails for a layer whose weight was packed away."""
+    """Finds out whether the installed vLLM still fails for a layer whose weight was packed away."""
     return upstream.device_lookup_fails(_packed_layer())
 
 
 def install() -> None:
-    """Give LoRA tensors of packed layers the device of the layer's other tensors."""
+    """Gives LoRA tensors of packed layers the device of the layer's other tensors."""
     if needed():
         upstream.replace_device_lookup(_finding_packed_layers)
 

@@ -1,4 +1,4 @@
-"""A gateway's own HTTP server, and clients that do not read what they have asked for."""
+"""Checks a gateway's own HTTP server with clients that do not read their answers."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""The places in Ray and uvicorn that `serve.deployment.upstream` relies on: as they were when it was written.
+"""Checks the places in Ray and uvicorn that `serve.deployment.upstream` relies on.
 
 A test that fails here after an upgrade names a reach to look at again; docs/upstream.md says how.
 """

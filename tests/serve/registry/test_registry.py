@@ -145,9 +145,9 @@ def test_registering_again_is_the_same_adapter_as_it_is(
     adapter = registry.register(published, at=NOON, base_dir=base, max_rank=RANK)
     registry.mark_ready(adapter, NOON)
     registry.pin(adapter, True)
-    known = registry.entry(adapter)
+    info = registry.entry(adapter)
     assert registry.register(published, at=LATER, base_dir=base, max_rank=RANK) == adapter
-    assert registry.entry(adapter) == known
+    assert registry.entry(adapter) == info
     assert registry.find(LUMEN, "support", published.name) == adapter
 
 

@@ -1,6 +1,6 @@
-"""What the replacements in this package rely on in vLLM: signatures and attributes, as they were.
+"""Checks what the replacements in this package rely on in vLLM: signatures and attributes.
 
-Whether a repair is still needed is asked in `test_cpu_lora.py` and `test_w8a8.py`.
+Whether a repair is still needed is checked in `test_cpu_lora.py` and `test_w8a8.py`.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""The places in vLLM that `serve.engine.vllm.upstream` relies on: as they were when it was written.
+"""Checks the places in vLLM that `serve.engine.vllm.upstream` relies on.
 
 A test that fails here after an upgrade names a reach to look at again; docs/upstream.md says how. No engine
 is started: `test_engine.py` and `test_vllm_issues.py` prove the same in a running one.
