@@ -70,7 +70,7 @@ def build_app(
     metrics = _metrics(settings, peers.name if peers else ALONE)
     rate_limiter = RateLimiter(store, f"{socket.gethostname()}-{os.getpid()}")
     commit_queue = CommitQueue(Ledger(store), metrics.committed)
-    checkpoints = UsageCheckpoints(settings.checkpoints_dir, failed=metrics.journal_failed)
+    checkpoints = UsageCheckpoints(settings.checkpoints_dir, failed=metrics.checkpoint_failed)
     idempotency = Idempotency(store, lease=timedelta(seconds=settings.request_timeout_s + 120))
     tracing = tracing_of(settings.otlp_endpoint, settings.trace_ratio, "gateway")
     gateway = Gateway(

@@ -101,7 +101,7 @@ class AdapterCache:
         return sorted(id for id, pack in self._packs.items() if pack.task.done() and not pack.failed)
 
     def has(self, adapter: int) -> bool:
-        """Whether the adapter is in memory, or on its way there for another request."""
+        """True if the adapter is in memory, or being loaded for another request."""
         pack = self._packs.get(adapter)
         return pack is not None and not pack.failed
 

@@ -34,7 +34,7 @@ class GatewayPeers(Protocol):
 
     @property
     def wanted(self) -> int:
-        """How many gateways there should be."""
+        """The number of gateways that there should be."""
 
     async def expositions(self) -> list[Exposition | None]:
         """Returns each gateway's exposition, also this one's; None for one that does not answer in time."""

@@ -136,7 +136,7 @@ class Metrics:
         self.registry.register(self._token_latency)
 
     def _add_ledger_metrics(self) -> None:
-        self._journal_failures = Counter(
+        self._checkpoint_failures = Counter(
             "bespoke_journal_failures",
             "Writes to the gateway's journal that failed: its counts are safe only while it lives.",
             registry=self.registry,
@@ -207,8 +207,8 @@ class Metrics:
         """
         return Exposition(self.gateway, labelled(generate_latest(self.registry), self.gateway))
 
-    def journal_failed(self) -> None:
-        self._journal_failures.inc()
+    def checkpoint_failed(self) -> None:
+        self._checkpoint_failures.inc()
 
     def committed(self, entries: int, seconds: float) -> None:
         """Notes a transaction of the ledger with `entries` holds and settlements. Any thread may call it."""

@@ -17,7 +17,7 @@ HOST = "127.0.0.1"
 
 
 async def endless(scope: Scope, receive: Receive, send: Send) -> None:
-    """Sends as fast as it is taken, until the client is gone."""
+    """Sends as fast as the client reads, until it is gone."""
     if scope["type"] == "lifespan":
         while True:
             kind = (await receive())["type"]

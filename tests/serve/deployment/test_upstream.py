@@ -22,7 +22,7 @@ from serve.deployment.upstream import BoundedHttpProtocol
 
 
 class Transport(asyncio.Transport):
-    """Notes whether it was closed, and sends nothing."""
+    """Records whether it was closed, and sends nothing."""
 
     closed = False
 
@@ -56,7 +56,7 @@ async def nothing(_scope: Any, _receive: Any, _send: Any) -> None:
 
 
 def connect(kind: type[HttpToolsProtocol]) -> tuple[HttpToolsProtocol, Transport]:
-    """A connection of uvicorn's to a client, within a running loop."""
+    """Opens a connection of uvicorn's to a client, within a running loop."""
     config = uvicorn.Config(nothing, lifespan="off", log_config=None)
     config.load()
     protocol, transport = kind(config, ServerState(), {}), Transport()
@@ -65,7 +65,7 @@ def connect(kind: type[HttpToolsProtocol]) -> tuple[HttpToolsProtocol, Transport
 
 
 def closes(kind: type[HttpToolsProtocol], monkeypatch: pytest.MonkeyPatch, *, case: str) -> bool:
-    """Whether a server of `kind` ends the connection of such a client."""
+    """Finds out whether a server of `kind` ends the connection of such a client."""
     monkeypatch.setattr(upstream, "HEADERS_TIMEOUT_S", 0.01)
     monkeypatch.setattr(upstream, "STALLED_S", 0.01)
 
@@ -138,7 +138,7 @@ def test_the_replica_port_is_bound_to_loopback_once(monkeypatch: pytest.MonkeyPa
 
 
 def test_ray_still_reads_the_variables_that_we_set() -> None:
-    """By the name's own constant or in Ray's source; `RAY_worker_niceness` is also C++'s."""
+    """Ray's source must hold each name. `RAY_worker_niceness` is also read in C++."""
     import ray
 
     source = b"".join(

@@ -1,4 +1,4 @@
-"""One real engine on the tiny base for the whole folder: two slots and memory for four adapters, on CPU."""
+"""Starts one real engine on the tiny base for the folder: two slots, memory for four adapters, on CPU."""
 
 import asyncio
 import itertools
@@ -49,7 +49,7 @@ _numbers = itertools.count(1)
 
 
 class Loop:
-    """An event loop in a thread of its own: an engine belongs to the loop that it was started on."""
+    """Runs an event loop in a thread: an engine belongs to the loop that it was started on."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -85,7 +85,7 @@ async def events_of(engine: VllmEngine, request: GenerationRequest) -> AsyncIter
 
 @dataclass
 class Host:
-    """A running engine, and adapters for it under ids that no other test uses."""
+    """Holds a running engine, and publishes adapters for it under ids that no other test uses."""
 
     engine: VllmEngine
     loop: Loop

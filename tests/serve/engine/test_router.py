@@ -1,4 +1,4 @@
-"""Routing as a function of plain values."""
+"""Checks the router as a function of plain values."""
 
 import random
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Candidate:
 
 
 def candidates(loads: st.SearchStrategy[int], adapter: int = 1) -> st.SearchStrategy[list[Candidate]]:
-    """One to six replicas, some of which hold `adapter`."""
+    """Generates one to six replicas, some of which hold `adapter`."""
     candidate = st.builds(
         Candidate,
         id=st.text("abcdefgh01234567", min_size=8, max_size=8),

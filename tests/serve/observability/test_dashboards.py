@@ -1,4 +1,4 @@
-"""Every query of every dashboard and rule asks for what /metrics really says: a renamed metric fails here."""
+"""Checks every query of every dashboard and rule against /metrics: a renamed metric fails here."""
 
 import re
 import shutil
@@ -42,7 +42,7 @@ LATER = {
 
 @pytest.fixture(scope="module")
 def known() -> Names:
-    """Labels by metric, with those of recorded queries and Prometheus' own."""
+    """Returns labels by metric, with those of recorded queries and Prometheus' own."""
     found = {name: labels | TARGET for name, labels in declared().items()} | OWN
     for query in QUERIES:
         if query.record is not None:
@@ -170,7 +170,7 @@ def test_a_running_service_says_all_that_is_declared_and_nothing_else(live: Live
 
 
 def _sources(node: Any) -> list[str]:
-    """The uid of every data source that is named anywhere in a dashboard."""
+    """Yields the uid of every data source that is named anywhere in a dashboard."""
     if isinstance(node, list):
         return [uid for each in node for uid in _sources(each)]
     if not isinstance(node, dict):

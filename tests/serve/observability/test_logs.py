@@ -33,7 +33,7 @@ log = logging.getLogger("serve.somewhere")
 
 @contextmanager
 def logging_to(directory: Path, **spec: object) -> Iterator[logs.LogFile]:
-    """This process logs as a gateway does, for a while."""
+    """Lets this process log as a gateway does, within the block."""
     root = logging.getLogger()
     levels = {logger: logger.level for logger in (root, *map(logging.getLogger, logs.OURS))}
     logs.install(logs.LogSpec(str(directory), **spec), "gateway")  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def log_files(directory: Path) -> Iterator[LogFiles]:
-    """Read when its text is first asked for."""
+    """Gives the log files, which are read when their text is first used."""
     with logging_to(directory):
         yield LogFiles(directory)
 
@@ -131,7 +131,7 @@ def test_a_line_names_the_trace_if_there_is_one(tmp_path: Path, log_files: LogFi
 def test_keys_prompts_and_answers_are_in_no_log(
     tmp_path: Path, log_files: LogFiles, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Success, refusals, faults of every layer with the words in their messages, a client that leaves."""
+    """It tries success, refusals, faults of every layer that hold the words, and a disconnect."""
     bug = ValueError(f"cannot read {MARKER}")
     bug.__cause__ = KeyError(MARKER)
     scripted_app = ScriptedApp(tmp_path, SAYING, [bug], [EngineUnavailable()], [*SAYING[:1], bug], LEFT)

@@ -244,7 +244,7 @@ def test_a_client_may_ask_for_less_than_the_ratio_and_never_for_more(
 
 
 def test_a_generation_that_no_request_is_around_is_one_trace(tmp_path: Path, collector: Collector) -> None:
-    """A batch's line."""
+    """A batch's line has no HTTP request around it."""
     traced = Traced(tmp_path, collector.endpoint, HELLO)
     principal = traced.app.state.context.tenants.key_cache.authenticate(traced.keys["acme"])
     prompt = (Message("user", MARKER),)

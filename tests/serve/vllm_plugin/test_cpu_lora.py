@@ -1,4 +1,4 @@
-"""The repaired CPU LoRA path against the formula, and against what vLLM does without the repair."""
+"""Checks the repaired CPU LoRA path against the formula, and vLLM without the repair."""
 
 import importlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ SLOTS, RANK, SIZE, WIDTHS = 2, 4, 8, (8, 4)
 
 
 class Wrapper:
-    """What the linear path reads of PunicaWrapperCPU: the groups of rows of this step."""
+    """Stands in for PunicaWrapperCPU, as far as the linear path reads it."""
 
     def __init__(self, slots: list[int], ranks: dict[int, int], *, compiled: bool) -> None:
         from serve.vllm_plugin.batch import Batch
@@ -89,7 +89,7 @@ def test_sizes_that_fill_no_register_and_ranks_below_the_largest_count_as_well(
 
 @pytest.fixture
 def punica() -> Iterator[Any]:
-    """PunicaWrapperCPU as vLLM ships it, whatever this process did before; repaired again afterwards."""
+    """Gives PunicaWrapperCPU as vLLM ships it, and repairs it again afterwards."""
     from vllm.lora.punica_wrapper import punica_cpu
 
     from serve.vllm_plugin import register

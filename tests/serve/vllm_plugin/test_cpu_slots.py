@@ -13,7 +13,7 @@ SLOTS, RANK, WIDTH_IN, WIDTHS = 2, 4, 6, (8, 4)
 
 
 class Module:
-    """An adaptable layer, as far as the patches read it."""
+    """Stands in for an adaptable layer, as far as the replacements read it."""
 
     def __init__(self) -> None:
         from serve.vllm_plugin.cpu_lora import stack

@@ -1,4 +1,4 @@
-"""What is packed for the slots is what the adapter's files say."""
+"""Checks that packed weights are those of the adapter's files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The tier between the disk and the slots: what is loaded when, how often, and what must stay."""
+"""Checks the tier between the disk and the slots: when and how often it loads, and what must stay."""
 
 import asyncio
 from collections import Counter
@@ -210,7 +210,7 @@ def test_bytes_that_are_not_those_of_the_card_are_refused(
 
 
 def layout_of(tensors: dict[str, object]) -> Layout:
-    """The layers that the sample adapter adapts, each for itself, as a worker would name them."""
+    """Returns the layers that the sample adapter adapts, one by one, as a worker would name them."""
     shapes = {name.removeprefix("base_model.model."): tuple(t.shape) for name, t in tensors.items()}  # type: ignore[attr-defined]
     parts = sorted({name.rpartition(".lora_")[0] for name in shapes})
     layers = (

@@ -1,4 +1,4 @@
-"""Folders of packed adapters: each process's own, and none outlives its process for long."""
+"""Checks directories of packed adapters: each process has its own, and none outlives it for long."""
 
 import os
 import stat
@@ -13,7 +13,7 @@ from serve.engine.adapters import cache
 
 @pytest.fixture(autouse=True)
 def parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Memory and disk of a machine of this test's own."""
+    """Gives the test its own shared memory and disk."""
     memory, disk = tmp_path / "shm", tmp_path / "tmp"
     for parent in (memory, disk):
         parent.mkdir()

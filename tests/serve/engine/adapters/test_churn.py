@@ -1,4 +1,4 @@
-"""Everything that may move does, while thousands of requests check that their own adapter answers them."""
+"""Moves everything that may move, while thousands of requests check that their own adapter answers."""
 
 import asyncio
 import random
@@ -25,7 +25,7 @@ LONG_OPENING = "The quick brown fox jumps over the lazy dog, and " * 16
 
 @dataclass
 class Versions:
-    """What each version answers when it is alone, and which version each name means now."""
+    """Holds what each version answers alone, and which version each name means now."""
 
     host: Host
     answers: dict[str, dict[tuple[str, int], str]] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Versions:
 
 @dataclass(frozen=True)
 class Wish:
-    """One request to come. `chance` chooses among what there is when it comes."""
+    """Describes one later request. `chance` chooses among the prompts that exist then."""
 
     name: str | None
     old: bool
@@ -50,7 +50,7 @@ class Wish:
 
 
 def wishes(rng: random.Random) -> Iterator[Wish]:
-    """Names that are hot one after another, so that slots must change hands all the time."""
+    """Yields names that are popular one after another, so that slots must change hands all the time."""
     for number in range(REQUESTS):
         hot = number // 40 % len(NAMES)
         name = NAMES[(hot + rng.choice((0, 0, 1, 2, rng.randrange(len(NAMES))))) % len(NAMES)]
@@ -91,7 +91,7 @@ async def serve(versions: Versions, wish: Wish, record: Record) -> None:
 async def drain(
     host: Host, number: str, events: AsyncIterator[list[Event]], *, abort: bool
 ) -> tuple[str, Finished]:
-    """The whole text; with `abort` it is stopped from outside once its first token is there."""
+    """Returns the whole text. With `abort` it stops the request after its first token."""
     text, aborted = "", False
     async for batch in events:
         for event in batch:
@@ -154,7 +154,7 @@ async def churn(versions: Versions, seeds: dict[str, int]) -> Record:
 
 
 def billable(before: Counters, after: Counters) -> tuple[int, int]:
-    """Prompt and completion tokens that the engine computed meanwhile, other than for probes."""
+    """Returns prompt and completion tokens that the engine computed meanwhile, without probes."""
     prompt = after.prompt_tokens - before.prompt_tokens
     completion = after.completion_tokens - before.completion_tokens
     return (
@@ -164,7 +164,7 @@ def billable(before: Counters, after: Counters) -> tuple[int, int]:
 
 
 def test_under_churn_every_answer_is_that_of_its_own_version_and_every_token_is_counted(host: Host) -> None:
-    """Greedy answers are compared with those that the same version gave when nothing else was running.
+    """The test compares greedy answers with those of the same version when nothing else ran.
 
     Batches of other shapes add in another order, so only such prompts are used whose tokens, served alone,
     all lead the second best by LEAD_MIN, many times what float32 sums differ by (see `conftest`). An aborted

@@ -1,4 +1,4 @@
-"""Errors cross the connection between replica and gateway as plain values, and only ours do."""
+"""Checks that errors cross the connection as plain values, and only ours do."""
 
 import msgspec
 import pytest
@@ -11,7 +11,7 @@ from tests.serve.api.test_errors import EXAMPLES, subclasses
 
 
 def sent(failed: Failed) -> BespokeError:
-    """The error as a gateway gets it: through the bytes of a real frame."""
+    """Returns the error as a gateway gets it, through the bytes of a real frame."""
     frame = frames.decode(msgspec.msgpack.encode(Frame([("req_1", [failed])])))
     ((_, (received,)),) = frame.entries
     assert isinstance(received, Failed)
@@ -47,7 +47,7 @@ def test_an_unknown_type_or_arguments_that_do_not_fit_are_a_failed_engine(failed
 
 
 class Private(errors.OperatorError):
-    """An error that no gateway knows."""
+    """Stands for an error that no gateway knows."""
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class Handle:
 
 
 class World:
-    """Replicas a, b, … and one gateway that is connected to them."""
+    """Runs replicas a, b, … and one gateway that is connected to them."""
 
     def __init__(
         self, names: str = "a", *, load_max: int = 8, queued_max: int = 8, wait_s: float = 10
@@ -145,7 +145,7 @@ class World:
 
 
 def die(replica_server: ReplicaServer) -> None:
-    """As the kernel ends the connections of a process that is gone."""
+    """Ends a replica's connections, as the kernel does when its process is gone."""
     for connection in replica_server._connections.values():
         connection._transport.abort()
 

@@ -24,7 +24,7 @@ CALM, LONG_TOKENS = 0.03, 120
 
 
 async def begun(events: AsyncIterator[list[Event]]) -> str:
-    """The first text of a stream, so that it is known to decode."""
+    """Reads the first text of a stream, so that it is decoding."""
     async for batch in events:
         text = "".join(event.text for event in batch if isinstance(event, Delta))
         assert text or any(isinstance(event, Accepted) for event in batch)
@@ -39,7 +39,7 @@ def long_reference(host: Host, adapter: AdapterVersion | None) -> tuple[str, str
 
 
 def calm(host: Host, name: str) -> tuple[AdapterVersion, str, str]:
-    """An adapter with a long answer that is sure."""
+    """Publishes an adapter with a long answer that is sure."""
     for seed in range(20):
         adapter = host.publish(name, seed, size=CALM)
         try:

@@ -26,7 +26,7 @@ def samples(text: bytes) -> Samples:
 
 
 class Peers:
-    """The gateway `a` and others, each of which says what the test wants; None does not answer."""
+    """Stands in for gateway `a` and others. None does not answer."""
 
     def __init__(self, *others: Metrics | None, wanted: int = 1) -> None:
         self.name = "a"

@@ -1,4 +1,4 @@
-"""Adapters in /metrics: as many as the bound, and named to the operator only."""
+"""Checks adapters in /metrics: as many as the bound, and only for the operator."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,7 +108,7 @@ ASKED = [
 
 
 def broken(scripted_app: ScriptedApp, route: str) -> tuple[float, float]:
-    """How many streams of `route` have broken off, and how many engines have failed, as the metrics say."""
+    """Reads how many streams of `route` broke off, and how many engines failed, from the metrics."""
     value = scripted_app.app.state.context.metrics.registry.get_sample_value
     failed = {"type": "server_error", "code": "engine_failed"}
     return (
