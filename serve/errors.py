@@ -33,9 +33,9 @@
         ├── RegistryError
         └── UnknownRecord
 
-Errors carry data, not prose built elsewhere. They pickle, because Ray ships them between processes: `args`
-are always exactly the constructor's positional arguments. `serve.formats.errors` alone maps a type to an
-HTTP status.
+Errors carry data, not prose built elsewhere. They pickle (Ray ships them in control calls), and replicas
+send them as a type and plain arguments (`serve.engine.transport.errors`): `args` are always exactly the
+constructor's positional arguments. `serve.formats.errors` alone maps a type to an HTTP status.
 """
 
 

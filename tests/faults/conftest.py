@@ -42,6 +42,7 @@ from tests.serve.conftest import (
     wait_until,
 )
 from tests.support.postgres import Postgres
+from tests.support.serve_details import live_replicas
 
 __all__ = ["migrated_sqlite", "new_database", "shop", "store"]  # for the tests of the store alone
 
@@ -151,12 +152,7 @@ class Site(Live):
 
     def pids(self, deployment: str) -> set[int]:
         """The live replicas' processes."""
-        from ray.serve.context import _get_global_client
-
-        details = _get_global_client().get_serve_details()
-        replicas = details["applications"]["bespoke"]["deployments"][deployment]["replicas"]
-        running = {one["pid"] for one in replicas if one["state"] == "RUNNING" and one["pid"]}
-        return {pid for pid in running if psutil.pid_exists(pid)}
+        return {replica["pid"] for replica in live_replicas(deployment) if replica["state"] == "RUNNING"}
 
     def wait_whole(self) -> None:
         """Every replica is there, and answers."""

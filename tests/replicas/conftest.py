@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import sqlalchemy as sa
 from prometheus_client.parser import text_string_to_metric_families
@@ -30,6 +29,7 @@ from tests.serve.conftest import (
     onboard,
     wait_until,
 )
+from tests.support.serve_details import live_replicas
 
 TENANT = TENANTS[0]
 NAMES = ("one", "two", "three", "four")
@@ -115,13 +115,7 @@ class Pair(Live):
 
     def pids(self) -> dict[str, int]:
         """The live engine replicas' processes."""
-        from ray.serve.context import _get_global_client
-
-        details = _get_global_client().get_serve_details()
-        found = details["applications"]["bespoke"]["deployments"][f"engine-{TINY}"]["replicas"]
-        return {
-            one["replica_id"]: one["pid"] for one in found if one["pid"] and psutil.pid_exists(one["pid"])
-        }
+        return {replica["replica_id"]: replica["pid"] for replica in live_replicas(f"engine-{TINY}")}
 
 
 @pytest.fixture(scope="package")

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 
-import psutil
 import pytest
 
 from serve.settings import EngineSettings, ScalingSettings, Settings
@@ -11,6 +10,7 @@ from serve.storage.database import Store
 from tests.replicas.conftest import TENANT, Stream
 from tests.serve.conftest import TINY, Live, free_port, import_tiny, onboard, wait_until
 from tests.serve.test_live import HELLO, assert_reconciled
+from tests.support.serve_details import live_replicas
 
 pytestmark = pytest.mark.slow
 
@@ -51,11 +51,7 @@ def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 def running(deployment: str) -> set[int]:
     """The processes of a deployment's replicas that serve."""
-    from ray.serve.context import _get_global_client
-
-    details = _get_global_client().get_serve_details()
-    found = details["applications"]["bespoke"]["deployments"][deployment]["replicas"]
-    return {one["pid"] for one in found if one["state"] == "RUNNING" and psutil.pid_exists(one["pid"])}
+    return {replica["pid"] for replica in live_replicas(deployment) if replica["state"] == "RUNNING"}
 
 
 def test_replicas_follow_the_load_up_and_down_and_no_stream_is_lost(elastic: Live) -> None:

@@ -49,11 +49,11 @@ def test_gateway_and_vllm_tell_one_trace(tmp_path: Path, collector: Collector) -
         llm = collector.wait_for(lambda span: span.name == "llm_request" and span.trace == TRACE)
         generation = collector.wait_for(lambda span: span.id == llm.parent)
         server = collector.wait_for(lambda span: span.id == generation.parent)
-        assert service._scratch is not None
-        rays = [
-            path for path in service._scratch.rglob("*") if path.is_file() and path.suffix in LOG_SUFFIXES
+        assert service._folder is not None
+        ray_files = [
+            path for path in service._folder.rglob("*") if path.is_file() and path.suffix in LOG_SUFFIXES
         ]
-        for path in rays:
+        for path in ray_files:
             assert MARKER not in path.read_text(errors="replace"), path
             assert key not in path.read_text(errors="replace"), path
     store.close()
@@ -63,11 +63,11 @@ def test_gateway_and_vllm_tell_one_trace(tmp_path: Path, collector: Collector) -
     assert generation.start_ns <= llm.start_ns
     request_id = good.headers["x-request-id"]
     assert llm.attributes["gen_ai.request.id"] == request_id
-    assert rays
-    logbook = LogFiles(settings.logs_dir)
-    assert {name.rstrip("0123456789-") for name in logbook.files} >= {"gateway", "engine-tiny", "steward"}
-    answered = [record for record in logbook.of(request_id) if record["message"] == "answered"]
+    assert ray_files
+    log_files = LogFiles(settings.logs_dir)
+    assert {name.rstrip("0123456789-") for name in log_files.files} >= {"gateway", "engine-tiny", "steward"}
+    answered = [record for record in log_files.of(request_id) if record["message"] == "answered"]
     assert [(record["status"], record["trace_id"]) for record in answered] == [(200, TRACE)]
     for word in (MARKER, key):
-        assert word not in logbook.text
+        assert word not in log_files.text
     assert MARKER.encode() not in b"".join(collector.bodies)

@@ -1,4 +1,4 @@
-"""Renders how full budgets are, in Prometheus' form."""
+"""Renders the use of budgets in Prometheus' form."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from serve.billing.budgets.alerts import SHOWN_MAX, BudgetMetrics
 
 
 class BudgetCollector(Collector):
-    """The fullest budgets, by ids that tell nobody who the customers are."""
+    """Collects the fullest budgets, by ids that do not reveal the customers."""
 
     def __init__(self, figures: BudgetMetrics) -> None:
         self._figures = figures
@@ -23,9 +23,9 @@ class BudgetCollector(Collector):
         )
         for budget, level, period, ratio in self._figures.used:
             used.add_metric([budget, level, period], ratio)
-        told = CounterMetricFamily("bespoke_budget_notices", "Thresholds of budgets that were told.")
-        told.add_metric([], self._figures.alerts)
-        return [used, told]
+        alerts = CounterMetricFamily("bespoke_budget_notices", "Thresholds of budgets that were told.")
+        alerts.add_metric([], self._figures.alerts)
+        return [used, alerts]
 
 
 def render_budgets(figures: BudgetMetrics) -> bytes:
