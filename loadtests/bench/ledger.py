@@ -29,7 +29,8 @@ from rich.table import Table
 from loadtests.bench.fill import MONTHS, TENANTS, Customer, fill, onboard
 from loadtests.bench.machine import machine
 from serve.billing.invoicing.invoices import Invoices
-from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Resolution
+from serve.billing.ledger.holds import Hold, HoldRequest, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import UsageEvent, UsageStatus
 from serve.billing.pricing.plans import Tokens

@@ -17,7 +17,8 @@ import sqlalchemy as sa
 
 from serve.batches.batches import OK, BatchStatus, batches_table, results_table
 from serve.billing.ledger.accounts import FINAL_PHASE, HOLD_PHASE, transfers_table
-from serve.billing.ledger.ledger import Hold, Ledger
+from serve.billing.ledger.holds import Hold
+from serve.billing.ledger.ledger import Ledger
 from serve.inference.request import GenerationResult
 from serve.storage.database import Store
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from serve.billing.ledger.checkpoints import UsageCheckpoints
-from serve.billing.ledger.ledger import Hold, HoldRequest, StaleQuote
+from serve.billing.ledger.holds import Hold, HoldRequest, StaleQuote
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.terms import BillingTerms
 from serve.engine.protocol import Engine, Texts

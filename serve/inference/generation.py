@@ -14,7 +14,7 @@ from datetime import datetime
 from time import monotonic
 
 from serve.billing.ledger.checkpoints import UsageCheckpoints
-from serve.billing.ledger.ledger import Resolution
+from serve.billing.ledger.holds import Resolution
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import FailedAttempt, UsageEvent
 from serve.billing.metering.terms import BillingTerms, RequestUsage

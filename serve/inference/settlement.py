@@ -8,7 +8,7 @@ from itertools import chain, repeat
 import sqlalchemy as sa
 
 from serve.billing.ledger.checkpoints import UsageCheckpoints
-from serve.billing.ledger.ledger import Resolution
+from serve.billing.ledger.holds import Resolution
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import UsageStatus
 from serve.errors import BespokeError, StoreUnavailable

@@ -25,7 +25,8 @@ from serve.billing.ledger.checkpoints import (
     merge,
     remove_checkpoints,
 )
-from serve.billing.ledger.ledger import Ledger, OpenHold, Resolution
+from serve.billing.ledger.holds import OpenHold, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import FailedAttempt, UsageEvent, UsageStatus
 from serve.billing.metering.terms import BillingTerms, RequestUsage

@@ -14,7 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic
 
-from serve.billing.ledger.ledger import HoldRequest, Ledger, Outcome, Resolution
+from serve.billing.ledger.holds import HoldRequest, Outcome, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from serve.billing.ledger.ledger import HoldRequest, Ledger, Outcome, Resolution
+from serve.billing.ledger.holds import HoldRequest, Outcome, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.client_data.stored_responses import (
     RETENTION,
     StoredResponse,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from serve.billing.ledger.ledger import HoldRequest, Outcome, Resolution
+from serve.billing.ledger.holds import HoldRequest, Outcome, Resolution
 from serve.engine.protocol import Accepted, Event, Finished
 from serve.errors import (
     BespokeError,

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from serve.billing.ledger.accounts import transfers_table
 from serve.billing.ledger.checkpoints import UsageCheckpoints, checkpoint_files
-from serve.billing.ledger.ledger import Hold
+from serve.billing.ledger.holds import Hold
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import UsageStatus, attempts_table, usage_table
 from serve.billing.metering.queries import UsageQueries

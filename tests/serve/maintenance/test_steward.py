@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.billing.ledger.ledger import Hold
+from serve.billing.ledger.holds import Hold
 from serve.engine.protocol import Counters
 from serve.errors import EngineUnavailable, StoreUnavailable
 from serve.maintenance import metrics as steward_metrics

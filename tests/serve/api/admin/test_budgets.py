@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve.billing.ledger.ledger import Hold
+from serve.billing.ledger.holds import Hold
 from tests.serve.api.admin.test_admin import ADMIN, AdminClient
 from tests.serve.conftest import NOON, BillingFixture
 

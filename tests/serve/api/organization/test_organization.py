@@ -16,7 +16,7 @@ from serve.api.dependencies import Context
 from serve.api.organization import costs, forecast, usage
 from serve.billing.budgets.service import BudgetService
 from serve.billing.credits.charges import Charge, post_charge
-from serve.billing.ledger.ledger import Hold
+from serve.billing.ledger.holds import Hold
 from serve.billing.metering.events import UsageEvent
 from tests.serve.conftest import NOON, BillingFixture
 from tests.support.usage_events import usage_event

@@ -18,7 +18,8 @@ from hypothesis.stateful import (
 from serve.billing.budgets.budgets import Budget, spend_table
 from serve.billing.budgets.service import BudgetService
 from serve.billing.ledger.accounts import holds_table, transfers_table
-from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Resolution
+from serve.billing.ledger.holds import Hold, HoldRequest, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.metering.events import UsageEvent
 from serve.billing.pricing.plans import Prices
 from serve.errors import AlreadyExists, BudgetExceeded, InsufficientCredit

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from serve.billing.budgets.alerts import read_budget_metrics, send_due_alerts
 from serve.billing.budgets.budgets import spend_table
 from serve.billing.budgets.service import BudgetService, BudgetUsage
-from serve.billing.ledger.ledger import Hold, HoldRequest, Resolution
+from serve.billing.ledger.holds import Hold, HoldRequest, Resolution
 from serve.billing.metering.events import UsageEvent
 from serve.billing.webhooks.delivery import secret_of
 from serve.billing.webhooks.outbox import webhook_events_table

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from serve.billing.credits.grants import CREDIT_NANOS_MAX, Credits, Grant, Spend, replay
 from serve.billing.invoicing.calculation import remaining_credit
 from serve.billing.jobs import expire_due
-from serve.billing.ledger.ledger import Hold
+from serve.billing.ledger.holds import Hold
 from serve.errors import Conflict, UnknownRecord
 from tests.serve.billing.invoicing.test_calculation import buy
 from tests.serve.conftest import NOON, BillingFixture

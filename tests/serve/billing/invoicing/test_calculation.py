@@ -12,7 +12,7 @@ from serve.billing.invoicing.document import InvoiceDocument, Party
 from serve.billing.invoicing.export import json_text, write_csv
 from serve.billing.invoicing.invoices import Invoices, period_bounds
 from serve.billing.invoicing.pdf import write_pdf
-from serve.billing.ledger.ledger import Hold
+from serve.billing.ledger.holds import Hold
 from serve.billing.money import nanos_of_usd, usd
 from serve.billing.pricing.plans import BatchRates, Prices, Rates, Tokens
 from serve.errors import OperatorError, UnknownRecord

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 
 from serve.billing.budgets.budgets import spend_table
 from serve.billing.budgets.service import BudgetService
-from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Resolution
+from serve.billing.ledger.holds import Hold, HoldRequest, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.rollups import hours_table
 from serve.errors import BudgetExceeded, StoreUnavailable

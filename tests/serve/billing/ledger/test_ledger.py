@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from serve.billing.invoicing.periods import periods_table
 from serve.billing.ledger.accounts import transfers_table
-from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Resolution
+from serve.billing.ledger.holds import Hold, HoldRequest, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.metering.events import UsageEvent, usage_table
 from serve.billing.metering.queries import UsageQueries
 from serve.billing.metering.rollups import hours_table

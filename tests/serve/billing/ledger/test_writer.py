@@ -7,7 +7,8 @@ from datetime import timedelta
 
 import pytest
 
-from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Outcome, Resolution
+from serve.billing.ledger.holds import Hold, HoldRequest, Outcome, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.writer import CommitQueue
 from serve.errors import InsufficientCredit, StoreUnavailable
 from tests.serve.billing.ledger.test_ledger import event

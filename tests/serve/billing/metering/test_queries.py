@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from serve.billing.budgets.service import BudgetService
 from serve.billing.ledger.accounts import transfer
-from serve.billing.ledger.ledger import Hold, Resolution
+from serve.billing.ledger.holds import Hold, Resolution
 from serve.billing.ledger.verification import verify
 from serve.billing.metering.events import FailedAttempt, usage_table
 from serve.billing.metering.queries import DAY, HOUR, MINUTE, UsageQueries, UsageQuery, floor, split_by_table
