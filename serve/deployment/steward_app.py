@@ -48,9 +48,9 @@ def _jobs(store: Store, secret: bytes) -> dict[str, tuple[float, Callable[[datet
     """
     return {
         "budgets": (2.0, partial(send_due_alerts, store)),
-        "notices": (2.0, lambda at: deliver_due(store, at, post, partial(secret_of, secret))),
+        "webhooks": (2.0, lambda at: deliver_due(store, at, post, partial(secret_of, secret))),
         "credits": (60.0, partial(expire_due, store)),
-        "residency": (300.0, partial(charge_residency, store)),
+        "adapter-hours": (300.0, partial(charge_residency, store)),
         "drafts": (3600.0, partial(draft_due, store)),
         "rollups": (3600.0, partial(_check_rollups, store)),
     }

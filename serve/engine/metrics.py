@@ -57,10 +57,10 @@ class _Load:
             "bespoke_vllm_preemptions", "Requests that lost their place in the KV cache.", labels=labels
         )
         self._queries = CounterMetricFamily(
-            "bespoke_vllm_prefix_cache_asked_tokens", "Prompt tokens looked for in the cache.", labels=labels
+            "bespoke_vllm_prefix_cache_query_tokens", "Prompt tokens looked for in the cache.", labels=labels
         )
         self._hits = CounterMetricFamily(
-            "bespoke_vllm_prefix_cache_found_tokens", "Prompt tokens that were found in it.", labels=labels
+            "bespoke_vllm_prefix_cache_hit_tokens", "Prompt tokens that were found in it.", labels=labels
         )
         self.families = (self._waiting, self._kv_used, self._preemptions, self._queries, self._hits)
 

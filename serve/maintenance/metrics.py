@@ -41,13 +41,13 @@ def _holds(status: StewardStatus) -> Iterable[Metric]:
 
 def _jobs(status: StewardStatus) -> Iterable[Metric]:
     ages = GaugeMetricFamily(
-        "bespoke_steward_chore_age_seconds", "How long ago each chore was last done.", labels=["chore"]
+        "bespoke_steward_job_age_seconds", "How long ago each job was last done.", labels=["steward_job"]
     )
     intervals = GaugeMetricFamily(
-        "bespoke_steward_chore_interval_seconds", "How often each is to be done.", labels=["chore"]
+        "bespoke_steward_job_interval_seconds", "How often each is to be done.", labels=["steward_job"]
     )
     failures = CounterMetricFamily(
-        "bespoke_steward_chore_failures", "Rounds of a chore that failed.", labels=["chore"]
+        "bespoke_steward_job_failures", "Rounds of a job that failed.", labels=["steward_job"]
     )
     for family, values in (
         (ages, status.jobs),
@@ -62,14 +62,16 @@ def _jobs(status: StewardStatus) -> Iterable[Metric]:
 def _outbox(status: StewardStatus) -> Iterable[Metric]:
     outbox = status.outbox
     by_state = GaugeMetricFamily(
-        "bespoke_notices", "Notices for webhooks that are not taken yet.", labels=["state"]
+        "bespoke_webhook_events", "Notices for webhooks that are not taken yet.", labels=["state"]
     )
     by_state.add_metric(["new"], outbox.pending - outbox.failing)
     by_state.add_metric(["failing"], outbox.failing)
-    oldest = GaugeMetricFamily("bespoke_oldest_notice_seconds", "Age of the oldest of them.")
+    oldest = GaugeMetricFamily("bespoke_oldest_webhook_event_seconds", "Age of the oldest of them.")
     oldest.add_metric([], status.oldest_event_s)
     closed = CounterMetricFamily(
-        "bespoke_notices_closed", "Notices that were taken, or given up after a day.", labels=["outcome"]
+        "bespoke_webhook_events_closed",
+        "Notices that were taken, or given up after a day.",
+        labels=["outcome"],
     )
     closed.add_metric(["delivered"], outbox.delivered)
     closed.add_metric(["given_up"], outbox.given_up)

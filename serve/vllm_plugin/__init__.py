@@ -12,11 +12,12 @@ import threading
 def register() -> None:
     """Installs the repairs that the installed vLLM still needs. Safe to call more than once."""
     from serve.observability import logs
-    from serve.vllm_plugin import cpu_lora, kernel_hub, w8a8
+    from serve.vllm_plugin import cpu_lora, cpu_slots, kernel_hub, w8a8
 
     logs.install_as_child()
     kernel_hub.install()
-    cpu_lora.install()
+    if cpu_lora.install():
+        cpu_slots.install()
     w8a8.install()
     end_with_parent()
 

@@ -16,12 +16,9 @@ from serve.vllm_plugin import kernel, upstream
 from serve.vllm_plugin.batch import Batch
 
 
-def install() -> None:
-    """Replaces PunicaWrapperCPU's linear path and masks its other operators, if vLLM needs it."""
-    from serve.vllm_plugin import cpu_slots
-
-    if upstream.replace_cpu_lora(_update_metadata, _add_lora_linear, _masked):
-        cpu_slots.install()
+def install() -> bool:
+    """Replaces PunicaWrapperCPU's linear path and masks its other operators; False if vLLM needs neither."""
+    return upstream.replace_cpu_lora(_update_metadata, _add_lora_linear, _masked)
 
 
 class Stack(tuple[Any, ...]):

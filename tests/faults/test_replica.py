@@ -56,7 +56,7 @@ def test_an_engine_that_is_killed_costs_no_more_than_it_has_told(whole: Site) ->
         assert (seen[moment].sent_tokens, seen[moment].billed_tokens) == (0, 0)
 
 
-def test_what_a_gateway_and_its_engine_had_counted_when_both_die_is_billed_from_the_journal(
+def test_what_a_gateway_and_its_engine_had_counted_when_both_die_is_billed_from_the_checkpoints(
     whole: Site,
 ) -> None:
     point, marker = at("gateway", IN_MID_STREAM), "both-at-once"

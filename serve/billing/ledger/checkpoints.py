@@ -32,7 +32,7 @@ from serve.billing.pricing.plans import Tokens
 log = logging.getLogger(__name__)
 
 FLUSH_S = 0.1
-SUFFIX, REPLACEMENT_SUFFIX = ".journal", ".new"
+SUFFIX, REPLACEMENT_SUFFIX = ".checkpoints", ".new"
 SIZE_BYTES_MAX = 4 << 20
 
 
@@ -75,7 +75,7 @@ class UsageCheckpoints:
         self._dirty: set[str] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._flusher = threading.Thread(target=self._flush_loop, name="journal", daemon=True)
+        self._flusher = threading.Thread(target=self._flush_loop, name="checkpoints", daemon=True)
         self._flusher.start()
 
     def track(self, request_id: str, read_usage: Callable[[], RequestUsage | None]) -> None:
@@ -143,7 +143,7 @@ class UsageCheckpoints:
             try:
                 self.flush()
             except Exception:
-                log.exception("the journal could not be flushed")
+                log.exception("the checkpoints could not be flushed")
 
     def _append(self, records: dict[str, Checkpoint]) -> bool:
         """Append records to the file and to its replacement, if there is one. Return whether that worked."""
@@ -197,7 +197,7 @@ class UsageCheckpoints:
             yield
         except OSError:
             self._on_failure()
-            log.exception("the journal could not be written")
+            log.exception("the checkpoints could not be written")
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ class BudgetCollector(Collector):
         )
         for budget, level, period, ratio in self._figures.used:
             used.add_metric([budget, level, period], ratio)
-        alerts = CounterMetricFamily("bespoke_budget_notices", "Thresholds of budgets that were told.")
+        alerts = CounterMetricFamily("bespoke_budget_alerts", "Thresholds of budgets that were told.")
         alerts.add_metric([], self._figures.alerts)
         return [used, alerts]
 

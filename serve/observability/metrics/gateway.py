@@ -137,8 +137,8 @@ class Metrics:
 
     def _add_ledger_metrics(self) -> None:
         self._checkpoint_failures = Counter(
-            "bespoke_journal_failures",
-            "Writes to the gateway's journal that failed: its counts are safe only while it lives.",
+            "bespoke_checkpoint_failures",
+            "Writes of checkpoints that failed: its counts are safe only while it lives.",
             registry=self.registry,
         )
         self._settlement = Histogram(

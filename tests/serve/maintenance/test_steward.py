@@ -105,9 +105,7 @@ def test_an_engine_that_is_down_is_compared_with_nothing(shop: BillingFixture, t
     assert watch(steward_of(shop, tmp_path, engine), lambda m: m.drift_at is not None).drift == ()
 
 
-def test_a_chore_that_fails_is_tried_again_and_holds_up_no_other(
-    shop: BillingFixture, tmp_path: Path
-) -> None:
+def test_a_job_that_fails_is_tried_again_and_holds_up_no_other(shop: BillingFixture, tmp_path: Path) -> None:
     tried: list[str] = []
 
     def failing(_at: datetime) -> None:

@@ -36,7 +36,7 @@ BOARDS = pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 LATER = {
     *("bespoke_limit_rejections_total", "bespoke_errors_total", "bespoke_streams_broken_total"),
     *("bespoke_budget_used_ratio", "bespoke_ledger_drift_tokens", "bespoke_ledger_drift_timestamp_seconds"),
-    *("bespoke_steward_chore_age_seconds",),
+    *("bespoke_steward_job_age_seconds",),
 }
 
 

@@ -162,7 +162,7 @@ def test_the_lock_ends_with_the_process_however_that_ends(tmp_path: Path) -> Non
                 assert again is None  # another steward's, meanwhile
 
 
-def test_a_journal_begins_anew_when_it_has_grown_and_is_never_free_meanwhile(
+def test_a_checkpoint_file_begins_anew_when_it_has_grown_and_is_never_free_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process polls all the time, as a steward does; it never reads a live gateway's file."""
@@ -225,7 +225,7 @@ def test_what_a_full_disk_refuses_is_told_and_written_once_there_is_room(tmp_pat
             assert found == {f"req_{count - 1}".encode()}
 
 
-def test_a_disk_that_is_full_when_the_journal_has_grown_does_not_end_its_growing(
+def test_a_disk_that_is_full_when_the_file_has_grown_does_not_end_its_growing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compaction is tried again each time, and no failed try leaves a file open or locked."""
@@ -251,7 +251,7 @@ def test_a_disk_that_is_full_when_the_journal_has_grown_does_not_end_its_growing
         assert left(disk) == {"req_last": Checkpoint(served(5))}
 
 
-def test_a_journal_that_is_removed_takes_with_it_what_was_begun_anew(tmp_path: Path) -> None:
+def test_a_checkpoint_file_that_is_removed_takes_with_it_what_was_begun_anew(tmp_path: Path) -> None:
     with closing(UsageCheckpoints(tmp_path)) as checkpoints:
         checkpoints.track("req_1", partial(served, 1))
     (path,) = checkpoint_files(tmp_path)
