@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from serve.engine.adapters.probe import probe
 from serve.engine.protocol import Counters, Delta, Event, Finished
 from serve.registry.versions import AdapterVersion
-from tests.serve.engine.conftest import MEMORY, SLOTS, Host, until
+from tests.support.engine_host import MEMORY, SLOTS, EngineHost, until
 
-REQUESTS, IN_FLIGHT_MAX, DISTURB_EVERY = 2200, 24, 12
+REQUESTS, IN_FLIGHT_MAX, DISTURB_EVERY = 1200, 24, 8
 NAMES = [f"churn-{number}" for number in range(12)]
 BASE_SHARE, OLD_SHARE, ABORT_SHARE = 0.1, 0.1, 0.1
 LONG_TOKENS = 60
@@ -24,10 +24,10 @@ LONG_OPENING = "The quick brown fox jumps over the lazy dog, and " * 16
 
 
 @dataclass
-class Shop:
+class Expected:
     """What each version answers when it is alone, and which version each name means now."""
 
-    host: Host
+    host: EngineHost
     answers: dict[str, dict[tuple[str, int], str]] = field(default_factory=dict)
     aliases: dict[str, AdapterVersion] = field(default_factory=dict)
     retired: list[AdapterVersion] = field(default_factory=list)
@@ -70,15 +70,15 @@ class Record:
     done: Counter[str] = field(default_factory=Counter)
 
 
-async def serve(shop: Shop, wish: Wish, record: Record) -> None:
-    adapter = shop.aliases[wish.name] if wish.name else None
-    if wish.old and adapter and (old := [ref for ref in shop.retired if ref.name == wish.name]):
+async def serve(expected: Expected, wish: Wish, record: Record) -> None:
+    adapter = expected.aliases[wish.name] if wish.name else None
+    if wish.old and adapter and (old := [ref for ref in expected.retired if ref.name == wish.name]):
         adapter = old[0]
-    known = shop.answers[adapter.version if adapter else ""]
+    known = expected.answers[adapter.version if adapter else ""]
     (prompt, tokens), want = list(known.items())[int(wish.chance * len(known))]
     salt = adapter.tenant if adapter else "everyone"
-    number, events = shop.host.stream(adapter, prompt, LONG_TOKENS if wish.abort else tokens, salt=salt)
-    got, finished = await drain(shop.host, number, events, abort=wish.abort)
+    number, events = expected.host.stream(adapter, prompt, LONG_TOKENS if wish.abort else tokens, salt=salt)
+    got, finished = await drain(expected.host, number, events, abort=wish.abort)
     record.finished.append(finished)
     same = got == want
     if wish.abort:
@@ -89,7 +89,7 @@ async def serve(shop: Shop, wish: Wish, record: Record) -> None:
 
 
 async def drain(
-    host: Host, number: str, events: AsyncIterator[list[Event]], *, abort: bool
+    host: EngineHost, number: str, events: AsyncIterator[list[Event]], *, abort: bool
 ) -> tuple[str, Finished]:
     """The whole text; with `abort` it is stopped from outside once its first token is there."""
     text, asked = "", False
@@ -105,21 +105,21 @@ async def drain(
     raise AssertionError("the stream ended without Finished")
 
 
-async def disturb(shop: Shop, seeds: dict[str, int], rng: random.Random, record: Record) -> None:
+async def disturb(expected: Expected, seeds: dict[str, int], rng: random.Random, record: Record) -> None:
     """One thing that an operator, a catalogue or another tenant may do at any time."""
-    engine = shop.host.engine
+    engine = expected.host.engine
     fresh = [name for name in NAMES if name in seeds]
-    known = [*shop.aliases.values(), *shop.retired]
+    known = [*expected.aliases.values(), *expected.retired]
     match record.done.total() % 4:
         case 0 if fresh:
             name = rng.choice(fresh)
-            new = await asyncio.to_thread(shop.host.publish, name, seeds.pop(name))
+            new = await asyncio.to_thread(expected.host.publish, name, seeds.pop(name))
             assert await probe(engine, new) is None
-            shop.retired.append(shop.aliases[name])
-            shop.aliases[name] = new
+            expected.retired.append(expected.aliases[name])
+            expected.aliases[name] = new
             record.done["moved an alias"] += 1
         case 1:
-            pinned = rng.sample(list(shop.aliases.values()), rng.randrange(3))
+            pinned = rng.sample(list(expected.aliases.values()), rng.randrange(3))
             wanted = {ref.id for ref in rng.sample(known, len(known) // 2)} | {ref.id for ref in pinned}
             await engine.apply_desired(frozenset(wanted), pinned)
             record.done["kept"] += 1
@@ -129,20 +129,20 @@ async def disturb(shop: Shop, seeds: dict[str, int], rng: random.Random, record:
     record.slots_max = max(record.slots_max, (await engine.counters()).residency.slots)
 
 
-async def churn(shop: Shop, seeds: dict[str, int]) -> Record:
+async def churn(expected: Expected, seeds: dict[str, int]) -> Record:
     rng, record = random.Random(4), Record()
     coming = wishes(random.Random(3))
     turns: asyncio.Queue[bool] = asyncio.Queue()
 
     async def customer() -> None:
         for wish in coming:
-            await serve(shop, wish, record)
+            await serve(expected, wish, record)
             if len(record.finished) % DISTURB_EVERY == 0:
                 turns.put_nowait(True)
 
     async def operator() -> None:
         while await turns.get():
-            await disturb(shop, seeds, rng, record)
+            await disturb(expected, seeds, rng, record)
 
     async with asyncio.TaskGroup() as group:
         group.create_task(operator())
@@ -163,7 +163,9 @@ def billable(before: Counters, after: Counters) -> tuple[int, int]:
     )
 
 
-def test_under_churn_every_answer_is_that_of_its_own_version_and_every_token_is_counted(host: Host) -> None:
+def test_under_churn_every_answer_is_that_of_its_own_version_and_every_token_is_counted(
+    host: EngineHost,
+) -> None:
     """Greedy answers are compared with those that the same version gave when nothing else was running.
 
     Batches of other shapes add in another order, so only such prompts are used whose tokens, served alone,
@@ -171,21 +173,21 @@ def test_under_churn_every_answer_is_that_of_its_own_version_and_every_token_is_
     request's text must begin as the reference does. New versions are learnt beforehand under another
     tenant's name: the same bytes, published again under this tenant's while requests run.
     """
-    shop = Shop(host)
-    shop.learn(None)
+    expected = Expected(host)
+    expected.learn(None)
     seeds = {}
     for number, name in enumerate(NAMES):
-        shop.aliases[name] = host.publish(name, 100 + number, rank=1 + number % 8)
-        shop.learn(shop.aliases[name])
+        expected.aliases[name] = host.publish(name, 100 + number, rank=1 + number % 8)
+        expected.learn(expected.aliases[name])
         seeds[name] = 200 + number
-        shop.learn(host.publish(name, seeds[name], tenant="twin"))
-    versions = [answers for version, answers in shop.answers.items() if version]
+        expected.learn(host.publish(name, seeds[name], tenant="twin"))
+    versions = [answers for version, answers in expected.answers.items() if version]
     assert len(versions) == 2 * len(NAMES)
-    texts = [text for answers in shop.answers.values() for text in answers.values()]
+    texts = [text for answers in expected.answers.values() for text in answers.values()]
     assert len(set(texts)) > 0.9 * len(texts), "versions that answer alike cannot be told apart"
     before = host.counters()
 
-    record = host.run(churn(shop, seeds), 240)
+    record = host.run(churn(expected, seeds), 240)
 
     assert record.wrong == []
     assert len(record.finished) == REQUESTS
