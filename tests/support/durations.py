@@ -59,6 +59,7 @@ def read_budgets(pyproject: Path = PYPROJECT) -> dict[str, float]:
     return budgets
 
 
+@pytest.hookimpl(trylast=True)  # below the slowest tests
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     durations = [
         (report.nodeid.partition("::")[0], report.duration)
