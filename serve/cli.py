@@ -1,4 +1,4 @@
-"""`bespoke …`: the one command. Sub-apps are imported when they are used, so `--help` is instant."""
+"""`bespoke …`: the command, whose sub-apps are imported when they are used, so `--help` is instant."""
 
 import importlib
 import sys
@@ -16,17 +16,17 @@ SUBCOMMANDS = {
     "data": ("finetune.cli:data_app", "Check and prepare customers' data."),
     "finetune": ("finetune.cli:finetune_app", "Train, evaluate and publish adapters."),
     "quantize": ("quantize.cli:quantize_app", "Quantize bases and report what it costs in quality."),
-    "adapter": ("serve.commands.adapter:app", "Register and promote published adapters."),
+    "adapter": ("serve.commands.adapter:app", "Adapter versions: register, promote, list, pin, retire."),
     "tenant": ("serve.commands.tenant:app", "Tenants: create, suspend, limits, credit."),
     "key": ("serve.commands.key:app", "API keys of tenants: create, rotate, revoke, limits."),
     "project": ("serve.commands.project:app", "A tenant's projects: create, list, archive."),
     "platform": ("serve.commands.platform:app", "Platform keys, for the admin API."),
-    "audit": ("serve.commands.audit:app", "Who did what, newest first."),
+    "audit": ("serve.commands.audit:app", "Show the audit log, newest first."),
     "price": ("serve.commands.price:app", "Publish price plans and put tenants on them."),
     "budget": ("serve.commands.budget:app", "Budgets of tenants, projects and keys: set, list, retire."),
-    "usage": ("serve.commands.usage:app", "Usage per tenant; reconcile it with the engines."),
-    "invoice": ("serve.commands.invoice:app", "Invoices: make, review, finalize, credit, export."),
-    "credit": ("serve.commands.credit:app", "Grants of credit: prepaid, promotional, lines."),
+    "usage": ("serve.commands.usage:app", "Usage per tenant; its forecast; checks against the engines."),
+    "invoice": ("serve.commands.invoice:app", "Invoices: create, review, finalize, credit, export."),
+    "credit": ("serve.commands.credit:app", "Credit grants: prepaid, promotional or a credit line."),
 }
 
 
@@ -58,7 +58,7 @@ def root() -> None:
 
 
 def main() -> None:
-    """Entry point. What went wrong on purpose is one line and exit status 1."""
+    """Runs the command. An error that it reports is one line on stderr and exit status 1."""
     from finetune.errors import FinetuneError
     from quantize.errors import QuantizeError
     from serve.errors import BespokeError

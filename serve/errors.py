@@ -1,4 +1,4 @@
-"""Every error that `serve` raises on purpose.
+"""Defines every error that `serve` raises on purpose.
 
     BespokeError
     ├── InvalidRequest               the client's request breaks a rule
@@ -28,23 +28,23 @@
     ├── EngineFailed                 the engine broke after it had accepted the request
     └── OperatorError                the operator's input or state is wrong (command line)
         ├── AlreadyExists
-        ├── CatalogueError
         ├── Conflict                 the record's state forbids it
         ├── ReconciliationFailed
+        ├── RegistryError
         └── UnknownRecord
 
-Errors carry data, not prose built elsewhere, and they pickle (Ray ships them between processes):
-`args` are always exactly the constructor's positional arguments. `serve.api.errors` is the one
-place that maps a type to an HTTP status.
+Errors carry data, not prose built elsewhere. They pickle (Ray ships them in control calls), and replicas
+send them as a type and plain arguments (`serve.engine.transport.errors`): `args` are always exactly the
+constructor's positional arguments. `serve.formats.errors` alone maps a type to an HTTP status.
 """
 
 
 class BespokeError(Exception):
-    """Base of the tree."""
+    """The root of the tree."""
 
     @property
     def message(self) -> str:
-        """What the client or the operator reads. Holds no secret and no other tenant's data."""
+        """The text for the client or the operator. Holds no secret and no other tenant's data."""
         return str(self.args[0]) if self.args else type(self).__name__
 
     def __str__(self) -> str:
@@ -125,7 +125,7 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class Unauthenticated(BespokeError):
-    """No key, or not a valid one. Never says which of the two halves was wrong."""
+    """The request has no key, or an invalid one. The message never says which part of a key was wrong."""
 
     def __init__(self, message: str = "Incorrect API key provided.") -> None:
         super().__init__(message)
@@ -156,7 +156,7 @@ class MethodNotAllowed(NotFound):
 
 
 class ModelNotFound(NotFound):
-    """Also raised for another tenant's model: the two cases must look the same to the client."""
+    """The model is unknown or another tenant's: the two cases must look the same to the client."""
 
     def __init__(self, model: str) -> None:
         super().__init__(model)
@@ -168,7 +168,7 @@ class ModelNotFound(NotFound):
 
 
 class ResponseNotFound(NotFound):
-    """Also raised for another tenant's response, as above."""
+    """The response is unknown or another tenant's: the two cases must look the same to the client."""
 
     def __init__(self, response_id: str) -> None:
         super().__init__(response_id)
@@ -187,7 +187,7 @@ class IdempotencyConflict(BespokeError):
 
 
 class InsufficientCredit(BespokeError):
-    """The tenant's credit does not cover the most that this request may cost."""
+    """The tenant's credit does not cover the request's highest possible cost."""
 
     def __init__(self, tenant: str, needed_nanos: int, available_nanos: int) -> None:
         super().__init__(tenant, needed_nanos, available_nanos)
@@ -204,7 +204,7 @@ class InsufficientCredit(BespokeError):
 
 
 class BudgetExceeded(InsufficientCredit):
-    """A hard budget leaves less than this request may cost. scope: "tenant", "project" or "key"."""
+    """A hard budget leaves less than the request may cost. scope: "tenant", "project" or "key"."""
 
     def __init__(
         self, scope: str, period: str, limit_nanos: int, needed_nanos: int, available_nanos: int
@@ -217,10 +217,10 @@ class BudgetExceeded(InsufficientCredit):
 
     @property
     def message(self) -> str:
-        whose = {"tenant": "your account's", "project": "your project's", "key": "this API key's"}[self.scope]
-        span = "" if self.period == "total" else f" {self.period}"
+        owner = {"tenant": "your account's", "project": "your project's", "key": "this API key's"}[self.scope]
+        period = "" if self.period == "total" else f" {self.period}"
         return (
-            f"You exceeded your current quota: {whose}{span} budget of {self.limit_nanos} nano-USD has "
+            f"You exceeded your current quota: {owner}{period} budget of {self.limit_nanos} nano-USD has "
             f"{self.available_nanos} left, and this request may cost up to {self.needed_nanos}."
         )
 
@@ -238,10 +238,10 @@ class NotBillable(BespokeError):
 
 
 class RateLimited(BespokeError):
-    """A limit of the tenant or the key leaves no room for this request.
+    """A limit of the tenant or the key does not allow this request now.
 
-    what: "requests", "tokens" (both per minute) or "concurrent requests". `retry_after_s` is None if waiting
-    does not help: the request alone is larger than the limit.
+    what: "requests", "tokens" (both per minute) or "concurrent requests". retry_after_s: None if waiting
+    does not help, because the request alone is larger than the limit.
     """
 
     def __init__(self, what: str, limit: int, used: int, requested: int, retry_after_s: int | None) -> None:
@@ -278,7 +278,7 @@ class EngineUnavailable(Unavailable):
 
 
 class EngineLost(EngineUnavailable):
-    """The replica that had, or was to have, the request died."""
+    """The replica died that had the request or was about to get it."""
 
 
 class Overloaded(Unavailable):

@@ -1,6 +1,6 @@
-"""All settings of the serving side, read from a profile (`configs/serve/*.yaml`) and `BESPOKE_*`.
+"""Reads all settings of the serving side from a profile (`configs/serve/*.yaml`) and `BESPOKE_*`.
 
-Only the roots (`deployment`, `app`, `cli` and its commands) see this object; below them settings
+Only the composition roots (`deployment/`, `cli.py` and `commands/`) see this object; below them settings
 travel as plain values. Unknown names are errors: a typing mistake must not silently mean a default.
 """
 
@@ -18,7 +18,7 @@ from pydantic_settings import (
 
 
 class EngineSettings(BaseSettings):
-    """How one vLLM engine is started. Names follow vLLM's where the meaning is the same."""
+    """Holds the settings of one vLLM engine. A name is vLLM's where the meaning is the same."""
 
     model_config = SettingsConfigDict(extra="forbid")
 
@@ -26,9 +26,9 @@ class EngineSettings(BaseSettings):
     max_model_len: int = Field(2048, ge=64)
     max_num_seqs: int = Field(32, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=64)
-    max_loras: int = Field(16, ge=0)  # 0: the base alone
+    max_loras: int = Field(16, ge=0)  # 0: no adapters, only the base
     max_cpu_loras: int = Field(64, ge=1)
-    slot_patience_s: float = Field(0.5, ge=0)  # how long a request waits before it is given another's slot
+    slot_patience_s: float = Field(0.5, ge=0)  # how long a request waits before it takes another's slot
     max_lora_rank: int = Field(16, ge=1)
     kv_cache_gib: int = Field(1, ge=1)
     tensor_parallel_size: int = Field(1, ge=1)
@@ -39,7 +39,7 @@ class EngineSettings(BaseSettings):
 
 
 class LimitSettings(BaseSettings):
-    """Bounds on a request, checked before any work begins."""
+    """Holds the bounds on requests, files and batches. They are checked before any work begins."""
 
     model_config = SettingsConfigDict(extra="forbid")
 
@@ -55,14 +55,14 @@ class LimitSettings(BaseSettings):
     files_per_tenant: int = Field(1000, ge=1)
     files_bytes_per_tenant: int = Field(1 << 30, ge=1024)
     batch_lines: int = Field(10_000, ge=1)
-    batches_per_tenant: int = Field(20, ge=1)  # that have not ended
+    batches_per_tenant: int = Field(20, ge=1)  # unfinished ones
     batch_requests: int = Field(8, ge=1)  # in flight, of all batches of a gateway
     ongoing_requests: int = Field(128, ge=1)
     queued_requests: int = Field(256, ge=1)
 
 
 class ScalingSettings(BaseSettings):
-    """How many replicas a deployment may grow to, and when. Without `replicas_max` their number is fixed."""
+    """Holds a deployment's autoscaling. Without `replicas_max` the number of replicas is fixed."""
 
     model_config = SettingsConfigDict(extra="forbid")
 
@@ -104,16 +104,19 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _bounds_in_order(self) -> "Settings":
         for name in ("gateway", "engine"):
-            least, most = getattr(self, f"{name}_replicas"), getattr(self, f"{name}_scaling").replicas_max
-            if most is not None and most < least:
-                raise ValueError(f"{name}_scaling.replicas_max is {most}, below {name}_replicas ({least})")
+            replicas = getattr(self, f"{name}_replicas")
+            replicas_max = getattr(self, f"{name}_scaling").replicas_max
+            if replicas_max is not None and replicas_max < replicas:
+                raise ValueError(
+                    f"{name}_scaling.replicas_max is {replicas_max}, below {name}_replicas ({replicas})"
+                )
         return self
 
     @property
     def engine_here(self) -> EngineSettings:
-        """`engine` for one of the engines that share this machine's cores but one.
+        """`engine` with this machine's cores, less one, divided among its engines.
 
-        OpenMP's threads wait for each other actively: where all cores compute, one other busy process makes a
+        OpenMP's threads wait for each other actively: if all cores compute, one other busy process makes a
         model several times slower (docs/performance.md).
         """
         engines = len(self.bases) * (self.engine_scaling.replicas_max or self.engine_replicas)
@@ -160,19 +163,19 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # Strongest first: what the command line says, then the environment, then the profile.
+        # Strongest first: the command line, then the environment, then the profile.
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
 
 
 def load_settings(profile: Path | None = None, **overrides: Any) -> Settings:
-    """Settings from `profile` (YAML), `BESPOKE_*` and `overrides`; the last named wins.
+    """Settings from `profile` (YAML), `BESPOKE_*` and `overrides`; a later source wins.
 
     Raises:
         pydantic.ValidationError: names every unknown or ill-typed setting at once.
     """
-    chosen = {name: value for name, value in overrides.items() if value is not None}
+    given = {name: value for name, value in overrides.items() if value is not None}
 
     class Profiled(Settings):
         model_config = SettingsConfigDict(yaml_file=profile)
 
-    return Settings.model_validate(Profiled(**chosen).model_dump()) if profile else Settings(**chosen)
+    return Settings.model_validate(Profiled(**given).model_dump()) if profile else Settings(**given)

@@ -29,7 +29,8 @@ from rich.table import Table
 from loadtests.bench.fill import MONTHS, TENANTS, Customer, fill, onboard
 from loadtests.bench.machine import machine
 from serve.billing.invoicing.invoices import Invoices
-from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Resolution
+from serve.billing.ledger.holds import Hold, HoldRequest, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import UsageEvent, UsageStatus
 from serve.billing.pricing.plans import Tokens
@@ -105,10 +106,10 @@ async def throughput(commit_queue: CommitQueue, traffic: LedgerTraffic, requests
     """Returns holds a second, settlements a second, and whole requests (both) a second."""
 
     async def open_one(number: int) -> None:
-        await commit_queue.open(traffic.opening(number))
+        await commit_queue.hold(traffic.opening(number))
 
     async def close_one(number: int) -> None:
-        assert await commit_queue.close(traffic.closing(number))
+        assert await commit_queue.resolve(traffic.closing(number))
 
     async def both(number: int) -> None:
         await open_one(number)
@@ -130,11 +131,11 @@ async def request_waits(commit_queue: CommitQueue, traffic: LedgerTraffic, reque
 
     async def request(number: int) -> None:
         started_s = time.perf_counter()
-        await commit_queue.open(traffic.opening(number))
+        await commit_queue.hold(traffic.opening(number))
         opened_s = time.perf_counter()
         await asyncio.sleep(REQUEST_S)
         ended_s = time.perf_counter()
-        assert await commit_queue.close(traffic.closing(number))
+        assert await commit_queue.resolve(traffic.closing(number))
         waits_ms.append((opened_s - started_s + time.perf_counter() - ended_s) * 1000)
 
     begun_s, tasks = time.perf_counter(), []

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from serve.engine.vllm.setup import CPU_EXECUTOR
+from serve.engine.vllm.upstream import CPU_EXECUTOR
 from serve.settings import EngineSettings, load_settings
 
 ROOT = Path(__file__).parents[2]

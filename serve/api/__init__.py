@@ -1,1 +1,1 @@
-"""The HTTP edge: wire formats, one module per resource, one error renderer."""
+"""Serves the HTTP API: one module per resource, and the middleware, dependencies and errors they share."""

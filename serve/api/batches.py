@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
-from serve.api.dependencies import Ctx, Inference
+from serve.api.dependencies import Ctx, InferencePrincipal
 from serve.api.files import StoredBatches
 from serve.api.schemas import errors
 from serve.batches.batches import Batch, BatchStatus
@@ -76,12 +76,14 @@ class BatchList(BaseModel):
 
 
 @router.post("/v1/batches", response_model=BatchObject, responses=errors(400, 401, 403, 404, 409, 503))
-async def create(body: BatchCreate, who: Inference, ctx: Ctx, batches: StoredBatches) -> BatchObject:
+async def create(
+    body: BatchCreate, principal: InferencePrincipal, ctx: Ctx, batches: StoredBatches
+) -> BatchObject:
     """The file is validated and run in the background."""
     batch = await asyncio.to_thread(
         batches.create,
-        who.tenant,
-        who.key_id,
+        principal.tenant,
+        principal.key_id,
         endpoint=body.endpoint,
         input_file_id=body.input_file_id,
         metadata=body.metadata,
@@ -92,20 +94,20 @@ async def create(body: BatchCreate, who: Inference, ctx: Ctx, batches: StoredBat
 
 @router.get("/v1/batches", response_model=BatchList, responses=errors(400, 401, 403, 503))
 async def index(
-    who: Inference,
+    principal: InferencePrincipal,
     batches: StoredBatches,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=64)] = None,
 ) -> BatchList:
-    page = await asyncio.to_thread(batches.page, who.tenant, after=after, limit=limit)
+    page = await asyncio.to_thread(batches.page, principal.tenant, after=after, limit=limit)
     data = [_wire(batch) for batch in page.items]
     ends = (data[0].id, data[-1].id) if data else (None, None)
     return BatchList(data=data, first_id=ends[0], last_id=ends[1], has_more=page.has_more)
 
 
 @router.get("/v1/batches/{batch_id}", response_model=BatchObject, responses=errors(401, 403, 404, 503))
-async def show(batch_id: str, who: Inference, batches: StoredBatches) -> BatchObject:
-    return _wire(await asyncio.to_thread(batches.get, who.tenant, batch_id))
+async def show(batch_id: str, principal: InferencePrincipal, batches: StoredBatches) -> BatchObject:
+    return _wire(await asyncio.to_thread(batches.get, principal.tenant, batch_id))
 
 
 @router.post(
@@ -113,18 +115,23 @@ async def show(batch_id: str, who: Inference, batches: StoredBatches) -> BatchOb
     response_model=BatchObject,
     responses=errors(401, 403, 404, 409, 503),
 )
-async def cancel(batch_id: str, who: Inference, ctx: Ctx, batches: StoredBatches) -> BatchObject:
-    """What runs already is finished, billed and in the output."""
+async def cancel(
+    batch_id: str, principal: InferencePrincipal, ctx: Ctx, batches: StoredBatches
+) -> BatchObject:
+    """Lines that run already are finished, billed and part of the output."""
     at = ctx.gateway.context.now()
-    return _wire(await asyncio.to_thread(batches.cancel, who.tenant, batch_id, at=at))
+    return _wire(await asyncio.to_thread(batches.cancel, principal.tenant, batch_id, at=at))
 
 
 def _wire(batch: Batch) -> BatchObject:
-    told = [BatchError(code=e.code, message=e.message, line=e.line, param=e.param) for e in batch.errors]
+    line_errors = [
+        BatchError(code=error.code, message=error.message, line=error.line, param=error.param)
+        for error in batch.errors
+    ]
     return BatchObject(
         id=batch.id,
         endpoint=batch.endpoint,
-        errors=BatchErrors(data=told) if told else None,
+        errors=BatchErrors(data=line_errors) if line_errors else None,
         input_file_id=batch.input_file_id,
         completion_window=batch.completion_window,
         status=batch.status,

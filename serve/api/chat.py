@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from serve.api.dependencies import Ctx, DirectRoute, Inference
+from serve.api.dependencies import Ctx, DirectRoute, InferencePrincipal
 from serve.api.schemas import ChatCompletion, ChatCompletionChunk, generation_responses, json_body
 from serve.api.streaming import answer
 from serve.formats.chat import ChatCompletionRequest, ChatFormat, request_of
@@ -18,9 +18,15 @@ router = APIRouter(route_class=DirectRoute)
     responses=generation_responses(ChatCompletion, ChatCompletionChunk),
     openapi_extra=json_body(ChatCompletionRequest),
 )
-async def create(request: Request, who: Inference, ctx: Ctx) -> Response:
+async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> Response:
     body = parse(ChatCompletionRequest, await request.body())
-    call = request_of(body, request.state.request_id, ctx.limits)
+    inference_request = request_of(body, request.state.request_id, ctx.limits)
     return await answer(
-        request, ctx, who, call, ChatFormat(), stream=bool(body.stream), include_usage=body.include_usage
+        request,
+        ctx,
+        principal,
+        inference_request,
+        ChatFormat(),
+        stream=bool(body.stream),
+        include_usage=body.include_usage,
     )

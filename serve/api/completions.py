@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from serve.api.dependencies import Ctx, DirectRoute, Inference
+from serve.api.dependencies import Ctx, DirectRoute, InferencePrincipal
 from serve.api.schemas import TextCompletion, generation_responses, json_body
 from serve.api.streaming import answer
 from serve.formats.completions import CompletionFormat, CompletionRequest, request_of
@@ -18,14 +18,14 @@ router = APIRouter(route_class=DirectRoute)
     responses=generation_responses(TextCompletion, TextCompletion),
     openapi_extra=json_body(CompletionRequest),
 )
-async def create(request: Request, who: Inference, ctx: Ctx) -> Response:
+async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> Response:
     body = parse(CompletionRequest, await request.body())
-    call = request_of(body, request.state.request_id, ctx.limits)
+    inference_request = request_of(body, request.state.request_id, ctx.limits)
     return await answer(
         request,
         ctx,
-        who,
-        call,
+        principal,
+        inference_request,
         CompletionFormat(),
         stream=bool(body.stream),
         include_usage=body.include_usage,

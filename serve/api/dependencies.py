@@ -1,6 +1,7 @@
-"""What the routes share: the gateway's parts, and who is asking.
+"""Provides what routes depend on: the gateway's parts (`Ctx`) and the authenticated caller.
 
-The routes that carry the load: their endpoint is called without FastAPI's work for each request.
+`DirectRoute` is for the routes that carry the load: it calls their endpoint without FastAPI's work for each
+request.
 """
 
 import asyncio
@@ -23,28 +24,13 @@ from serve.observability.metrics import GatewayPeers, Metrics
 from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
 from serve.tenants import Principal, Tenants
-from serve.tenants.key_cache import KeyCache, Who
-
-
-class DirectRoute(APIRoute):
-    """A route whose endpoint is `(request, who: Inference, ctx: Ctx) -> Response`, documented as any other.
-
-    FastAPI would resolve two dependencies and open four exit stacks for it: a tenth of what a request costs
-    the gateway. What is raised goes to the application's handlers, as everywhere.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.app = self._answer
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive, send)
-        response = await self.endpoint(request, await caller(request, "inference"), context(request))
-        await response(scope, receive, send)
+from serve.tenants.key_cache import KeyCache, PrincipalT
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
+    """Holds the parts of one gateway that routes use."""
+
     gateway: Gateway
     tenants: Tenants
     registry: AdapterRegistry
@@ -57,18 +43,37 @@ class Context:
     peers: GatewayPeers | None = None
 
 
-def context(request: Request) -> Context:
-    found: Context = request.app.state.context
-    return found
+def context_of(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
 
 
-async def shared(request: Request) -> Context:
-    """`context` as a dependency: a plain function would be sent to a thread."""
-    return context(request)
+async def get_context(request: Request) -> Context:
+    """`context_of` as a dependency. It is async because FastAPI sends a plain function to a thread."""
+    return context_of(request)
 
 
-def bearer(request: Request) -> str:
-    """The key that came with the request: as OpenAI's clients send it or, without that, as Anthropic's do.
+async def authorize(request: Request, scope: str) -> Principal:
+    """The caller, whose key has `scope`. Raises as `authenticate` does, and PermissionDenied."""
+    principal = await authenticate(context_of(request).tenants.key_cache, bearer_key(request))
+    if scope not in principal.scopes:
+        raise PermissionDenied(scope)
+    return principal
+
+
+async def authenticate(key_cache: KeyCache[PrincipalT], key: str) -> PrincipalT:
+    """The key's owner. Of many requests with one key at once, only one reads the store.
+
+    Raises Unauthenticated, TenantSuspended, StoreUnavailable.
+    """
+    cached = key_cache.cached(key)
+    if cached is not None:
+        return cached
+    return await key_cache.shared(key, lambda: asyncio.to_thread(key_cache.authenticate, key))
+
+
+def bearer_key(request: Request) -> str:
+    """The key in `Authorization`, as OpenAI's clients send it, else in `x-api-key`, as Anthropic's do.
 
     Raises Unauthenticated if there is none.
     """
@@ -84,38 +89,33 @@ def bearer(request: Request) -> str:
     return key.strip()
 
 
-async def admit(key_cache: KeyCache[Who], key: str) -> Who:
-    """Whose key it is; of many requests with one key at once, one asks the store.
+def require_scope(scope: str) -> Callable[..., Awaitable[Principal]]:
+    """`authorize` as a dependency. It runs before the body is read."""
 
-    Raises Unauthenticated, TenantSuspended, StoreUnavailable.
+    async def authorized(request: Request, _documented: Annotated[object, KEY_REQUIRED]) -> Principal:
+        return await authorize(request, scope)
+
+    return authorized
+
+
+Ctx = Annotated[Context, Depends(get_context)]
+InferencePrincipal = Annotated[Principal, Depends(require_scope("inference"))]
+FilesPrincipal = Annotated[Principal, Depends(require_scope("files"))]
+
+
+class DirectRoute(APIRoute):
+    """Calls `(request, principal: InferencePrincipal, ctx: Ctx) -> Response`, documented as any other route.
+
+    FastAPI would resolve two dependencies and open four exit stacks: a tenth of a request's cost in the
+    gateway. Exceptions go to the application's handlers, as everywhere.
     """
-    who = key_cache.known(key)
-    return (
-        await key_cache.shared(key, lambda: asyncio.to_thread(key_cache.authenticate, key))
-        if who is None
-        else who
-    )
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.app = self._respond
 
-async def caller(request: Request, scope: str) -> Principal:
-    """Who is asking, and holds `scope`. Raises as `admit` does, and PermissionDenied."""
-    who = await admit(context(request).tenants.key_cache, bearer(request))
-    if scope not in who.scopes:
-        raise PermissionDenied(scope)
-    return who
-
-
-def principal(scope: str) -> Callable[..., Awaitable[Principal]]:
-    """`caller` as a dependency. It runs before the body is read."""
-
-    async def authenticated(request: Request, _documented: Annotated[object, KEY_REQUIRED]) -> Principal:
-        return await caller(request, scope)
-
-    return authenticated
-
-
-Ctx = Annotated[Context, Depends(shared)]
-Inference = Annotated[Principal, Depends(principal("inference"))]
-Files = Annotated[Principal, Depends(principal("files"))]
-FineTuning = Annotated[Principal, Depends(principal("fine-tuning"))]
-BillingRead = Annotated[Principal, Depends(principal("billing-read"))]
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        principal = await authorize(request, "inference")
+        response = await self.endpoint(request, principal, context_of(request))
+        await response(scope, receive, send)

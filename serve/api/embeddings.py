@@ -1,6 +1,6 @@
-"""POST /v1/embeddings — platform.openai.com/docs/api-reference/embeddings.
+"""POST /v1/embeddings: refuses, because the bases generate text and none makes embeddings.
 
-The bases here generate text; none makes embeddings. A clear answer is better than an unknown URL.
+A clear refusal is better than an unknown URL. platform.openai.com/docs/api-reference/embeddings.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from serve.api.dependencies import Ctx, Inference
+from serve.api.dependencies import Ctx, InferencePrincipal
 from serve.api.schemas import errors, json_body
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.formats.sampling import parse
@@ -29,15 +29,15 @@ class EmbeddingRequest(BaseModel):
     responses=errors(400, 401, 403, 404, 413, 503),
     openapi_extra=json_body(EmbeddingRequest),
 )
-async def create(request: Request, who: Inference, ctx: Ctx) -> None:
-    """Raises ModelNotFound for a model that the caller cannot see, InvalidRequest for every other."""
+async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> None:
+    """Raises ModelNotFound for a model that the caller cannot see, InvalidRequest for any other model."""
     body = parse(EmbeddingRequest, await request.body())
 
     def resolve() -> Model:
         with ctx.store.read() as connection:
-            return ctx.registry.resolve(connection, who.tenant, body.model)
+            return ctx.registry.resolve(connection, principal.tenant, body.model)
 
-    if not who.may_use(body.model):
+    if not principal.may_use(body.model):
         raise ModelNotFound(body.model)
     await asyncio.to_thread(resolve)
     raise InvalidRequest(

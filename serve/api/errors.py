@@ -1,6 +1,6 @@
-"""The one place that turns an error into HTTP: type → status, OpenAI's `type` and `code`.
+"""Sends errors as HTTP responses: status and body from `serve.formats.errors`, plus headers.
 
-Shape: platform.openai.com/docs/guides/error-codes — {"error": {"message", "type", "param", "code"}}.
+Headers say when to retry, or which credentials are needed.
 """
 
 from fastapi import FastAPI, Request
@@ -13,30 +13,29 @@ from starlette.types import Receive, Scope, Send
 from serve import errors
 from serve.formats.errors import anthropic_body_of, body_of, status_of
 
-# Routes that answer errors in another API's shape.
-DIALECTS = {"/v1/messages": anthropic_body_of}
-
-
-class Refusal(JSONResponse):
-    """An answer that leaves its error where `edge.py` looks for it: in the scope's state, as `refused`."""
-
-    def __init__(self, error: errors.BespokeError, path: str) -> None:
-        status, _, _ = status_of(error)
-        super().__init__(DIALECTS.get(path, body_of)(error), status, headers=_headers(error))
-        self._error = error
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope.setdefault("state", {})["refused"] = self._error
-        await super().__call__(scope, receive, send)
+# Routes whose errors have another API's format than OpenAI's.
+BODY_BY_PATH = {"/v1/messages": anthropic_body_of}
 
 
 def render(error: errors.BespokeError, path: str = "") -> Response:
     """The answer to a request for `path` that ended in `error`."""
-    return Refusal(error, path)
+    return ErrorResponse(error, path)
+
+
+class ErrorResponse(JSONResponse):
+    """Answers an error, and leaves it in the scope's state as `error` for `middleware.RequestMiddleware`."""
+
+    def __init__(self, error: errors.BespokeError, path: str) -> None:
+        status, _, _ = status_of(error)
+        super().__init__(BODY_BY_PATH.get(path, body_of)(error), status, headers=_headers(error))
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["error"] = self._error
+        await super().__call__(scope, receive, send)
 
 
 def _headers(error: errors.BespokeError) -> dict[str, str]:
-    """When to try again, where that is known."""
     match error:
         case errors.Unavailable():
             return {"Retry-After": str(error.retry_after_s)}
@@ -45,13 +44,13 @@ def _headers(error: errors.BespokeError) -> dict[str, str]:
         case errors.Unauthenticated():
             return {"WWW-Authenticate": "Bearer"}
         case errors.RateLimited():
-            return _limits(error)
+            return _rate_limit_headers(error)
     return {}
 
 
-def _limits(error: errors.RateLimited) -> dict[str, str]:
+def _rate_limit_headers(error: errors.RateLimited) -> dict[str, str]:
     if error.retry_after_s is None:
-        return {"x-should-retry": "false"}  # OpenAI's clients heed it
+        return {"x-should-retry": "false"}  # OpenAI's clients obey it
     headers = {"Retry-After": str(error.retry_after_s)}
     if error.what in ("requests", "tokens"):
         headers[f"x-ratelimit-limit-{error.what}"] = str(error.limit)
@@ -61,7 +60,7 @@ def _limits(error: errors.RateLimited) -> dict[str, str]:
 
 
 def invalid_request(error: RequestValidationError) -> errors.InvalidRequest:
-    """The first thing that FastAPI found wrong, in our words; what was sent is not repeated."""
+    """The first of FastAPI's validation errors as our error. It does not repeat the client's input."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return errors.InvalidRequest("The body is not valid JSON.", None, "invalid_value")
@@ -71,7 +70,7 @@ def invalid_request(error: RequestValidationError) -> errors.InvalidRequest:
 
 
 def install(app: FastAPI) -> None:
-    """What is not here is unexpected, and answered by `edge.py`."""
+    """Register the handlers. `middleware.RequestMiddleware` answers any other exception, which is a bug."""
 
     @app.exception_handler(errors.BespokeError)
     async def bespoke_error(request: Request, error: errors.BespokeError) -> Response:
@@ -79,7 +78,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return render(errors.ClientGone(), request.url.path)  # in the middle of its body
+        return render(errors.ClientGone(), request.url.path)  # the client left while sending its body
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -90,13 +89,13 @@ def install(app: FastAPI) -> None:
         if isinstance(error.__cause__, errors.BespokeError):  # FastAPI wraps what reading a body raises
             return render(error.__cause__, request.url.path)
         if error.status_code == 405:
-            known: errors.BespokeError = errors.MethodNotAllowed(
+            failure: errors.BespokeError = errors.MethodNotAllowed(
                 f"Method {request.method} is not allowed here."
             )
         elif error.status_code == 404:
-            known = errors.NotFound(f"Invalid URL ({request.method} {request.url.path}).")
+            failure = errors.NotFound(f"Invalid URL ({request.method} {request.url.path}).")
         else:
-            known = errors.InvalidRequest(str(error.detail))
-        response = render(known, request.url.path)
+            failure = errors.InvalidRequest(str(error.detail))
+        response = render(failure, request.url.path)
         response.headers.update(error.headers or {})
         return response

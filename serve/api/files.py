@@ -10,8 +10,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.responses import FileResponse
 from pydantic import BaseModel
 
-from serve.api.dependencies import Ctx
-from serve.api.dependencies import Files as Who
+from serve.api.dependencies import Ctx, FilesPrincipal
 from serve.api.schemas import errors
 from serve.api.uploads import Upload
 from serve.batches.batches import Batches
@@ -74,23 +73,23 @@ class FileDeleted(BaseModel):
 
 
 def install(app: FastAPI, files: Files, batches: Batches) -> None:
-    """What the routes of files and batches work on."""
+    """Give the routes of files and batches the stores that they work on."""
     app.state.files = files
     app.state.batches = batches
     app.state.uploading = Counter[str]()
 
 
 async def stored_files(request: Request) -> Files:
-    found: Files = request.app.state.files
-    return found
+    files: Files = request.app.state.files
+    return files
 
 
 async def stored_batches(request: Request) -> Batches:
-    found: Batches = request.app.state.batches
-    return found
+    batches: Batches = request.app.state.batches
+    return batches
 
 
-Stored = Annotated[Files, Depends(stored_files)]
+StoredFiles = Annotated[Files, Depends(stored_files)]
 StoredBatches = Annotated[Batches, Depends(stored_batches)]
 
 
@@ -100,16 +99,16 @@ StoredBatches = Annotated[Batches, Depends(stored_batches)]
     responses=errors(400, 401, 403, 413, 503),
     openapi_extra=FORM,
 )
-async def create(request: Request, who: Who, ctx: Ctx, files: Stored) -> FileObject:
-    """The caller is known, and has room, before the body is read."""
+async def create(request: Request, principal: FilesPrincipal, ctx: Ctx, files: StoredFiles) -> FileObject:
+    """The caller and its storage quota are checked before the body is read."""
     at = ctx.gateway.context.now()
-    await asyncio.to_thread(files.check_room, who.tenant, at=at)
+    await asyncio.to_thread(files.check_quota, principal.tenant, at=at)
     uploading: Counter[str] = request.app.state.uploading
-    if uploading[who.tenant] >= UPLOADS_AT_ONCE:
+    if uploading[principal.tenant] >= UPLOADS_AT_ONCE:
         raise Overloaded("Too many uploads at once; please retry.")
-    uploading[who.tenant] += 1
+    uploading[principal.tenant] += 1
     try:
-        draft = await asyncio.to_thread(files.draft, who.tenant, bytes_max=files.bounds.file_bytes)
+        draft = await asyncio.to_thread(files.draft, principal.tenant, bytes_max=files.bounds.file_bytes)
         try:
             upload = Upload(request.headers.get("content-type", ""), draft)
             await upload.read(request.stream())
@@ -117,18 +116,20 @@ async def create(request: Request, who: Who, ctx: Ctx, files: Stored) -> FileObj
         except BaseException:
             draft.discard()
             raise
-        return _wire(await asyncio.to_thread(_add, files, draft, who.tenant, purpose, upload, at, expires_at))
+        return _wire(
+            await asyncio.to_thread(_add, files, draft, principal.tenant, purpose, upload, at, expires_at)
+        )
     finally:
-        uploading[who.tenant] -= 1
-        if not uploading[who.tenant]:
-            del uploading[who.tenant]
+        uploading[principal.tenant] -= 1
+        if not uploading[principal.tenant]:
+            del uploading[principal.tenant]
 
 
 @router.get("/v1/files", response_model=FileList, responses=errors(400, 401, 403, 503))
 async def index(
-    who: Who,
+    principal: FilesPrincipal,
     ctx: Ctx,
-    files: Stored,
+    files: StoredFiles,
     purpose: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     after: Annotated[str | None, Query(max_length=64)] = None,
@@ -136,7 +137,7 @@ async def index(
 ) -> FileList:
     page = await asyncio.to_thread(
         files.page,
-        who.tenant,
+        principal.tenant,
         at=ctx.gateway.context.now(),
         purpose=purpose,
         after=after,
@@ -149,8 +150,8 @@ async def index(
 
 
 @router.get("/v1/files/{file_id}", response_model=FileObject, responses=errors(401, 403, 404, 503))
-async def show(file_id: str, who: Who, ctx: Ctx, files: Stored) -> FileObject:
-    return _wire(await asyncio.to_thread(files.get, who.tenant, file_id, at=ctx.gateway.context.now()))
+async def show(file_id: str, principal: FilesPrincipal, ctx: Ctx, files: StoredFiles) -> FileObject:
+    return _wire(await asyncio.to_thread(files.get, principal.tenant, file_id, at=ctx.gateway.context.now()))
 
 
 @router.get(
@@ -158,19 +159,21 @@ async def show(file_id: str, who: Who, ctx: Ctx, files: Stored) -> FileObject:
     response_class=FileResponse,
     responses=errors(401, 403, 404, 503) | {200: {"content": {"application/octet-stream": {}}}},
 )
-async def content(file_id: str, who: Who, ctx: Ctx, files: Stored) -> FileResponse:
-    """As it was sent. Never as something that a browser would run."""
-    file = await asyncio.to_thread(files.get, who.tenant, file_id, at=ctx.gateway.context.now())
-    path = await asyncio.to_thread(files.path_of, who.tenant, file.id)
-    safe = {"x-content-type-options": "nosniff", "cache-control": "private, no-store"}
-    return FileResponse(path, media_type="application/octet-stream", filename=file.filename, headers=safe)
+async def content(file_id: str, principal: FilesPrincipal, ctx: Ctx, files: StoredFiles) -> FileResponse:
+    """The bytes as they were sent. The headers keep a browser from running them."""
+    file = await asyncio.to_thread(files.get, principal.tenant, file_id, at=ctx.gateway.context.now())
+    path = await asyncio.to_thread(files.path_of, principal.tenant, file.id)
+    headers = {"x-content-type-options": "nosniff", "cache-control": "private, no-store"}
+    return FileResponse(path, media_type="application/octet-stream", filename=file.filename, headers=headers)
 
 
 @router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=errors(401, 403, 404, 409, 503))
-async def delete(file_id: str, who: Who, ctx: Ctx, files: Stored, batches: StoredBatches) -> FileDeleted:
+async def delete(
+    file_id: str, principal: FilesPrincipal, ctx: Ctx, files: StoredFiles, batches: StoredBatches
+) -> FileDeleted:
     """409 while a batch reads it."""
     at, readers = ctx.gateway.context.now(), batches.readers(file_id)
-    await asyncio.to_thread(files.delete, who.tenant, file_id, at=at, in_use=readers)
+    await asyncio.to_thread(files.delete, principal.tenant, file_id, at=at, in_use=readers)
     return FileDeleted(id=file_id)
 
 

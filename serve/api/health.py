@@ -1,4 +1,4 @@
-"""/healthz, /readyz, /metrics: for load balancers and Prometheus.
+"""Routes for load balancers and Prometheus: /healthz, /readyz, /metrics.
 
 The first two name no tenant. /metrics names adapters, unless anyone on the network may read it.
 """
@@ -16,7 +16,7 @@ from serve.api.schemas import HealthStatus, Readiness, errors
 from serve.engine.metrics import render_engines
 from serve.engine.protocol import Counters, Engine
 from serve.errors import EngineUnavailable, Unauthenticated, Unavailable
-from serve.formats.shape import Json
+from serve.formats.response_format import Json
 from serve.maintenance import metrics as steward_metrics
 from serve.maintenance.steward import StewardClient, StewardStatus
 from serve.observability.metrics import merge, render_aggregate, render_budgets
@@ -26,7 +26,7 @@ router = APIRouter()
 
 @router.get("/healthz", response_model=HealthStatus)
 async def healthz() -> Json:
-    """This process answers. Says nothing about what is behind it."""
+    """This process answers. The store and the engines are not checked."""
     return {"status": "ok"}
 
 
@@ -44,41 +44,45 @@ async def readyz(ctx: Ctx) -> Json:
     responses=errors(401, 500),
 )
 async def metrics(request: Request, ctx: Ctx) -> Response:
-    """What all gateways, the engines and the steward count, whichever gateway answers.
+    """The metrics of all gateways, the engines and the steward, whichever gateway answers.
 
     Raises Unauthenticated if there is a metrics token and the request does not bear it.
     """
     if ctx.metrics.token is not None:
-        _require(ctx.metrics.token, request.headers.get("authorization", ""))
-    gateways, engines, measured = await asyncio.gather(_gateways(ctx), _engines(ctx), _measured(ctx.steward))
+        _require_token(ctx.metrics.token, request.headers.get("authorization", ""))
+    gateways, engines, steward = await asyncio.gather(
+        _gateways(ctx), _engines(ctx), _steward_status(ctx.steward)
+    )
     replicas = {base: len(counters) for base, counters in engines.items()}
-    text = gateways.text + render_aggregate(gateways.there, gateways.answering, replicas)
-    text += render_engines([one for counters in engines.values() for one in counters])
+    text = gateways.text + render_aggregate(gateways.existing, gateways.answering, replicas)
+    text += render_engines([replica for counters in engines.values() for replica in counters])
     if ctx.steward is not None:
-        text += steward_metrics.render(measured)
-        text += b"" if measured is None else render_budgets(measured.budgets)
+        text += steward_metrics.render(steward)
+        text += b"" if steward is None else render_budgets(steward.budgets)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 @dataclass(frozen=True, slots=True)
 class _Gateways:
+    """Merged metrics of the gateways, and how many there are and answer."""
+
     text: bytes
-    there: int
+    existing: int
     answering: int
 
 
 async def _gateways(ctx: Context) -> _Gateways:
-    """What all gateways count, or this one alone if it has no peers or cannot reach them."""
-    found = [] if ctx.peers is None else await ctx.peers.expositions()
-    texts = {one.gateway: one.text for one in found if one is not None}
+    """The metrics of all gateways, or of this one alone if it has no peers or cannot reach them."""
+    expositions = [] if ctx.peers is None else await ctx.peers.expositions()
+    texts = {exposition.gateway: exposition.text for exposition in expositions if exposition is not None}
     if ctx.metrics.gateway not in texts:
         texts[ctx.metrics.gateway] = (await asyncio.to_thread(ctx.metrics.exposition)).text
     wanted = 1 if ctx.peers is None else ctx.peers.wanted
-    return _Gateways(merge(texts.values()), max(wanted, len(found), len(texts)), len(texts))
+    return _Gateways(merge(texts.values()), max(wanted, len(expositions), len(texts)), len(texts))
 
 
 async def _engines(ctx: Context) -> dict[str, list[Counters]]:
-    """Each base's replicas' counters. One that is down has none; the gateways' own still count."""
+    """The counters of each base's replicas. A base that is down has none."""
 
     async def counters(engine: Engine) -> list[Counters]:
         try:
@@ -86,21 +90,21 @@ async def _engines(ctx: Context) -> dict[str, list[Counters]]:
         except EngineUnavailable:
             return []
 
-    found = await asyncio.gather(*(counters(engine) for engine in ctx.engines.values()))
-    return dict(zip(ctx.engines, found, strict=True))
+    by_engine = await asyncio.gather(*(counters(engine) for engine in ctx.engines.values()))
+    return dict(zip(ctx.engines, by_engine, strict=True))
 
 
-async def _measured(steward: StewardClient | None) -> StewardStatus | None:
+async def _steward_status(steward: StewardClient | None) -> StewardStatus | None:
     try:
         return None if steward is None else await steward.status()
     except Unavailable:
         return None
 
 
-def _require(token: str, authorization: str) -> None:
-    kind, _, given = authorization.partition(" ")
-    # ASGI decodes headers as Latin-1; the comparison takes as long for any guess.
-    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), token.encode()):
+def _require_token(token: str, authorization: str) -> None:
+    kind, _, sent = authorization.partition(" ")
+    # ASGI decodes headers as Latin-1. The comparison takes equally long for every guess.
+    if kind.lower() != "bearer" or not hmac.compare_digest(sent.strip().encode("latin-1"), token.encode()):
         raise Unauthenticated("Incorrect metrics token provided.")
 
 

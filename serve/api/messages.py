@@ -1,14 +1,14 @@
-"""POST /v1/messages: the body into a Call, the generation into a message or its events."""
+"""POST /v1/messages — Anthropic's Messages API, docs.anthropic.com/en/api/messages."""
 
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from serve.api.dependencies import Ctx, Inference
+from serve.api.dependencies import Ctx, InferencePrincipal
 from serve.api.schemas import DESCRIPTIONS, generation_responses, json_body
-from serve.api.streaming import EventStream, answer_once, cancel_on_disconnect, start
-from serve.formats.messages.message import events, whole
+from serve.api.streaming import EventStream, answer_complete, cancel_on_disconnect, start
+from serve.formats.messages.message import complete_message, events
 from serve.formats.messages.objects import AnthropicError, AnthropicEvent, AnthropicMessage
 from serve.formats.messages.request import MessagesRequest
 from serve.formats.sampling import parse
@@ -29,22 +29,22 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     responses=generation_responses(AnthropicMessage, AnthropicEvent) | ERRORS,
     openapi_extra=json_body(MessagesRequest),
 )
-async def create(request: Request, who: Inference, ctx: Ctx) -> Response:
-    asked = parse(MessagesRequest, await request.body())
-    call = InferenceRequest(
+async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> Response:
+    body = parse(MessagesRequest, await request.body())
+    inference_request = InferenceRequest(
         request_id=request.state.request_id,
-        model=asked.model,
-        prompt=asked.prompt(ctx.limits),
-        sampling=asked.sampling(ctx.limits),
+        model=body.model,
+        prompt=body.prompt(ctx.limits),
+        sampling=body.sampling(ctx.limits),
         length_param="max_tokens",
-        toolbox=asked.toolbox(ctx.limits),
-        reasoning_effort=asked.reasoning_effort,
-        collect=not asked.stream,
+        toolbox=body.toolbox(ctx.limits),
+        reasoning_effort=body.reasoning_effort,
+        collect=not body.stream,
     )
-    if call.collect:
-        response = await answer_once(request, ctx, who, call, whole)
+    if inference_request.collect:
+        response = await answer_complete(request, ctx, principal, inference_request, complete_message)
     else:
-        generation = await cancel_on_disconnect(request, start(request, ctx, who, call))
+        generation = await cancel_on_disconnect(request, start(request, ctx, principal, inference_request))
         response = EventStream(generation, events(generation))
-    response.headers["request-id"] = call.request_id  # as Anthropic's clients look for it
+    response.headers["request-id"] = inference_request.request_id  # the header that Anthropic's clients read
     return response

@@ -1,12 +1,7 @@
-"""What every request passes through: an id, a clock, a bound on its body, a count in the metrics.
+"""Wraps every HTTP request: its id, clock, bounds, metrics and log line; compressed bodies; its trace span.
 
-Plain ASGI (asgi.readthedocs.io), because it must see streams as they are.
-
-What may come in: how large headers are, how long a body may take, and bodies that are compressed.
-
-Plain ASGI, inside `edge.py`, which bounds the bytes as they are sent; here the bound is on what they become.
-
-The span of an HTTP request (opentelemetry.io/docs/specs/semconv/http/http-spans, server). Plain ASGI.
+Plain ASGI (asgi.readthedocs.io), because the middleware must see streams as they are. From the outside in:
+`TracingMiddleware` (if tracing is on), `RequestMiddleware`, `BodyMiddleware`, then the application.
 """
 
 import asyncio
@@ -35,54 +30,134 @@ from serve.observability.metrics import Metrics
 from serve.observability.tracing import Tracing
 from serve.rate_limits import Quota, RateLimitStatus
 
-# Asked every few seconds by machines; their traces would bury the others.
+log = logging.getLogger(__name__)
+
+HEADER_BYTES_MAX = 16 * 1024
+UPLOAD_ROUTE, FORM_BYTES = ("POST", "/v1/files"), 64 * 1024
+# zlib's window bits that expect a gzip header (RFC 1952), or a zlib header (RFC 1950).
+_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+# Machines ask these every few seconds; their traces would bury the others.
 UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 
 
-class Traced:
-    """Outermost, so that nothing is left out. There only if tracing is on."""
+class RequestMiddleware:
+    """Gives a request its id, bounds its body, turns a bug into a 500, and records how it ended.
 
-    def __init__(self, app: ASGIApp, *, tracing: Tracing) -> None:
+    body_bytes_max: of every body but an upload's, which may hold a file of `file_bytes_max`.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, body_bytes_max: int, file_bytes_max: int = 0
+    ) -> None:
         self._app = app
-        self._tracing = tracing
+        self._metrics = metrics
+        self._body_bytes_max = body_bound(body_bytes_max, file_bytes_max)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in UNTRACED:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status: int | None = None
+        started_at_s = monotonic()
+        # The server makes the id, never the client: it is the ledger's key.
+        state = scope.setdefault("state", {})
+        request_id = state["request_id"] = f"req_{uuid.uuid4().hex}"
+        state["direct_send"] = send
+        logs.set_log_context(request_id)
+        status, started = 500, False
+        received_bytes, bytes_max = 0, self._body_bytes_max(scope)
 
-        async def noting_send(message: Message) -> None:
-            nonlocal status
+        async def bounded_receive() -> Message:
+            nonlocal received_bytes
+            message = await receive()
+            received_bytes += len(message.get("body", b""))
+            if received_bytes > bytes_max:
+                raise BodyTooLarge(bytes_max)
+            return message
+
+        async def stamped_send(message: Message) -> None:
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
+                headers = {
+                    "x-request-id": request_id,
+                    "openai-processing-ms": str(round((monotonic() - started_at_s) * 1000)),
+                    **rate_limit_headers(state.get("rate_limit_status")),
+                }
+                encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+                message["headers"] = [*message.get("headers", ()), *encoded]
             await send(message)
 
-        method = scope["method"] if scope["method"] in METHODS else "_OTHER"
-        with self._tracing.request(method, scope["scheme"], _trace_context(Headers(scope=scope))) as exchange:
-            try:
-                await self._app(scope, receive, noting_send)
-            finally:
-                route = getattr(scope.get("route"), "path", None)
-                exchange.ended(route, status, scope.get("state", {}).get("request_id"))
+        try:
+            declared = Headers(scope=scope).get("content-length", "0")
+            if declared.isdigit() and int(declared) > bytes_max:
+                await render(BodyTooLarge(bytes_max), scope["path"])(scope, receive, stamped_send)
+            else:
+                await self._app(scope, bounded_receive, stamped_send)
+        except Exception as error:
+            # The path only: bodies hold prompts and headers hold keys.
+            log.error("unexpected error at %s %s", scope["method"], scope["path"], exc_info=error)
+            if started:
+                raise
+            await render(BespokeError(), scope["path"])(scope, receive, stamped_send)
+        finally:
+            route, took_s = _route(scope), monotonic() - started_at_s
+            self._metrics.request(route, status, took_s)
+            took_ms = round(took_s * 1e3)
+            fields = {"method": scope["method"], "route": route, "status": status, "duration_ms": took_ms}
+            if status >= 400:
+                refusal = state.get("error") or BespokeError()
+                self._metrics.refused(refusal, *kind_of(refusal))
+            elif (stream_error := state.get("stream_error")) is not None:
+                kind, code = kind_of(stream_error)
+                self._metrics.broken(route, kind, code)
+                fields["broken"] = code
+            log.info("answered", extra=fields)
 
 
-def _trace_context(headers: Headers) -> dict[str, str]:
-    """W3C Trace Context's headers; two parents are none (3.2.2)."""
-    found = {"traceparent": headers.getlist("traceparent"), "tracestate": headers.getlist("tracestate")}
-    if len(found["traceparent"]) != 1:
-        return {}
-    return {name: ",".join(values) for name, values in found.items() if values}
+def body_bound(body_bytes_max: int, file_bytes_max: int) -> Callable[[Scope], int]:
+    """Returns the function from a request to the most bytes of its body. An upload has a file in a form."""
+
+    def bytes_max(scope: Scope) -> int:
+        is_upload = (scope["method"], scope["path"]) == UPLOAD_ROUTE
+        return file_bytes_max + FORM_BYTES if is_upload else body_bytes_max
+
+    return bytes_max
 
 
-HEADER_BYTES_MAX = 16 * 1024
-# zlib's window sizes that say: a gzip header is there (RFC 1952), or a zlib one (RFC 1950).
-_WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+def direct_send(scope: Scope, send: Send) -> Send:
+    """The `send` below all middleware, for the chunks of an answer whose start went through `send`.
+
+    The middleware looks only at the start of an answer.
+    """
+    direct: Send = scope.get("state", {}).get("direct_send", send)
+    return direct
+
+
+def rate_limit_headers(status: RateLimitStatus | None) -> dict[str, str]:
+    """The caller's remaining quota: platform.openai.com/docs/guides/rate-limits, headers."""
+    headers = {}
+    for unit in ("requests", "tokens"):
+        quota: Quota | None = getattr(status, unit, None)
+        if quota is not None:
+            headers[f"x-ratelimit-limit-{unit}"] = str(quota.limit)
+            headers[f"x-ratelimit-remaining-{unit}"] = str(quota.remaining)
+            headers[f"x-ratelimit-reset-{unit}"] = f"{quota.reset_s:g}s"
+    return headers
+
+
+def _route(scope: Scope) -> str:
+    """The route's template: the number of labels stays bounded, whatever paths clients try."""
+    route: Any = scope.get("route")
+    return getattr(route, "path", "other")
 
 
 class BodyMiddleware:
-    """The largest body that a route takes must be complete in the time that it takes at `bytes_per_s_min`."""
+    """Bounds headers and the time of a body, and decompresses it under the same bound as a plain body.
+
+    A body may take as long as the route's largest body takes at `bytes_per_s_min`. `RequestMiddleware`
+    bounds the bytes as they are sent; here the bound is on the decompressed bytes.
+    """
 
     def __init__(
         self, app: ASGIApp, *, body_bytes_max: Callable[[Scope], int], bytes_per_s_min: float
@@ -102,17 +177,17 @@ class BodyMiddleware:
         if encoding != "identity" and encoding not in _WINDOW_BITS:
             await render(UnsupportedEncoding(encoding[:40]), scope["path"])(scope, receive, send)
             return
-        most = self._body_bytes_max(scope)
-        incoming = _in_time(receive, most / self._bytes_per_s_min)
+        bytes_max = self._body_bytes_max(scope)
+        body_receive = _in_time(receive, bytes_max / self._bytes_per_s_min)
         if encoding != "identity":
-            incoming = _inflated(incoming, _WINDOW_BITS[encoding], most)
+            body_receive = _inflated(body_receive, _WINDOW_BITS[encoding], bytes_max)
             hidden = (b"content-encoding", b"content-length")
             scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in hidden]
-        await self._app(scope, incoming, send)
+        await self._app(scope, body_receive, send)
 
 
 def _in_time(receive: Receive, timeout_s: float) -> Receive:
-    """`receive`, which raises BodyTimeout if the body is not complete in time. Then it may wait for ever."""
+    """`receive` that raises BodyTimeout if the body is late. After the body it waits without a bound."""
     deadline_s = asyncio.get_running_loop().time() + timeout_s
     complete = False
 
@@ -131,10 +206,10 @@ def _in_time(receive: Receive, timeout_s: float) -> Receive:
     return in_time
 
 
-def _inflated(receive: Receive, window_bits: int, most: int) -> Receive:
-    """`receive`, decompressed as it comes, and never more than `most` bytes of it.
+def _inflated(receive: Receive, window_bits: int, bytes_max: int) -> Receive:
+    """`receive` that decompresses the body as it comes, up to `bytes_max` bytes.
 
-    Raises BodyTooLarge, and InvalidRequest if the bytes are not what they are said to be.
+    Raises BodyTooLarge, and InvalidRequest if the bytes are not what Content-Encoding says.
     """
     inflater = zlib.decompressobj(window_bits)
     total = 0
@@ -145,13 +220,13 @@ def _inflated(receive: Receive, window_bits: int, most: int) -> Receive:
         if message["type"] != "http.request":
             return message
         try:
-            # One byte more than there may be: enough to know, and never a bomb's worth.
-            body = inflater.decompress(message.get("body", b""), most - total + 1)
+            # One byte above the bound is enough to see a body that is too large, such as a zip bomb.
+            body = inflater.decompress(message.get("body", b""), bytes_max - total + 1)
         except zlib.error as error:
             raise InvalidRequest("The body is not compressed as Content-Encoding says.") from error
         total += len(body)
-        if total > most:
-            raise BodyTooLarge(most)
+        if total > bytes_max:
+            raise BodyTooLarge(bytes_max)
         more = message.get("more_body", False)
         if not more and not inflater.eof:
             raise InvalidRequest("The compressed body ends too early.")
@@ -160,112 +235,40 @@ def _inflated(receive: Receive, window_bits: int, most: int) -> Receive:
     return inflated
 
 
-log = logging.getLogger(__name__)
+class TracingMiddleware:
+    """Traces the HTTP request as a server span (opentelemetry.io/docs/specs/semconv/http/http-spans).
 
+    Outermost, so that the span covers everything. Installed only if tracing is on.
+    """
 
-UPLOAD_ROUTE, FORM_BYTES = ("POST", "/v1/files"), 64 * 1024
-
-
-def body_bound(body_bytes_max: int, file_bytes_max: int) -> Callable[[Scope], int]:
-    """The most bytes that a request's body may have: an upload has a file, and the form around it."""
-
-    def of(scope: Scope) -> int:
-        is_upload = (scope["method"], scope["path"]) == UPLOAD_ROUTE
-        return file_bytes_max + FORM_BYTES if is_upload else body_bytes_max
-
-    return of
-
-
-class RequestMiddleware:
-    """`body_bytes_max` bounds every body but an upload's, which may hold a file of `file_bytes_max`."""
-
-    def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, body_bytes_max: int, file_bytes_max: int = 0
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, tracing: Tracing) -> None:
         self._app = app
-        self._metrics = metrics
-        self._body_bytes_max = body_bound(body_bytes_max, file_bytes_max)
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"] in UNTRACED:
             await self._app(scope, receive, send)
             return
-        started_s = monotonic()
-        # Ours, never the client's: it is the ledger's key.
-        state = scope.setdefault("state", {})
-        request_id = state["request_id"] = f"req_{uuid.uuid4().hex}"
-        state["pieces_send"] = send
-        logs.set_log_context(request_id)
-        status, begun = 500, False
-        received_bytes, most = 0, self._body_bytes_max(scope)
+        status: int | None = None
 
-        async def bounded_receive() -> Message:
-            nonlocal received_bytes
-            message = await receive()
-            received_bytes += len(message.get("body", b""))
-            if received_bytes > most:
-                raise BodyTooLarge(most)
-            return message
-
-        async def stamped_send(message: Message) -> None:
-            nonlocal status, begun
+        async def status_send(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                status, begun = message["status"], True
-                told = {
-                    "x-request-id": request_id,
-                    "openai-processing-ms": str(round((monotonic() - started_s) * 1000)),
-                    **rate_limits(state.get("standing")),
-                }
-                headers = [(name.encode(), value.encode()) for name, value in told.items()]
-                message["headers"] = [*message.get("headers", ()), *headers]
+                status = message["status"]
             await send(message)
 
-        try:
-            declared = Headers(scope=scope).get("content-length", "0")
-            if declared.isdigit() and int(declared) > most:
-                await render(BodyTooLarge(most), scope["path"])(scope, receive, stamped_send)
-            else:
-                await self._app(scope, bounded_receive, stamped_send)
-        except Exception as error:
-            # The path only: bodies hold prompts and headers hold keys.
-            log.error("unexpected error at %s %s", scope["method"], scope["path"], exc_info=error)
-            if begun:
-                raise
-            await render(BespokeError(), scope["path"])(scope, receive, stamped_send)
-        finally:
-            route, took_s = _route(scope), monotonic() - started_s
-            self._metrics.request(route, status, took_s)
-            took_ms = round(took_s * 1e3)
-            what = {"method": scope["method"], "route": route, "status": status, "duration_ms": took_ms}
-            if status >= 400:
-                refused = state.get("refused") or BespokeError()
-                self._metrics.refused(refused, *kind_of(refused))
-            elif (broken := state.get("broken")) is not None:
-                kind, code = kind_of(broken)
-                self._metrics.broken(route, kind, code)
-                what["broken"] = code
-            log.info("answered", extra=what)
+        method = scope["method"] if scope["method"] in METHODS else "_OTHER"
+        with self._tracing.request(method, scope["scheme"], _trace_context(Headers(scope=scope))) as exchange:
+            try:
+                await self._app(scope, receive, status_send)
+            finally:
+                route = getattr(scope.get("route"), "path", None)
+                exchange.ended(route, status, scope.get("state", {}).get("request_id"))
 
 
-def pieces_send(scope: Scope, send: Send) -> Send:
-    """For the pieces of an answer that has begun with `send`: past all that looks only at how it begins."""
-    past: Send = scope.get("state", {}).get("pieces_send", send)
-    return past
-
-
-def rate_limits(standing: RateLimitStatus | None) -> dict[str, str]:
-    """How the caller stands with its limits: platform.openai.com/docs/guides/rate-limits, headers."""
-    headers = {}
-    for what in ("requests", "tokens"):
-        quota: Quota | None = getattr(standing, what, None)
-        if quota is not None:
-            headers[f"x-ratelimit-limit-{what}"] = str(quota.limit)
-            headers[f"x-ratelimit-remaining-{what}"] = str(quota.remaining)
-            headers[f"x-ratelimit-reset-{what}"] = f"{quota.reset_s:g}s"
-    return headers
-
-
-def _route(scope: Scope) -> str:
-    """The route's template, so that the label is bounded whatever paths clients try."""
-    route: Any = scope.get("route")
-    return getattr(route, "path", "other")
+def _trace_context(headers: Headers) -> dict[str, str]:
+    """W3C Trace Context's headers. Two parents count as none (section 3.2.2)."""
+    values = {name: headers.getlist(name) for name in ("traceparent", "tracestate")}
+    if len(values["traceparent"]) != 1:
+        return {}
+    return {name: ",".join(parts) for name, parts in values.items() if parts}

@@ -4,31 +4,36 @@ import asyncio
 
 from fastapi import APIRouter
 
-from serve.api.dependencies import Ctx, Inference
-from serve.api.schemas import Model as OneModel
+from serve.api import schemas
+from serve.api.dependencies import Ctx, InferencePrincipal
 from serve.api.schemas import ModelList, errors
 from serve.errors import ModelNotFound
-from serve.formats.shape import Json
+from serve.formats.response_format import Json
 from serve.registry.versions import Model
 
 router = APIRouter()
 
 
 @router.get("/v1/models", response_model=ModelList, responses=errors(401, 403, 429, 503))
-async def index(who: Inference, ctx: Ctx) -> Json:
-    models = await asyncio.to_thread(ctx.registry.models, who.tenant)
-    return {"object": "list", "data": [_wire(one, who.tenant) for one in models if who.may_use(one.name)]}
+async def index(principal: InferencePrincipal, ctx: Ctx) -> Json:
+    models = await asyncio.to_thread(ctx.registry.models, principal.tenant)
+    visible = [model for model in models if principal.may_use(model.name)]
+    return {"object": "list", "data": [_wire(model, principal.tenant) for model in visible]}
 
 
-@router.get("/v1/models/{name:path}", response_model=OneModel, responses=errors(401, 403, 404, 429, 503))
-async def show(name: str, who: Inference, ctx: Ctx) -> Json:
+@router.get(
+    "/v1/models/{name:path}",
+    response_model=schemas.Model,
+    responses=errors(401, 403, 404, 429, 503),
+)
+async def show(name: str, principal: InferencePrincipal, ctx: Ctx) -> Json:
     def resolve() -> Model:
         with ctx.store.read() as connection:
-            return ctx.registry.resolve(connection, who.tenant, name)
+            return ctx.registry.resolve(connection, principal.tenant, name)
 
-    if len(name) > 160 or not who.may_use(name):
+    if len(name) > 160 or not principal.may_use(name):
         raise ModelNotFound(name[:160])
-    return _wire(await asyncio.to_thread(resolve), who.tenant)
+    return _wire(await asyncio.to_thread(resolve), principal.tenant)
 
 
 def _wire(model: Model, tenant: str) -> Json:

@@ -1,7 +1,7 @@
-"""The OpenAPI document at /openapi.json: FastAPI's, completed.
+"""Completes FastAPI's OpenAPI document at /openapi.json.
 
-FastAPI sees neither the schemas of bodies that routes read themselves nor what every request passes through:
-the edge, the intake and the door, which refuse requests before a route is asked.
+FastAPI sees neither the schemas of bodies that routes read themselves nor the refusals of middleware and
+authentication, which come before a route.
 """
 
 from typing import Any
@@ -15,11 +15,11 @@ _ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBod
 
 
 def install(app: FastAPI) -> None:
-    made = app.openapi
+    fastapi_document = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = made()
+            document = fastapi_document()
             schemas = document["components"]["schemas"]
             if clash := [name for name, schema in BODIES.items() if schemas.get(name, schema) != schema]:
                 raise ValueError(f"two models of one name: {', '.join(clash)}")
@@ -34,8 +34,9 @@ def install(app: FastAPI) -> None:
 
 
 def _complete(operation: dict[str, Any]) -> None:
+    """Add the statuses that middleware and authentication answer."""
     responses = operation["responses"]
-    # There only to keep FastAPI from declaring a 422, which nobody gets.
+    # Only there to keep FastAPI from declaring a 422, which is never sent.
     responses.pop("default", None)
     responses.pop("422", None)
     statuses = [*_ANY]

@@ -1,4 +1,4 @@
-"""What the admin resources' bodies and answers share: lists, times, limits."""
+"""Defines the lists, times and limits that the bodies and answers of admin and organization routes share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from serve.storage.pagination import Page
 
 
 class Identified(BaseModel):
-    """What lists hold: the id of an item is also the cursor behind it."""
+    """An item of a list. Its id is also the cursor to the next page."""
 
     id: str
 
@@ -34,7 +34,7 @@ Timestamp = Annotated[int, Field(ge=0, le=253_402_300_799, description="Unix tim
 
 
 class Body(BaseModel):
-    """What a client sends: a field that we do not know is a mistake worth telling."""
+    """A client's body. An unknown field is a mistake, so it is refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -54,7 +54,7 @@ def _printable(models: tuple[str, ...] | None) -> tuple[str, ...] | None:
 
 
 class LimitsBody(Body):
-    """Limits to change: those that are named. Null lifts a limit."""
+    """Limits to change: only the named ones. Null lifts a limit."""
 
     requests_per_min: int | None = Field(None, ge=1, le=HIGHEST["requests_per_min"])
     tokens_per_min: int | None = Field(None, ge=1, le=HIGHEST["tokens_per_min"])
@@ -98,7 +98,7 @@ def listing(page: Page[Item], wire: Callable[[Item], Wire]) -> Listing[Wire]:
 def slice_page(
     items: Sequence[Item], id_of: Callable[[Item], str], after: str | None, limit: int
 ) -> Page[Item]:
-    """A page of a list that is read as a whole. Raises InvalidRequest if `after` is none of them."""
+    """A page of a list that is in memory. Raises InvalidRequest if `after` is not the id of an item."""
     start = 0
     if after is not None:
         ids = [id_of(item) for item in items]

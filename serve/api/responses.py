@@ -1,4 +1,7 @@
-"""POST /v1/responses, and what was stored of earlier ones."""
+"""Routes of the Responses API: create a response; read, delete or continue a stored one.
+
+platform.openai.com/docs/api-reference/responses.
+"""
 
 import asyncio
 from datetime import datetime
@@ -7,12 +10,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from serve.api.dependencies import Context, Ctx, Inference
+from serve.api.dependencies import Context, Ctx, InferencePrincipal
 from serve.api.schemas import errors, generation_responses, json_body
-from serve.api.streaming import EventStream, answer_once, cancel_on_disconnect, start
+from serve.api.streaming import EventStream, answer_complete, cancel_on_disconnect, start
 from serve.client_data.stored_responses import ResponseCommitHook, StoredResponses
 from serve.errors import InvalidRequest, ResponseNotFound
 from serve.formats.bounds import bound
+from serve.formats.response_format import dumps
+from serve.formats.responses.builder import ResponseBuilder
 from serve.formats.responses.events import events
 from serve.formats.responses.items import Ids, input_items, messages
 from serve.formats.responses.objects import (
@@ -22,9 +27,7 @@ from serve.formats.responses.objects import (
     ResponseObject,
 )
 from serve.formats.responses.request import ResponsesRequest
-from serve.formats.responses.shape import ResponseObjectFormat
 from serve.formats.sampling import parse
-from serve.formats.shape import dumps
 from serve.inference.request import GenerationResult, InferenceRequest
 from serve.tenants import Principal
 
@@ -39,40 +42,40 @@ Json = dict[str, Any]
     responses=generation_responses(ResponseObject, ResponseEvent),
     openapi_extra=json_body(ResponsesRequest),
 )
-async def create(request: Request, who: Inference, ctx: Ctx) -> Response:
-    asked = parse(ResponsesRequest, await request.body())
+async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> Response:
+    body = parse(ResponsesRequest, await request.body())
     request_id: str = request.state.request_id
-    context = await _context(ctx, who, asked.previous_response_id)
-    own = input_items(asked.input, Ids(request_id))
-    conversation = [*context, *own]
+    context = await _context(ctx, principal, body.previous_response_id)
+    new_items = input_items(body.input, Ids(request_id))
+    conversation = [*context, *new_items]
     bound("input", len(conversation), ctx.limits.messages, "items, those of earlier turns included")
-    shape = ResponseObjectFormat(asked, request_id, own, context)
+    builder = ResponseBuilder(body, request_id, new_items, context)
     responses = StoredResponses(ctx.store)
     commit_hook = ResponseCommitHook(
         responses,
-        who.tenant,
-        lambda result: shape.to_store(shape.whole(result, stored=True)),
+        principal.tenant,
+        lambda result: builder.to_store(builder.complete(result, stored=True)),
     )
-    whole = not asked.stream
-    call = InferenceRequest(
+    collect = not body.stream
+    inference_request = InferenceRequest(
         request_id=request_id,
-        model=asked.model,
-        prompt=messages(conversation, asked.instructions),
-        sampling=asked.sampling(ctx.limits),
+        model=body.model,
+        prompt=messages(conversation, body.instructions),
+        sampling=body.sampling(ctx.limits),
         length_param="max_output_tokens",
-        toolbox=asked.toolbox(ctx.limits),
-        reasoning_effort=asked.reasoning.effort if asked.reasoning else None,
-        collect=whole,
-        commit_hook=commit_hook if whole and asked.keeps else None,
+        toolbox=body.toolbox(ctx.limits),
+        reasoning_effort=body.reasoning.effort if body.reasoning else None,
+        collect=collect,
+        commit_hook=commit_hook if collect and body.stores else None,
     )
 
     def render(result: GenerationResult) -> Json:
-        return commit_hook.stored.body if commit_hook.stored else shape.whole(result, stored=False)
+        return commit_hook.stored.body if commit_hook.stored else builder.complete(result, stored=False)
 
-    if whole:
-        return await answer_once(request, ctx, who, call, render)
-    generation = await cancel_on_disconnect(request, start(request, ctx, who, call))
-    stream = events(generation, shape, responses if asked.keeps else None, who.tenant)
+    if collect:
+        return await answer_complete(request, ctx, principal, inference_request, render)
+    generation = await cancel_on_disconnect(request, start(request, ctx, principal, inference_request))
+    stream = events(generation, builder, responses if body.stores else None, principal.tenant)
     return EventStream(generation, stream)
 
 
@@ -81,11 +84,11 @@ async def create(request: Request, who: Inference, ctx: Ctx) -> Response:
     response_model=ResponseObject,
     responses=errors(400, 401, 403, 404, 429, 503),
 )
-async def show(response_id: str, who: Inference, ctx: Ctx, stream: bool = False) -> Response:
+async def show(response_id: str, principal: InferencePrincipal, ctx: Ctx, stream: bool = False) -> Response:
     if stream:
         raise InvalidRequest("A stored response is not streamed.", "stream", "unsupported_parameter")
-    stored = await asyncio.to_thread(_responses(ctx).find, who.tenant, response_id, at=_now(ctx))
-    return _as_it_is(stored.body)
+    stored = await asyncio.to_thread(_responses(ctx).find, principal.tenant, response_id, at=_now(ctx))
+    return _unvalidated(stored.body)
 
 
 @router.delete(
@@ -93,8 +96,8 @@ async def show(response_id: str, who: Inference, ctx: Ctx, stream: bool = False)
     response_model=DeletedResponse,
     responses=errors(401, 403, 404, 429, 503),
 )
-async def delete(response_id: str, who: Inference, ctx: Ctx) -> Json:
-    await asyncio.to_thread(_responses(ctx).delete, who.tenant, response_id, at=_now(ctx))
+async def delete(response_id: str, principal: InferencePrincipal, ctx: Ctx) -> Json:
+    await asyncio.to_thread(_responses(ctx).delete, principal.tenant, response_id, at=_now(ctx))
     return {"id": response_id, "object": "response", "deleted": True}
 
 
@@ -103,9 +106,9 @@ async def delete(response_id: str, who: Inference, ctx: Ctx) -> Json:
     response_model=ResponseObject,
     responses=errors(400, 401, 403, 404, 429, 503),
 )
-async def cancel(response_id: str, who: Inference, ctx: Ctx) -> Json:
-    """Refuses: only a response in the background could be cancelled, and there is none."""
-    await asyncio.to_thread(_responses(ctx).find, who.tenant, response_id, at=_now(ctx))
+async def cancel(response_id: str, principal: InferencePrincipal, ctx: Ctx) -> Json:
+    """Refuses: only a response in the background could be cancelled, and none runs there."""
+    await asyncio.to_thread(_responses(ctx).find, principal.tenant, response_id, at=_now(ctx))
     raise InvalidRequest("Only responses that run in the background can be cancelled.")
 
 
@@ -116,14 +119,14 @@ async def cancel(response_id: str, who: Inference, ctx: Ctx) -> Json:
 )
 async def list_input_items(
     response_id: str,
-    who: Inference,
+    principal: InferencePrincipal,
     ctx: Ctx,
     after: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:
-    """What the response answered: its own input, and before it the turns that it continued."""
-    stored = await asyncio.to_thread(_responses(ctx).find, who.tenant, response_id, at=_now(ctx))
+    """The items that the response answered: its own input, and the earlier turns before it."""
+    stored = await asyncio.to_thread(_responses(ctx).find, principal.tenant, response_id, at=_now(ctx))
     items = stored.context if order == "asc" else stored.context[::-1]
     if after is not None:
         ids = [item["id"] for item in items]
@@ -131,7 +134,7 @@ async def list_input_items(
             raise InvalidRequest("'after' is not the id of an item of this list.", "after", "invalid_value")
         items = items[ids.index(after) + 1 :]
     page = items[:limit]
-    return _as_it_is(
+    return _unvalidated(
         {
             "object": "list",
             "data": page,
@@ -142,17 +145,17 @@ async def list_input_items(
     )
 
 
-def _as_it_is(body: Json) -> Response:
-    """What an older version stored need not fit what this one would answer, so it is not validated."""
+def _unvalidated(body: Json) -> Response:
+    """Answers stored JSON unchecked: an older version may have stored it in another form."""
     return Response(dumps(body), media_type="application/json")
 
 
-async def _context(ctx: Context, who: Principal, previous: str | None) -> list[Json]:
-    """The conversation so far. Raises InvalidRequest if the response that it ends with is not there."""
+async def _context(ctx: Context, principal: Principal, previous: str | None) -> list[Json]:
+    """The conversation up to the response `previous`. Raises InvalidRequest if that is not stored."""
     if previous is None:
         return []
     try:
-        stored = await asyncio.to_thread(_responses(ctx).find, who.tenant, previous, at=_now(ctx))
+        stored = await asyncio.to_thread(_responses(ctx).find, principal.tenant, previous, at=_now(ctx))
     except ResponseNotFound:
         raise InvalidRequest(
             f"Previous response with id '{previous}' not found.",

@@ -1,13 +1,7 @@
-"""Two ways to answer a generation request: all at once, or as server-sent events.
+"""Answers a generation request: as one JSON body, or as a stream of server-sent events.
 
-`Shape` is the wire format (chat or text completion); see its modules.
-
-The connection to a client: what is sent on it, and what happens when the client leaves it.
-
-A client that goes away closes the generation, which stops the engine and bills what was generated.
+A client that leaves closes the generation, which stops the engine and bills the tokens generated so far.
 SSE: html.spec.whatwg.org/multipage/server-sent-events.html.
-
-A whole answer, given once: whatever it is made into, an Idempotency-Key finds it again.
 """
 
 import asyncio
@@ -22,18 +16,195 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.api.dependencies import Context
-from serve.api.middleware import pieces_send
+from serve.api.middleware import direct_send
 from serve.engine.protocol import Delta
 from serve.errors import BespokeError, ClientGone
 from serve.formats.errors import sse_event
-from serve.formats.shape import Json, ResponseFormat, dumps, usage, whole_body
+from serve.formats.response_format import Json, ResponseFormat, complete_body, dumps, usage
 from serve.inference.generation import Generation
 from serve.inference.request import CommitHook, GenerationResult, InferenceRequest
 from serve.tenants import Principal
 
+T = TypeVar("T")
+
+
+async def answer(
+    request: Request,
+    ctx: Context,
+    principal: Principal,
+    inference_request: InferenceRequest,
+    response_format: ResponseFormat,
+    *,
+    stream: bool,
+    include_usage: bool,
+) -> Response:
+    """Run the inference request and answer it in `response_format`.
+
+    A client that leaves before the answer starts cancels the request.
+    """
+    if not stream:
+        return await answer_complete(
+            request, ctx, principal, inference_request, lambda result: complete_body(result, response_format)
+        )
+    generation = await cancel_on_disconnect(request, start(request, ctx, principal, inference_request))
+    return EventStream(generation, _events(generation, response_format, include_usage))
+
+
+async def answer_complete(
+    request: Request,
+    ctx: Context,
+    principal: Principal,
+    inference_request: InferenceRequest,
+    render: Callable[[GenerationResult], dict[str, Any]],
+) -> Response:
+    """Run the inference request, which collects its choices, and answer the JSON that `render` makes.
+
+    With an Idempotency-Key the answer is stored, and a client that leaves does not stop it: its retry gets
+    the stored answer. Without a key, a client that leaves cancels the request.
+    """
+    key = request.headers.get("idempotency-key")
+    if key is not None:
+        content = request.url.path.encode() + b"\n" + await request.body()
+        at = ctx.gateway.context.now()
+        stored = await asyncio.to_thread(ctx.idempotency.find, principal.tenant, key, content, at=at)
+        if stored is not None:
+            headers = {"idempotency-replayed": "true", "x-original-request-id": stored.request_id}
+            return Response(stored.body, media_type="application/json", headers=headers)
+        commit_hook: CommitHook = ctx.idempotency.commit_hook(
+            principal.tenant,
+            key,
+            content,
+            inference_request.request_id,
+            lambda result: dumps(render(result)).decode(),
+        )
+        if inference_request.commit_hook is not None:
+            # In this order: `render` may read what the request's own hook has stored.
+            commit_hook = CommitHooks(inference_request.commit_hook, commit_hook)
+        inference_request = replace(inference_request, commit_hook=commit_hook, survives_disconnect=True)
+
+    async def run() -> Response:
+        generation = await start(request, ctx, principal, inference_request)
+        try:
+            async for _ in generation:
+                pass
+        finally:
+            generation.close()
+        return Response(dumps(render(generation.result)), media_type="application/json")
+
+    return await cancel_on_disconnect(request, run())
+
+
+async def start(
+    request: Request, ctx: Context, principal: Principal, inference_request: InferenceRequest
+) -> Generation:
+    """`Gateway.generate`, which leaves the caller's rate-limit status for the answer's headers."""
+    generation = await ctx.gateway.generate(principal, inference_request)
+    request.state.rate_limit_status = generation.rate_limit_status
+    return generation
+
+
+async def _events(
+    generation: Generation, response_format: ResponseFormat, include_usage: bool
+) -> AsyncIterator[bytes]:
+    # All events of an answer have the same envelope: it is encoded once, and each choice is inserted.
+    no_usage = {"usage": None} if include_usage else {}
+    envelope = dumps(response_format.envelope(generation.result, [], streamed=True) | no_usage)
+    head, _, tail = envelope.partition(b'"choices":[]')
+    head, tail = b"data: " + head + b'"choices":[', b"]" + tail + b"\n\n"
+
+    def event(choice: Json) -> bytes:
+        return head + dumps(choice) + tail
+
+    opening = b"".join(map(event, response_format.opening_choices(generation.result)))
+    try:
+        async for batch in generation:
+            events = (event(response_format.streamed_choice(delta)) for delta in batch if _has_content(delta))
+            yield opening + b"".join(events)
+            opening = b""
+    except BespokeError as error:
+        yield sse_event(error)
+        return
+    closing = b""
+    if include_usage:
+        result = generation.result
+        last = response_format.envelope(result, [], streamed=True) | {"usage": usage(result.tokens)}
+        closing = b"data: " + dumps(last) + b"\n\n"
+    yield closing + b"data: [DONE]\n\n"
+
+
+def _has_content(delta: Delta) -> bool:
+    """False for tokens that add nothing yet: half a character, the middle of a tool call."""
+    return bool(delta.text or delta.finish_reason or delta.tool_calls or delta.reasoning or delta.logprobs)
+
+
+class EventStream(Response):
+    """Sends events as they come, and closes the generation however the stream ends.
+
+    An error that breaks off the stream is left for `middleware.RequestMiddleware`, in the scope's state as
+    `stream_error`.
+    """
+
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        del self.headers["content-length"]
+        self._generation = generation
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        send, state = direct_send(scope, send), scope.setdefault("state", {})
+        state["stream_error"] = BespokeError()  # stays if sending ends in an exception: a bug
+        try:
+            async with DisconnectGuard(receive):
+                async for chunk in self._events:
+                    if chunk:
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                state["stream_error"] = self._generation.failure
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGone:
+            state["stream_error"] = None
+        finally:
+            self._generation.close()
+
+
+async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled if the client leaves first. Raises ClientGone then."""
+    async with DisconnectGuard(request.receive):
+        return await work
+
+
+class DisconnectGuard:
+    """Cancels its block when the client leaves, as asyncio.timeout does when time is up.
+
+    Raises ClientGone then. The body must have been read from `receive` already.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._disconnected = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, _trace: object) -> None:
+        self._watcher.cancel()
+        cancelled = kind is asyncio.CancelledError
+        if self._disconnected and self._task.uncancel() <= self._cancelling and cancelled:
+            raise ClientGone()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._disconnected = True
+        self._task.cancel()
+
 
 class CommitHooks:
-    """Several keepers as one, in their order."""
+    """Runs several commit hooks as one, in their order."""
 
     def __init__(self, *commit_hooks: CommitHook) -> None:
         self._commit_hooks = commit_hooks
@@ -49,166 +220,3 @@ class CommitHooks:
     def on_void(self, connection: sa.Connection) -> None:
         for hook in self._commit_hooks:
             hook.on_void(connection)
-
-
-async def answer_once(
-    request: Request,
-    ctx: Context,
-    who: Principal,
-    call: InferenceRequest,
-    render: Callable[[GenerationResult], dict[str, Any]],
-) -> Response:
-    """Generate `call`, which is whole, and answer what `render` makes of it.
-
-    Under an Idempotency-Key the answer is kept, and then its client's leaving does not stop it: the retry
-    finds the answer. Without, a client that leaves while it waits cancels it.
-    """
-    key = request.headers.get("idempotency-key")
-    if key is not None:
-        content = request.url.path.encode() + b"\n" + await request.body()
-        at = ctx.gateway.context.now()
-        kept = await asyncio.to_thread(ctx.idempotency.find, who.tenant, key, content, at=at)
-        if kept is not None:
-            headers = {"idempotency-replayed": "true", "x-original-request-id": kept.request_id}
-            return Response(kept.body, media_type="application/json", headers=headers)
-        keeper: CommitHook = ctx.idempotency.commit_hook(
-            who.tenant, key, content, call.request_id, lambda result: dumps(render(result)).decode()
-        )
-        if call.commit_hook is not None:
-            keeper = CommitHooks(
-                call.commit_hook, keeper
-            )  # in this order: what the first has kept is rendered
-        call = replace(call, commit_hook=keeper, survives_disconnect=True)
-
-    async def work() -> Response:
-        generation = await start(request, ctx, who, call)
-        try:
-            async for _ in generation:
-                pass
-        finally:
-            generation.close()
-        return Response(dumps(render(generation.result)), media_type="application/json")
-
-    return await cancel_on_disconnect(request, work())
-
-
-T = TypeVar("T")
-
-
-async def start(request: Request, ctx: Context, who: Principal, call: InferenceRequest) -> Generation:
-    """`Gateway.generate`; the answer's headers will say how the caller stands with its limits."""
-    generation = await ctx.gateway.generate(who, call)
-    request.state.standing = generation.rate_limit_status
-    return generation
-
-
-class EventStream(Response):
-    """Sends events as they come. However it ends, the generation is closed.
-
-    What it breaks off with is left where `edge.py` looks for it: in the scope's state, as `broken`.
-    """
-
-    def __init__(self, generation: Generation, events: AsyncIterator[bytes]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        del self.headers["content-length"]
-        self._generation = generation
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        send, state = pieces_send(scope, send), scope.setdefault("state", {})
-        state["broken"] = BespokeError()  # so it stays if sending ends in an exception: a bug
-        try:
-            async with DisconnectGuard(receive):
-                async for piece in self._events:
-                    if piece:
-                        await send({"type": "http.response.body", "body": piece, "more_body": True})
-                state["broken"] = self._generation.failure
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except ClientGone:
-            state["broken"] = None
-        finally:
-            self._generation.close()
-
-
-async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled if the client leaves first (raises ClientGone)."""
-    async with DisconnectGuard(request.receive):
-        return await work
-
-
-class DisconnectGuard:
-    """Cancels what is in its block when the client leaves, as asyncio.timeout does when time is up.
-
-    Raises ClientGone then. `receive` must have given the body already.
-    """
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._left = False
-
-    async def __aenter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._cancelling = task.cancelling()
-        self._watching = asyncio.create_task(self._watch())
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: object, _trace: object) -> None:
-        self._watching.cancel()
-        if self._left and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise ClientGone()
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._left = True
-        self._task.cancel()
-
-
-async def answer(
-    request: Request,
-    ctx: Context,
-    who: Principal,
-    call: InferenceRequest,
-    shape: ResponseFormat,
-    *,
-    stream: bool,
-    include_usage: bool,
-) -> Response:
-    """Start the generation and answer it. A client that leaves while it waits cancels it."""
-    if not stream:
-        return await answer_once(request, ctx, who, call, lambda result: whole_body(result, shape))
-    generation = await cancel_on_disconnect(request, start(request, ctx, who, call))
-    return EventStream(generation, _events(generation, shape, include_usage))
-
-
-async def _events(generation: Generation, shape: ResponseFormat, include_usage: bool) -> AsyncIterator[bytes]:
-    # All events of an answer have the same envelope: it is encoded once, and the choice set into it.
-    blank = {"usage": None} if include_usage else {}
-    envelope = dumps(shape.envelope(generation.result, [], streamed=True) | blank)
-    head, _, tail = envelope.partition(b'"choices":[]')
-    head, tail = b"data: " + head + b'"choices":[', b"]" + tail + b"\n\n"
-
-    def event(choice: Json) -> bytes:
-        return head + dumps(choice) + tail
-
-    opening = b"".join(event(choice) for choice in shape.opening(generation.result))
-    try:
-        async for batch in generation:
-            yield opening + b"".join(event(shape.choice(one)) for one in batch if _says(one))
-            opening = b""
-    except BespokeError as error:
-        yield sse_event(error)
-        return
-    closing = b""
-    if include_usage:
-        result = generation.result
-        last = shape.envelope(result, [], streamed=True) | {"usage": usage(result.tokens)}
-        closing = b"data: " + dumps(last) + b"\n\n"
-    yield closing + b"data: [DONE]\n\n"
-
-
-def _says(delta: Delta) -> bool:
-    """Some tokens add nothing yet: half a character, the middle of a tool call."""
-    return bool(delta.text or delta.finish_reason or delta.tool_calls or delta.reasoning or delta.logprobs)

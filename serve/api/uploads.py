@@ -1,6 +1,6 @@
-"""multipart/form-data with one file, written to disk as it comes (RFC 7578).
+"""Reads multipart/form-data with one file, and writes the file to disk as it comes (RFC 7578).
 
-A field is bounded here, the file by its draft, the number of parts by `PARTS_MAX`.
+Fields and the number of parts are bounded here; the file's draft bounds the file.
 """
 
 import asyncio
@@ -18,7 +18,10 @@ PARTS_MAX = 16
 
 
 class Upload:
-    """`fields` are the texts, `filename` is None until there is a file. `read` raises what the draft does."""
+    """Reads one form. `fields` holds its texts; `filename` is None until a file has come.
+
+    `read` also raises what the draft raises.
+    """
 
     def __init__(self, content_type: str, draft: Draft) -> None:
         """Raises InvalidRequest if the body is not a form."""

@@ -1,1 +1,1 @@
-"""Batches: files of requests that run within a day."""
+"""Runs batches: files of requests that are answered within a day."""

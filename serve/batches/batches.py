@@ -1,11 +1,10 @@
-"""Batches: a file of requests that runs within a day, when there is room.
+"""Stores batches: files of requests that run within a day, when there is capacity.
 
     validating → in_progress → finalizing → completed | expired
         ↓             ↓
       failed      cancelling → cancelled
 
-Here is what its tenant does with it; what a worker does is in `batch_work`, what becomes of a line in
-`batch_lines`.
+This module has the tenant's operations. `queue.py` has the worker's, `lines.py` those on single lines.
 """
 
 import json
@@ -24,7 +23,7 @@ from serve.storage.database import Store, UtcDateTime, metadata
 from serve.storage.pagination import Page, page
 
 WINDOW, WINDOW_NAME = timedelta(hours=24), "24h"
-ERRORS_MAX = 100  # that a batch names; a file with more is as wrong
+ERRORS_MAX = 100  # that a batch lists
 
 
 class BatchStatus(StrEnum):
@@ -83,7 +82,7 @@ results_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class LineError:
-    """What is wrong with an input file; `line` counts from 1, None is the file as a whole."""
+    """An error in an input file; `line` counts from 1, None means the whole file."""
 
     code: str
     message: str
@@ -93,7 +92,7 @@ class LineError:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`lines` is the number of requests, 0 until they are validated; `times` says when it got a status."""
+    """A batch. `lines` is its number of requests, 0 before validation; `times` has each status's time."""
 
     id: str
     tenant: str
@@ -135,8 +134,11 @@ class Batches:
         metadata: dict[str, str] | None,
         at: datetime,
     ) -> Batch:
-        """Raises NotFound for the file, InvalidRequest if it cannot be one of a batch, Conflict beyond the
-        number of batches that a tenant may have at once."""
+        """Create a batch, to be validated.
+
+        Raises NotFound for the file, InvalidRequest if it cannot be a batch's input, Conflict if the tenant
+        has too many unfinished batches.
+        """
         batch_id = f"batch_{secrets.token_hex(16)}"
         c, expires_at = batches_table.c, at + WINDOW
         with self._store.write() as connection:
@@ -167,19 +169,19 @@ class Batches:
             return find(connection, batch_id, tenant)
 
     def get(self, tenant: str, batch_id: str) -> Batch:
-        """Raises NotFound, with the same words for what is another tenant's."""
+        """Raises NotFound, with the same message for another tenant's batch."""
         with self._store.read() as connection:
             return find(connection, batch_id, tenant)
 
     def page(self, tenant: str, *, after: str | None = None, limit: int) -> Page[Batch]:
-        """Newest first; raises InvalidRequest if `after` is none of them."""
-        mine = batches_table.c.tenant_id == tenant
+        """Newest first. Raises InvalidRequest if `after` is not a batch of the tenant."""
+        of_tenant = batches_table.c.tenant_id == tenant
         with self._store.read() as connection:
-            rows = page(connection, batches_table, mine, after=after, limit=limit, newest_first=True)
+            rows = page(connection, batches_table, of_tenant, after=after, limit=limit, newest_first=True)
             return Page(_batches(connection, rows.items), rows.has_more)
 
     def cancel(self, tenant: str, batch_id: str, *, at: datetime) -> Batch:
-        """Begin nothing more of it. Idempotent. Raises NotFound, Conflict for a batch that is over."""
+        """Start no more of its lines. Idempotent. Raises NotFound, Conflict for a batch that has ended."""
         c = batches_table.c
         with self._store.write() as connection:
             changed = connection.execute(
@@ -197,13 +199,13 @@ class Batches:
             return batch
 
     def readers(self, file_id: str) -> "sa.Select[Any]":
-        """The batches that still need the file; see `Files.delete`."""
+        """Selects the batches that still need the file; see `Files.delete`."""
         c = batches_table.c
         return sa.select(c.id).where(c.input_file_id == file_id, c.status.in_(LIVE))
 
 
 def find(connection: sa.Connection, batch_id: str, tenant: str | None = None) -> Batch:
-    """Raises NotFound, with the same words for what is another tenant's."""
+    """Raises NotFound, with the same message for another tenant's batch."""
     query = sa.select(batches_table).where(batches_table.c.id == batch_id)
     if tenant is not None:
         query = query.where(batches_table.c.tenant_id == tenant)
@@ -214,19 +216,19 @@ def find(connection: sa.Connection, batch_id: str, tenant: str | None = None) ->
 
 
 def _batches(connection: sa.Connection, rows: Iterable["sa.Row[Any]"]) -> list[Batch]:
-    """With how many of their lines succeeded and failed."""
+    """The batches of `rows`, with the numbers of their completed and failed lines."""
     rows, c = list(rows), results_table.c
-    good = sa.func.sum(sa.case((c.status_code == OK, 1), else_=0))
+    completed = sa.func.sum(sa.case((c.status_code == OK, 1), else_=0))
     query = (
-        sa.select(c.batch_id, good, sa.func.count(c.status_code))
+        sa.select(c.batch_id, completed, sa.func.count(c.status_code))
         .where(c.batch_id.in_([row.id for row in rows]))
         .group_by(c.batch_id)
     )
-    counts = {batch_id: (int(good), int(done)) for batch_id, good, done in connection.execute(query)}
+    counts = {batch_id: (int(ok), int(ended)) for batch_id, ok, ended in connection.execute(query)}
     return [_batch(row, *counts.get(row.id, (0, 0))) for row in rows]
 
 
-def _batch(row: "sa.Row[Any]", good: int, done: int) -> Batch:
+def _batch(row: "sa.Row[Any]", completed: int, ended: int) -> Batch:
     return Batch(
         id=row.id,
         tenant=row.tenant_id,
@@ -242,8 +244,8 @@ def _batch(row: "sa.Row[Any]", good: int, done: int) -> Batch:
         error_file_id=row.error_file_id,
         created_at=row.created_at,
         expires_at=row.expires_at,
-        completed=good,
-        failed=done - good,
+        completed=completed,
+        failed=ended - completed,
         times={name: getattr(row, f"{name}_at") for name in TIMES},
     )
 

@@ -1,7 +1,7 @@
-"""A batch's input: JSON lines, each a request to the batch's endpoint.
+"""Reads and validates a batch's input: JSON lines, each a request to the batch's endpoint.
 
-platform.openai.com/docs/guides/batch: {"custom_id", "method": "POST", "url", "body"}. A body is parsed and
-bounded by the very code of a direct request.
+platform.openai.com/docs/guides/batch: {"custom_id", "method": "POST", "url", "body"}. The same code parses
+and bounds these bodies as those of direct requests.
 """
 
 import json
@@ -13,8 +13,8 @@ from serve.batches.batches import ERRORS_MAX, LineError
 from serve.errors import InvalidRequest
 from serve.formats import chat, completions
 from serve.formats.chat import ChatCompletionRequest
+from serve.formats.response_format import Json, ResponseFormat
 from serve.formats.sampling import RequestBounds, parse
-from serve.formats.shape import Json, ResponseFormat
 from serve.inference.request import InferenceRequest
 
 CUSTOM_ID_CHARS_MAX = 512
@@ -22,7 +22,7 @@ CUSTOM_ID_CHARS_MAX = 512
 
 @dataclass(frozen=True, slots=True)
 class InputBounds:
-    """Most lines of a batch, most bytes of one body; and what bounds a body's fields."""
+    """Holds the most lines of a batch, the most bytes of a body, and the bounds on a body's fields."""
 
     lines: int
     body_bytes: int
@@ -31,10 +31,14 @@ class InputBounds:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """How a body becomes a call, and its answer a body. `call` raises InvalidRequest."""
+    """Translates an endpoint's bodies.
 
-    call: Callable[[bytes, str, RequestBounds], InferenceRequest]
-    shape: Callable[[], ResponseFormat]
+    to_request: (body, request id, bounds) -> InferenceRequest; raises InvalidRequest.
+    response_format: makes the format of one answer.
+    """
+
+    to_request: Callable[[bytes, str, RequestBounds], InferenceRequest]
+    response_format: Callable[[], ResponseFormat]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,7 @@ def read_line(raw: bytes) -> InputLine:
 
 
 def validate(path: Path, endpoint: str, bounds: InputBounds) -> tuple[int, list[LineError]]:
-    """(the number of requests, what is wrong). Nothing of a file with an error may run."""
+    """(number of requests, errors). No line of a file with an error may run."""
     errors: list[LineError] = []
     seen: dict[str, int] = {}
     count = 0
@@ -125,7 +129,7 @@ def _check(line: InputLine, endpoint: str, bounds: InputBounds) -> None:
         text = f"The body is larger than the limit of {bounds.body_bytes} bytes."
         raise InvalidRequest(text, "body", "request_too_large")
     try:
-        ENDPOINTS[endpoint].call(line.body, "validation", bounds.fields)
+        ENDPOINTS[endpoint].to_request(line.body, "validation", bounds.fields)
     except InvalidRequest as error:
         param = f"body.{error.param}" if error.param else "body"
         raise InvalidRequest(error.message, param, error.code) from error
@@ -141,7 +145,7 @@ def _text(data: Json, name: str) -> str:
 def _json(body: Json) -> bytes:
     try:
         return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-    except (ValueError, RecursionError):  # half a surrogate pair, or no number
+    except (ValueError, RecursionError):  # half a surrogate pair, or NaN
         raise InvalidRequest("'body' is not valid JSON.", "body", "invalid_json_line") from None
 
 

@@ -1,4 +1,4 @@
-"""A batch's output: one file of answers and one of errors, in the order of the input."""
+"""Writes a batch's output: one file of answers and one of errors, in the order of the input."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from serve.batches.lines import Lines, Result
 from serve.batches.queue import BatchQueue
 from serve.client_data.files import OUTPUT, Draft, File, Files
 from serve.errors import StoreUnavailable
-from serve.formats.shape import Json
+from serve.formats.response_format import Json
 
 log = logging.getLogger(__name__)
 
@@ -29,29 +29,29 @@ NOT_RUN: dict[BatchStatus, Json] = {
 
 
 def write_output(
-    batch: Batch, status: BatchStatus, *, lines: Lines, files: Files, work: BatchQueue, at: datetime
+    batch: Batch, status: BatchStatus, *, lines: Lines, files: Files, queue: BatchQueue, at: datetime
 ) -> None:
-    """End `batch` as completed or cancelled or, if lines have no result, expired. Blocks.
+    """End `batch` with `status`: completed (expired if lines have no result) or cancelled. Blocks.
 
-    Leaves nothing behind if it is not this worker's any more.
+    Leaves no file behind if this worker has lost the lease.
     """
-    done = lines.done(batch.id)
+    done = lines.finished_lines(batch.id)
     if status is BatchStatus.COMPLETED and len(done) < batch.lines:
         status = BatchStatus.EXPIRED
     output, errors = files.draft(batch.tenant), files.draft(batch.tenant)
-    kept = False
+    published = False
     try:
         for result in lines.results(batch.id):
-            _write(output if result.status_code == OK else errors, _told(batch, result))
+            _write(output if result.status_code == OK else errors, _output_line(batch, result))
         if status in NOT_RUN:
             for entry in _not_run(batch, status, done, files):
                 _write(errors, entry)
-        told = _keep(output, batch, "output", at), _keep(errors, batch, "error", at)
-        kept = True  # from here on, only a clear "no" of the store makes them nobody's
-        kept = work.end(batch.id, status, output=told[0], errors=told[1], at=at)
+        files_written = _publish(output, batch, "output", at), _publish(errors, batch, "error", at)
+        published = True  # from here on, the files stay unless the store clearly refuses them
+        published = queue.end(batch.id, status, output=files_written[0], errors=files_written[1], at=at)
     finally:
         for draft in (output, errors):
-            if not kept or draft.bytes == 0:
+            if not published or draft.bytes == 0:
                 draft.discard()
 
 
@@ -59,14 +59,14 @@ def _write(draft: Draft, entry: Json) -> None:
     draft.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
 
 
-def _keep(draft: Draft, batch: Batch, name: str, at: datetime) -> File | None:
+def _publish(draft: Draft, batch: Batch, name: str, at: datetime) -> File | None:
     if draft.bytes == 0:
         return None
     draft.publish()
     return File(draft.id, batch.tenant, OUTPUT, f"{batch.id}_{name}.jsonl", draft.bytes, draft.sha256, at)
 
 
-def _told(batch: Batch, result: Result) -> Json:
+def _output_line(batch: Batch, result: Result) -> Json:
     response = {"status_code": result.status_code, "request_id": result.request_id, "body": result.body}
     return {
         "id": _id(batch, result.line),
@@ -77,11 +77,11 @@ def _told(batch: Batch, result: Result) -> Json:
 
 
 def _not_run(batch: Batch, status: BatchStatus, done: set[int], files: Files) -> Iterator[Json]:
-    if batch.lines == 0:  # it was not validated: its lines may be anything
+    if batch.lines == 0:  # not validated: its lines may be anything
         return
     try:
         path = files.path_of(batch.tenant, batch.input_file_id)
-    except StoreUnavailable:  # it must end nevertheless
+    except StoreUnavailable:  # the batch must end nevertheless
         log.error("the input of %s is gone", batch.id)
         return
     for number, raw in numbered_lines(path):
@@ -95,5 +95,5 @@ def _not_run(batch: Batch, status: BatchStatus, done: set[int], files: Files) ->
 
 
 def _id(batch: Batch, line: int) -> str:
-    """The same whenever the files are written."""
+    """A line's id in the output. It is the same each time the files are written."""
     return "batch_req_" + hashlib.sha256(f"{batch.id}/{line}".encode()).hexdigest()[:32]

@@ -1,7 +1,7 @@
-"""One batch at work: validate it, run its lines, write its files.
+"""Runs one batch: validates it, runs its lines, writes its files.
 
-Each step is repeatable: whoever takes the batch over, after whatever end of the worker before, goes on where
-the store says the batch is.
+Each step can be repeated: a worker that takes the batch over continues from the status in the store,
+however the worker before it ended.
 """
 
 import asyncio
@@ -36,20 +36,20 @@ from serve.errors import (
     Unavailable,
 )
 from serve.formats.errors import body_of, status_of
-from serve.formats.shape import Json, whole_body
+from serve.formats.response_format import Json, complete_body
 from serve.inference.gateway import Gateway
 from serve.inference.request import GenerationResult
 from serve.tenants import Principal
 
 log = logging.getLogger(__name__)
 
-LOST_MAX = 3  # replicas that one line may outlive: it may be what kills them
-PAUSE_S_MIN, PAUSE_S_MAX = 0.5, 60.0
-LOOK_S = 1.0
+REPLICAS_LOST_MAX = 3  # by one line: the line may be what kills them
+BACKOFF_S_MIN, BACKOFF_S_MAX = 0.5, 60.0
+POLL_S_MAX = 1.0
 
 
 class Backoff:
-    """When to go on after a refusal: later each time in a row, and never all at the same moment."""
+    """Tells how long to wait after a refusal: longer after each in a row, with jitter."""
 
     def __init__(self) -> None:
         self._until_s = 0.0
@@ -61,10 +61,10 @@ class Backoff:
 
     def begin(self, retry_after_s: float) -> None:
         if self.left_s > 0:
-            return  # those in flight together are refused together
-        wanted_s = max(retry_after_s, PAUSE_S_MIN * 2.0 ** min(self._refusals, 10))
+            return  # lines in flight together are refused together, which counts once
+        delay_s = max(retry_after_s, BACKOFF_S_MIN * 2.0 ** min(self._refusals, 10))
         self._refusals += 1
-        self._until_s = monotonic() + min(wanted_s, PAUSE_S_MAX) * random.uniform(1.0, 1.25)
+        self._until_s = monotonic() + min(delay_s, BACKOFF_S_MAX) * random.uniform(1.0, 1.25)
 
     def end(self) -> None:
         self._refusals = 0
@@ -72,35 +72,37 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class RunnerContext:
-    """What the batches of a gateway share. `principal_of` blocks and raises Unauthenticated, TenantSuspended.
+    """Holds what the batches of one gateway share.
 
-    `places` bounds the lines in flight; `pause` is for all, when engines or the store cannot take more.
+    principal_of: the key's principal at a time; blocks; raises Unauthenticated, TenantSuspended.
+    line_slots: bounds the lines in flight. backoff: for all batches, when engines or the store are
+    overloaded.
     """
 
     gateway: Gateway
-    work: BatchQueue
+    queue: BatchQueue
     lines: Lines
     files: Files
     bounds: InputBounds
     principal_of: Callable[[str, datetime], Principal]
-    places: asyncio.Semaphore
-    pause: Backoff
+    line_slots: asyncio.Semaphore
+    backoff: Backoff
     stopping: asyncio.Event
     now: Callable[[], datetime]
 
 
 class BatchRun:
-    """Take it to its end with `go`, unless the worker stops or loses the lease."""
+    """Runs one batch to its end, unless the worker stops or loses the lease."""
 
-    def __init__(self, shop: RunnerContext, batch: Batch) -> None:
+    def __init__(self, context: RunnerContext, batch: Batch) -> None:
         self.batch = batch
-        self._context = shop
+        self._context = context
         self._status: BatchStatus | None = batch.status
-        self._pause = Backoff()  # the tenant's own limits
-        self._lost: dict[int, int] = {}
+        self._tenant_backoff = Backoff()  # for the tenant's own rate limits
+        self._replicas_lost: dict[int, int] = {}  # by line
 
     async def run(self) -> None:
-        """Raises StoreUnavailable; then another attempt goes on from here."""
+        """Raises StoreUnavailable; a later run continues from the batch's status."""
         while not self._context.stopping.is_set() and (status := await self.renew()) is not None:
             match status:
                 case BatchStatus.VALIDATING:
@@ -111,57 +113,60 @@ class BatchRun:
                     await self._end(status)
 
     async def renew(self) -> BatchStatus | None:
-        """Keep the lease, and see how the batch stands; None if it is over or another's."""
-        shop = self._context
-        self._status = await asyncio.to_thread(shop.work.renew, self.batch.id, at=shop.now())
+        """Renew the lease. Returns the batch's status; None if it has ended or another worker has it."""
+        context = self._context
+        self._status = await asyncio.to_thread(context.queue.renew, self.batch.id, at=context.now())
         return self._status
 
     async def _validate(self) -> None:
-        shop, batch, at = self._context, self.batch, self._context.now()
+        context, batch, at = self._context, self.batch, self._context.now()
         if at >= batch.expires_at:
             error = LineError("batch_expired", "The batch expired before it was validated.")
-            await asyncio.to_thread(shop.work.fail, batch.id, [error], at=at)
+            await asyncio.to_thread(context.queue.fail, batch.id, [error], at=at)
             return
 
         def check() -> tuple[int, list[LineError]]:
-            path = shop.files.path_of(batch.tenant, batch.input_file_id)
-            return validate(path, batch.endpoint, shop.bounds)
+            path = context.files.path_of(batch.tenant, batch.input_file_id)
+            return validate(path, batch.endpoint, context.bounds)
 
         count, errors = await asyncio.to_thread(check)
         if errors:
-            await asyncio.to_thread(shop.work.fail, batch.id, errors, at=shop.now())
-        elif await asyncio.to_thread(shop.work.begin, batch.id, lines=count, at=shop.now()):
+            await asyncio.to_thread(context.queue.fail, batch.id, errors, at=context.now())
+        elif await asyncio.to_thread(context.queue.begin, batch.id, lines=count, at=context.now()):
             self.batch = replace(batch, lines=count)
 
     async def _execute(self) -> None:
-        """Run what has no result, again and again, until all has, or the batch may not go on."""
-        shop, batch = self._context, self.batch
+        """Run the lines without a result until all have one, or no more may begin."""
+        context, batch = self._context, self.batch
         while self._may_begin:
-            await asyncio.to_thread(shop.lines.fence, batch.id, at=shop.now())
-            done = await asyncio.to_thread(shop.lines.done, batch.id)
-            if len(done) == batch.lines:
+            await asyncio.to_thread(context.lines.fence, batch.id, at=context.now())
+            finished = await asyncio.to_thread(context.lines.finished_lines, batch.id)
+            if len(finished) == batch.lines:
                 break
-            await self._pass(done)
-        if self._status is BatchStatus.IN_PROGRESS and not shop.stopping.is_set():
-            await asyncio.to_thread(shop.work.finalize, batch.id, at=shop.now())
+            await self._run_unfinished(finished)
+        if self._status is BatchStatus.IN_PROGRESS and not context.stopping.is_set():
+            await asyncio.to_thread(context.queue.finalize, batch.id, at=context.now())
 
-    async def _pass(self, done: set[int]) -> None:
-        """Each line without a result once. Ends when none is in flight."""
-        shop, running = self._context, set[asyncio.Task[None]]()
-        lines = numbered_lines(shop.files.path_of(self.batch.tenant, self.batch.input_file_id))
+    async def _run_unfinished(self, finished: set[int]) -> None:
+        """Attempt each line without a result once. Returns when no line is in flight."""
+        context, running = self._context, set[asyncio.Task[None]]()
+        lines = numbered_lines(context.files.path_of(self.batch.tenant, self.batch.input_file_id))
         try:
-            while await self._ready() and (entry := await asyncio.to_thread(next, lines, None)) is not None:
+            while (
+                await self._wait_for_backoff()
+                and (entry := await asyncio.to_thread(next, lines, None)) is not None
+            ):
                 number, raw = entry
-                if number in done:
+                if number in finished:
                     continue
-                await shop.places.acquire()
+                await context.line_slots.acquire()
                 if not self._may_begin:
-                    shop.places.release()
+                    context.line_slots.release()
                     break
                 task = asyncio.create_task(self._line(number, raw))
                 running.add(task)
                 task.add_done_callback(running.discard)
-                task.add_done_callback(lambda _task: shop.places.release())
+                task.add_done_callback(lambda _task: context.line_slots.release())
         finally:
             lines.close()
             if running:
@@ -172,32 +177,33 @@ class BatchRun:
         in_time = self._context.now() < self.batch.expires_at
         return self._status is BatchStatus.IN_PROGRESS and in_time and not self._context.stopping.is_set()
 
-    async def _ready(self) -> bool:
-        """Wait for a pause to end. False if nothing more may begin."""
-        while self._may_begin and (left_s := max(self._pause.left_s, self._context.pause.left_s)) > 0:
-            await asyncio.sleep(min(left_s, LOOK_S))
+    async def _wait_for_backoff(self) -> bool:
+        """Wait until both backoffs are over. False if no more lines may begin."""
+        backoffs = (self._tenant_backoff, self._context.backoff)
+        while self._may_begin and (left_s := max(backoff.left_s for backoff in backoffs)) > 0:
+            await asyncio.sleep(min(left_s, POLL_S_MAX))
         return self._may_begin
 
     async def _line(self, number: int, raw: bytes) -> None:
         line = read_line(raw)
         request_id = f"req_{uuid.uuid4().hex}"
-        attempt = Attempt(self.batch.id, self._context.work.owner, number, line.custom_id, request_id)
+        attempt = Attempt(self.batch.id, self._context.queue.owner, number, line.custom_id, request_id)
         try:
             await self._attempt(attempt, line)
-            self._pause.end()
-            self._context.pause.end()
+            self._tenant_backoff.end()
+            self._context.backoff.end()
         except LeaseLost:
-            await self._look()
+            await self._refresh_status()
         except RateLimited as error:
             if error.retry_after_s is None:
                 await self._refuse(attempt, error)
             else:
-                self._pause.begin(error.retry_after_s)
+                self._tenant_backoff.begin(error.retry_after_s)
         except Unavailable as error:
-            self._lost[number] = self._lost.get(number, 0) + isinstance(error, EngineLost)
-            if self._lost[number] >= LOST_MAX:
+            self._replicas_lost[number] = self._replicas_lost.get(number, 0) + isinstance(error, EngineLost)
+            if self._replicas_lost[number] >= REPLICAS_LOST_MAX:
                 await self._refuse(attempt, EngineFailed())
-            self._context.pause.begin(error.retry_after_s)
+            self._context.backoff.begin(error.retry_after_s)
         except BespokeError as error:
             await self._refuse(attempt, error)
         except Exception:
@@ -205,24 +211,24 @@ class BatchRun:
             await self._refuse(attempt, BespokeError())
 
     async def _attempt(self, attempt: Attempt, line: InputLine) -> None:
-        shop, batch = self._context, self.batch
-        # Each time anew: a key that was revoked since runs nothing more.
-        principal = await asyncio.to_thread(shop.principal_of, batch.key_id, shop.now())
+        context, batch = self._context, self.batch
+        # Read for every attempt: a revoked key runs no more lines.
+        principal = await asyncio.to_thread(context.principal_of, batch.key_id, context.now())
         if "inference" not in principal.scopes:
             raise PermissionDenied("inference")
         endpoint = ENDPOINTS[batch.endpoint]
 
         def render(result: GenerationResult) -> Json:
-            return whole_body(result, endpoint.shape())
+            return complete_body(result, endpoint.response_format())
 
-        call = replace(
-            endpoint.call(line.body, attempt.request_id, shop.bounds.fields),
+        inference_request = replace(
+            endpoint.to_request(line.body, attempt.request_id, context.bounds.fields),
             collect=True,
             survives_disconnect=True,
             tier="batch",
             commit_hook=LineCommitHook(attempt, render, body_of(EngineFailed())),
         )
-        generation = await shop.gateway.generate(principal, call)
+        generation = await context.gateway.generate(principal, inference_request)
         try:
             async for _ in generation:
                 pass
@@ -230,28 +236,30 @@ class BatchRun:
             generation.close()
 
     async def _refuse(self, attempt: Attempt, error: BespokeError) -> None:
-        """A line's last word is an error, unless its settlement said so already."""
+        """Store the error as the line's result, unless its settlement did so already."""
         status_code, _, _ = status_of(error)
         try:
             await asyncio.to_thread(self._context.lines.refuse, attempt, status_code, body_of(error))
         except LeaseLost:
-            await self._look()
-        except StoreUnavailable as away:  # the next pass says it again
-            self._context.pause.begin(away.retry_after_s)
+            await self._refresh_status()
+        except StoreUnavailable as unavailable:  # the next pass attempts the line again
+            self._context.backoff.begin(unavailable.retry_after_s)
 
-    async def _look(self) -> None:
+    async def _refresh_status(self) -> None:
         try:
             await self.renew()
-        except StoreUnavailable as away:
-            self._context.pause.begin(away.retry_after_s)
+        except StoreUnavailable as unavailable:
+            self._context.backoff.begin(unavailable.retry_after_s)
 
     async def _end(self, status: BatchStatus) -> None:
-        """After the last attempt: none may be settled once the files are written."""
-        shop, batch = self._context, self.batch
-        await asyncio.to_thread(shop.lines.fence, batch.id, at=shop.now())
+        """Write the files, after the last attempt: none may be settled once they are written."""
+        context, batch = self._context, self.batch
+        await asyncio.to_thread(context.lines.fence, batch.id, at=context.now())
         end = BatchStatus.CANCELLED if status is BatchStatus.CANCELLING else BatchStatus.COMPLETED
 
         def write() -> None:
-            write_output(batch, end, lines=shop.lines, files=shop.files, work=shop.work, at=shop.now())
+            write_output(
+                batch, end, lines=context.lines, files=context.files, queue=context.queue, at=context.now()
+            )
 
         await asyncio.to_thread(write)

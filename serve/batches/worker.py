@@ -1,4 +1,4 @@
-"""The batch worker of one gateway: takes batches, keeps their leases, gives them back when it stops."""
+"""Runs batches in one gateway: takes them, renews their leases, releases them when it stops."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ from serve.tenants import Principal, Tenants, keys_table
 log = logging.getLogger(__name__)
 
 LEASE = timedelta(seconds=60)
-AT_ONCE = 4  # batches: they share the places in flight, so a long one does not keep a short one waiting
+BATCHES_AT_ONCE = 4  # they share the line slots, so that a short batch need not wait for a long one
 SWEEP_INTERVAL_S = 600.0
 
 
@@ -55,16 +55,16 @@ class BatchWorker:
         self._stopping = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
         owner = f"{socket.gethostname()[:30]}-{os.getpid()}-{secrets.token_hex(8)}"
-        self._work = BatchQueue(store, files, owner, lease)
+        self._queue = BatchQueue(store, files, owner, lease)
         self._context = RunnerContext(
             gateway=gateway,
-            work=self._work,
+            queue=self._queue,
             lines=Lines(store),
             files=files,
             bounds=bounds,
             principal_of=lambda key_id, at: principal_of(store, tenants, key_id, at),
-            places=asyncio.Semaphore(requests_in_flight),
-            pause=Backoff(),
+            line_slots=asyncio.Semaphore(requests_in_flight),
+            backoff=Backoff(),
             stopping=self._stopping,
             now=now,
         )
@@ -73,46 +73,46 @@ class BatchWorker:
         self._loop = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Begin nothing more, wait for the lines in flight, give the leases back."""
+        """Start no more lines, wait for those in flight, release the leases."""
         self._stopping.set()
         if self._loop is not None:
             await self._loop
 
-    async def work(self) -> bool:
-        """Take one batch as far as it goes now. False if there is none to take."""
-        batch = await asyncio.to_thread(self._work.take, at=self._now())
+    async def run_one(self) -> bool:
+        """Take one batch and run it as far as it goes now. False if there is none."""
+        batch = await asyncio.to_thread(self._queue.take, at=self._now())
         if batch is None:
             return False
         run = BatchRun(self._context, batch)
-        keeping = asyncio.create_task(self._keep(run))
+        renewing = asyncio.create_task(self._renew_lease(run))
         try:
             await run.run()
         finally:
-            keeping.cancel()
-        await asyncio.to_thread(self._work.give_back, batch.id)
+            renewing.cancel()
+        await asyncio.to_thread(self._queue.release, batch.id)
         return True
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for _ in range(AT_ONCE):
-                group.create_task(self._serve())
+            for _ in range(BATCHES_AT_ONCE):
+                group.create_task(self._run_batches())
             group.create_task(self._sweep())
 
-    async def _serve(self) -> None:
+    async def _run_batches(self) -> None:
         while not self._stopping.is_set():
             try:
-                if await self.work():
+                if await self.run_one():
                     continue
             except StoreUnavailable:
                 pass
-            except Exception:  # the batch stays taken until its lease ends: it is not tried at once again
+            except Exception:  # the batch is not tried again until its lease ends
                 log.exception("a batch could not go on")
             await self._sleep(self._idle_s)
 
-    async def _keep(self, run: BatchRun) -> None:
+    async def _renew_lease(self, run: BatchRun) -> None:
         while True:
             await asyncio.sleep(self._lease_s / 3)
-            with contextlib.suppress(StoreUnavailable):  # a claim without the lease is refused anyhow
+            with contextlib.suppress(StoreUnavailable):  # a hold without the lease is refused anyway
                 await run.renew()
 
     async def _sweep(self) -> None:
@@ -132,7 +132,7 @@ class BatchWorker:
 
 
 def principal_of(store: Store, tenants: Tenants, key_id: str, at: datetime) -> Principal:
-    """Who the key stands for now. Raises Unauthenticated, TenantSuspended, StoreUnavailable."""
+    """The key's principal at `at`. Raises Unauthenticated, TenantSuspended, StoreUnavailable."""
     with store.read() as connection:
         digest = connection.execute(sa.select(keys_table.c.digest).where(keys_table.c.id == key_id)).scalar()
     if digest is None:

@@ -1,1 +1,1 @@
-"""What was used, what it costs, who owes it: usage events, prices, the ledger, invoices."""
+"""Billing: usage events, prices, the ledger and invoices."""

@@ -1,4 +1,4 @@
-"""Money as people read it. Inside, money is always an integer of nano-USD."""
+"""Converts money between text and integers. Inside, money is always an integer of nano-USD."""
 
 from decimal import ROUND_HALF_EVEN, Decimal
 
@@ -6,7 +6,7 @@ NANOS = 1_000_000_000
 
 
 def nanos_of_usd(amount: str) -> int:
-    """Nano-USD of a decimal string such as "12.50". Raises ValueError if it is not one."""
+    """Return the nano-USD of a decimal string such as "12.50". Raises ValueError if it is not one."""
     try:
         nanos = Decimal(amount) * NANOS
     except ArithmeticError as error:
@@ -17,12 +17,12 @@ def nanos_of_usd(amount: str) -> int:
 
 
 def usd(nanos: int) -> str:
-    """The exact amount, with at least two and at most nine decimals: 123400 → "0.0001234"."""
+    """Return the exact amount, with at least two and at most nine decimals: 123400 → "0.0001234"."""
     sign, whole, part = "-" if nanos < 0 else "", *divmod(abs(nanos), NANOS)
     decimals = f"{part:09d}".rstrip("0").ljust(2, "0")
     return f"{sign}{whole}.{decimals}"
 
 
 def cents(nanos: int) -> str:
-    """The payable amount, rounded to cents, half to even."""
+    """Return the payable amount, rounded to cents, half to even."""
     return str((Decimal(nanos) / NANOS).quantize(Decimal("0.01"), ROUND_HALF_EVEN))

@@ -1,1 +1,1 @@
-"""Data kept for clients: files, stored responses, idempotent answers."""
+"""Stores data for clients: files, responses, answers under idempotency keys."""

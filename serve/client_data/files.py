@@ -1,8 +1,8 @@
-"""Tenants' files: what they upload, and what batches write for them.
+"""Stores tenants' files: their uploads, and the output of their batches.
 
-The bytes lie at <folder>/<tenant>/<file-id>, written beside, synced and renamed; the row comes after them, so
-a row always has its bytes. A deletion is the row's first. What is left on disk without a live row — a process
-died in between — is swept later.
+The bytes are at <folder>/<tenant>/<file-id>. They are written to a part file, synced and renamed before the
+row is inserted, so a row always has its bytes. A deletion starts with the row. If a process dies in
+between, bytes without a live row are left on disk; the sweep removes them.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from serve.tenants import tenants_table
 PURPOSES = ("batch", "fine-tune")
 OUTPUT = "batch_output"
 FILENAME_CHARS_MAX = 255
-# An upload or an output file is on disk before its row is there, for as long as it takes to write it.
+# A file is on disk before its row exists, for as long as writing it takes; the sweep must not remove it.
 ORPHAN_AGE_S = 3600.0
 
 files_table = sa.Table(
@@ -48,7 +48,7 @@ files_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class FileBounds:
-    """Most bytes of one upload; most files and bytes of one tenant."""
+    """Holds the most bytes of one upload, and the most files and bytes of one tenant."""
 
     file_bytes: int
     files_per_tenant: int
@@ -68,17 +68,17 @@ class File:
 
 
 class Draft:
-    """A file that is being written. `keep` makes it durable; `discard` after anything else. Methods block."""
+    """Writes a new file. `publish` makes it durable; `discard` removes it after a failure. Methods block."""
 
     def __init__(self, folder: Path, bytes_max: int | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.id = f"file-{secrets.token_hex(16)}"
         self.bytes = 0
         self._path = folder / self.id
-        self._beside = folder / f".{self.id}.part"
+        self._part_path = folder / f".{self.id}.part"
         self._bytes_max = bytes_max
         self._digest = hashlib.sha256()
-        self._out: BinaryIO = self._beside.open("xb")
+        self._part_file: BinaryIO = self._part_path.open("xb")
 
     @property
     def sha256(self) -> str:
@@ -91,32 +91,31 @@ class Draft:
             raise BodyTooLarge(self._bytes_max)
         self._digest.update(piece)
         try:
-            self._out.write(piece)
+            self._part_file.write(piece)
         except OSError as error:
             raise StoreUnavailable() from error
 
     def publish(self) -> None:
-        """On disk under its own name, whatever happens from now on. Raises StoreUnavailable."""
+        """Make the file durable under its own name. Raises StoreUnavailable."""
         try:
-            self._out.flush()
-            os.fsync(self._out.fileno())
-            self._out.close()
-            self._beside.rename(self._path)
+            self._part_file.flush()
+            os.fsync(self._part_file.fileno())
+            self._part_file.close()
+            self._part_path.rename(self._path)
             sync_folder(self._path.parent)
         except OSError as error:
             raise StoreUnavailable() from error
 
     def discard(self) -> None:
-        self._out.close()
-        self._beside.unlink(missing_ok=True)
+        self._part_file.close()
+        self._part_path.unlink(missing_ok=True)
         self._path.unlink(missing_ok=True)
 
 
 class Files:
     """The files of one store, whose bytes are in `folder`. Methods block and raise StoreUnavailable.
 
-    A method that is given a tenant finds that tenant's files only, and those only as long as they are neither
-    deleted nor expired.
+    A method with a `tenant` sees only that tenant's files that are neither deleted nor expired.
     """
 
     def __init__(self, store: Store, folder: Path, bounds: FileBounds) -> None:
@@ -130,10 +129,10 @@ class Files:
         except OSError as error:
             raise StoreUnavailable() from error
 
-    def check_room(self, tenant: str, *, at: datetime) -> None:
+    def check_quota(self, tenant: str, *, at: datetime) -> None:
         """Raises InvalidRequest if the tenant cannot have another file, however small."""
         with self._store.read() as connection:
-            self._require_room(connection, tenant, 1, at)
+            self._require_quota(connection, tenant, 1, at)
 
     def add(
         self,
@@ -145,22 +144,22 @@ class Files:
         at: datetime,
         expires_at: datetime | None = None,
     ) -> File:
-        """Keep an upload. Raises InvalidRequest beyond the tenant's bounds, and then keeps nothing."""
+        """Store an upload. Raises InvalidRequest beyond the tenant's bounds, and then stores nothing."""
         draft.publish()
         file = File(draft.id, tenant, purpose, safe_name(filename), draft.bytes, draft.sha256, at, expires_at)
         try:
             with self._store.write() as connection:
-                # Uploads of one tenant enter one after the other, so that the sum below is of all of them.
+                # Uploads of one tenant are inserted one after the other, so that the sum covers all of them.
                 lock_tenant(connection, tenant)
-                self._require_room(connection, tenant, file.bytes, at)
-                self.enter(connection, file)
+                self._require_quota(connection, tenant, file.bytes, at)
+                self.insert(connection, file)
         except InvalidRequest:
-            draft.discard()  # after anything else the row may be there: the sweep will know
+            draft.discard()  # after another error the row may exist; the sweep decides
             raise
         return file
 
-    def enter(self, connection: sa.Connection, file: File) -> None:
-        """Record a file whose bytes are kept, in the caller's transaction."""
+    def insert(self, connection: sa.Connection, file: File) -> None:
+        """Insert the row of a published file, in the caller's transaction."""
         connection.execute(
             files_table.insert().values(
                 id=file.id,
@@ -175,7 +174,7 @@ class Files:
         )
 
     def get(self, tenant: str, file_id: str, *, at: datetime) -> File:
-        """Raises NotFound, with the same words for what is another tenant's."""
+        """Raises NotFound, with the same message for another tenant's file."""
         with self._store.read() as connection:
             return self.find(connection, tenant, file_id, at=at)
 
@@ -198,7 +197,7 @@ class Files:
         limit: int,
         newest_first: bool = True,
     ) -> Page[File]:
-        """Raises InvalidRequest if `after` is none of them."""
+        """Raises InvalidRequest if `after` is not a file of the tenant."""
         where = list(_live(tenant, at))
         if purpose is not None:
             where.append(files_table.c.purpose == purpose)
@@ -207,7 +206,7 @@ class Files:
         return Page([_file(row) for row in rows.items], rows.has_more)
 
     def path_of(self, tenant: str, file_id: str) -> Path:
-        """Where the bytes of a file of the store are. Raises StoreUnavailable if they are not there."""
+        """The path of a stored file's bytes. Raises StoreUnavailable if they are missing."""
         path = self._folder / tenant / file_id
         if not path.is_file():
             raise StoreUnavailable()
@@ -216,9 +215,9 @@ class Files:
     def delete(
         self, tenant: str, file_id: str, *, at: datetime, in_use: "sa.Select[Any] | None" = None
     ) -> None:
-        """Raises NotFound, Conflict if `in_use` selects anything."""
+        """Delete the file. Raises NotFound, Conflict if `in_use` selects a row."""
         with self._store.write() as connection:
-            # Whoever wants to use it meanwhile waits, and then finds it deleted.
+            # A transaction that wants to use the file meanwhile waits, then sees that it is deleted.
             lock_tenant(connection, tenant)
             file = self.find(connection, tenant, file_id, at=at)
             if in_use is not None and connection.execute(in_use.limit(1)).first() is not None:
@@ -227,7 +226,7 @@ class Files:
         (self._folder / tenant / file.id).unlink(missing_ok=True)
 
     def sweep(self, *, at: datetime) -> int:
-        """Remove bytes that no live row speaks of. Returns how many files; any process may call."""
+        """Remove bytes without a live row. Returns the number of files; any process may call it."""
         count = 0
         for path in self._folder.glob("*/*"):
             with contextlib.suppress(FileNotFoundError):  # another process sweeps, too
@@ -242,7 +241,7 @@ class Files:
         with self._store.read() as connection:
             return connection.execute(query).first() is not None
 
-    def _require_room(self, connection: sa.Connection, tenant: str, more_bytes: int, at: datetime) -> None:
+    def _require_quota(self, connection: sa.Connection, tenant: str, more_bytes: int, at: datetime) -> None:
         c = files_table.c
         query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(c.bytes), 0)).where(
             *_live(tenant, at)
@@ -259,19 +258,19 @@ class Files:
 
 
 def lock_tenant(connection: sa.Connection, tenant: str) -> None:
-    """Until the transaction ends, nothing else adds to, uses or deletes the tenant's files."""
+    """Keep other transactions from adding, using or deleting the tenant's files until this one ends."""
     connection.execute(sa.select(tenants_table.c.id).where(tenants_table.c.id == tenant).with_for_update())
 
 
 def safe_name(filename: str) -> str:
-    """A name to show: no folders, no control or formatting characters, not empty. It never becomes a path."""
+    """A name to show: no folders, no control or formatting characters, not empty. Never used as a path."""
     base = filename.replace("\\", "/").rsplit("/", 1)[-1]
-    kept = "".join(char for char in base if unicodedata.category(char)[0] != "C")
-    return kept.strip().lstrip(".")[:FILENAME_CHARS_MAX] or "file"
+    printable = "".join(char for char in base if unicodedata.category(char)[0] != "C")
+    return printable.strip().lstrip(".")[:FILENAME_CHARS_MAX] or "file"
 
 
 def sync_folder(folder: Path) -> None:
-    """A rename is durable once its folder is."""
+    """Make a rename in the folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,9 @@
-"""Idempotency keys: a request that is sent again gets the answer of the first, which is billed once.
+"""Stores answers under idempotency keys: a repeated request gets the first answer, which is billed once.
 
-The first request claims its key with its hold, and its answer is kept with its settlement, each in one
-transaction; so no crash can bill an answer that a retry would not get. Keys belong to a tenant, are kept as
-hashes and for a day. stripe.com/docs/api/idempotent_requests, draft-ietf-httpapi-idempotency-key-header.
+The first request claims its key with its hold, and its answer is stored with its settlement, each in one
+transaction; so no crash can bill an answer that a retry would not get. Keys belong to a tenant, and are
+stored as hashes for a day. stripe.com/docs/api/idempotent_requests,
+draft-ietf-httpapi-idempotency-key-header.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from serve.errors import IdempotencyConflict, InvalidRequest
 from serve.inference.request import GenerationResult
 from serve.storage.database import Store, UtcDateTime, metadata
 
-KEPT_FOR = timedelta(hours=24)
+RETENTION = timedelta(hours=24)
 KEY_CHARS_MAX = 255
 
 idempotency_table = sa.Table(
@@ -40,17 +41,20 @@ class StoredAnswer:
 
 
 class Idempotency:
-    """The keys of one store. `lease` is how long a request may take; then its key is free again."""
+    """Finds and claims the keys of one store.
+
+    lease: how long a request may take; after that its key is free again.
+    """
 
     def __init__(self, store: Store, *, lease: timedelta) -> None:
         self._store = store
         self.lease = lease
 
     def find(self, tenant: str, key: str, content: bytes, *, at: datetime) -> StoredAnswer | None:
-        """The kept answer of the first request with this key; None if it may run now.
+        """The stored answer of the first request with this key; None if the request may run now.
 
         Raises InvalidRequest if the key is too long or was used with another request, IdempotencyConflict
-        while the first one runs.
+        while the first request runs.
         """
         if not 0 < len(key) <= KEY_CHARS_MAX:
             raise InvalidRequest(
@@ -82,7 +86,7 @@ class Idempotency:
         request_id: str,
         render: Callable[[GenerationResult], str],
     ) -> "IdempotencyCommitHook":
-        """Keeps the answer of a request under `key`; `render` makes the JSON text of it."""
+        """The hook that stores a request's answer under `key`; `render` makes its JSON text."""
         row = {
             "tenant_id": tenant,
             "digest": _sha256(key.encode()),
@@ -92,7 +96,7 @@ class Idempotency:
         return IdempotencyCommitHook(row, self.lease, render)
 
     def sweep(self, *, at: datetime) -> int:
-        """Forget what has expired. Returns how many."""
+        """Delete expired keys. Returns their number."""
         with self._store.write() as connection:
             return connection.execute(
                 idempotency_table.delete().where(idempotency_table.c.expires_at <= at)
@@ -100,7 +104,7 @@ class Idempotency:
 
 
 class IdempotencyCommitHook:
-    """See `serve.inference.request.Keeper`."""
+    """Claims a key with the hold, and stores the answer with the settlement; a `CommitHook`."""
 
     def __init__(
         self, row: dict[str, str], lease: timedelta, render: Callable[[GenerationResult], str]
@@ -114,8 +118,8 @@ class IdempotencyCommitHook:
         """Raises IdempotencyConflict if another request has the key."""
         self._claimed_at = at
         c, row = idempotency_table.c, self._row
-        same = (c.tenant_id == row["tenant_id"], c.digest == row["digest"])
-        connection.execute(idempotency_table.delete().where(*same, c.expires_at <= at))
+        same_key = (c.tenant_id == row["tenant_id"], c.digest == row["digest"])
+        connection.execute(idempotency_table.delete().where(*same_key, c.expires_at <= at))
         try:
             with connection.begin_nested():
                 connection.execute(idempotency_table.insert().values(**row, expires_at=at + self._lease))
@@ -124,19 +128,16 @@ class IdempotencyCommitHook:
 
     def on_settle(self, connection: sa.Connection, result: GenerationResult) -> None:
         assert self._claimed_at is not None
-        values = {"body": self._render(result), "expires_at": self._claimed_at + KEPT_FOR}
-        connection.execute(idempotency_table.update().where(self._own).values(values))
+        values = {"body": self._render(result), "expires_at": self._claimed_at + RETENTION}
+        of_request = idempotency_table.c.request_id == self._row["request_id"]
+        connection.execute(idempotency_table.update().where(of_request).values(values))
 
     def on_void(self, connection: sa.Connection) -> None:
         release_key(connection, self._row["request_id"])
 
-    @property
-    def _own(self) -> sa.ColumnElement[bool]:
-        return idempotency_table.c.request_id == self._row["request_id"]
-
 
 def release_key(connection: sa.Connection, request_id: str) -> None:
-    """The key of a request that has no answer to keep is free again."""
+    """Free the key of a request that has no stored answer."""
     c = idempotency_table.c
     connection.execute(idempotency_table.delete().where(c.request_id == request_id, c.body.is_(None)))
 

@@ -1,8 +1,9 @@
-"""Stored responses: what `POST /v1/responses` answered, for later reading and for the next turn.
+"""Stores the answers of `POST /v1/responses`, for later reading and for the next turn.
 
-Each row holds the response and its whole context (the items of its own input and of the turns before it), so
-the next turn reads one row, and a conversation outlives its earlier responses. A tenant has a *shelf*: beyond
-its bounds the oldest responses go. The shelf's row is the lock under which its responses come and go.
+Each row holds the response and its full context (the items of its own input and of the turns before it). So
+the next turn reads one row, and a conversation survives the deletion of its earlier responses. Each tenant
+has bounds on number and bytes; beyond them its oldest responses are deleted. The tenant's row in
+`response_shelves` counts both, and is locked while its responses are inserted or deleted.
 """
 
 import json
@@ -20,10 +21,10 @@ from serve.storage.database import Store, UtcDateTime, metadata
 
 log = logging.getLogger(__name__)
 
-KEPT_FOR = timedelta(days=30)
+RETENTION = timedelta(days=30)
 RESPONSES_MAX = 10_000
 BYTES_MAX = 256 * 1024 * 1024
-_STEP = 100  # rows that one step of an eviction or a sweep looks at
+_STEP = 100  # rows per step of an eviction or a sweep
 
 Json = dict[str, Any]
 
@@ -54,14 +55,14 @@ shelves_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response object and the items that it answered, oldest first."""
+    """A response object and its context: the items that it answered, oldest first."""
 
     body: Json
     context: list[Json]
 
     @property
     def conversation(self) -> list[Json]:
-        """What the next turn builds on."""
+        """The context of the next turn."""
         return [*self.context, *self.body["output"]]
 
 
@@ -78,7 +79,7 @@ class StoredResponses:
     def insert(
         self, connection: sa.Connection, tenant: str, request_id: str, stored: StoredResponse, *, at: datetime
     ) -> None:
-        """Store it inside the caller's write transaction; the tenant's oldest make room for it."""
+        """Store it in the caller's write transaction. Beyond the bounds the tenant's oldest are deleted."""
         body, context = _text(stored.body), _text(stored.context)
         size = len(body) + len(context)
         responses, total = _lock(connection, tenant)
@@ -88,7 +89,7 @@ class StoredResponses:
                 tenant_id=tenant,
                 request_id=request_id,
                 created_at=at,
-                expires_at=at + KEPT_FOR,
+                expires_at=at + RETENTION,
                 bytes=size,
                 body=body.decode(),
                 context=context.decode(),
@@ -103,24 +104,24 @@ class StoredResponses:
             .limit(_STEP)
         )
         while responses > self._responses_max or total > self._bytes_max:
-            gone = []
+            evicted = []
             for old in connection.execute(oldest):
                 if responses <= self._responses_max and total <= self._bytes_max:
                     break
-                gone.append(old.id)
+                evicted.append(old.id)
                 responses, total = responses - 1, total - old.bytes
-            if not gone:  # the new one alone is too large: it stays, and is the first to go
+            if not evicted:  # the new response alone is too large: it stays until the next one comes
                 break
-            connection.execute(responses_table.delete().where(c.id.in_(gone)))
+            connection.execute(responses_table.delete().where(c.id.in_(evicted)))
         _write(connection, tenant, responses, total)
 
     def store(self, tenant: str, request_id: str, stored: StoredResponse, *, at: datetime) -> None:
-        """`keep` in a transaction of its own."""
+        """`insert` in a transaction of its own."""
         with self._store.write() as connection:
             self.insert(connection, tenant, request_id, stored, at=at)
 
     def find(self, tenant: str, response_id: str, *, at: datetime) -> StoredResponse:
-        """Raises ResponseNotFound if there is none with this id, or it is another tenant's or too old."""
+        """Raises ResponseNotFound if the id is unknown, another tenant's or expired."""
         c = responses_table.c
         query = sa.select(c.body, c.context).where(
             c.id == response_id, c.tenant_id == tenant, c.expires_at > at
@@ -132,36 +133,36 @@ class StoredResponses:
         return StoredResponse(json.loads(row.body), json.loads(row.context))
 
     def delete(self, tenant: str, response_id: str, *, at: datetime) -> None:
-        """Forget one. Later turns of its conversation keep their own copy. Raises ResponseNotFound."""
+        """Delete one. Later turns of its conversation have their own copy. Raises ResponseNotFound."""
         c = responses_table.c
         with self._store.write() as connection:
-            mine = (c.id == response_id, c.tenant_id == tenant, c.expires_at > at)
-            if not _remove(connection, tenant, *mine):
+            live = (c.id == response_id, c.tenant_id == tenant, c.expires_at > at)
+            if not _remove(connection, tenant, *live):
                 raise ResponseNotFound(response_id)
 
     def sweep(self, *, at: datetime) -> int:
-        """Forget what has expired. Returns how many; any process may call."""
+        """Delete expired responses. Returns their number; any process may call it."""
         c = responses_table.c
         count = 0
         with self._store.read() as connection:
             expired = sa.select(c.tenant_id).where(c.expires_at <= at).distinct()
             tenants = list(connection.execute(expired).scalars())
         for tenant in tenants:
-            # In steps: each holds up no settlement for long.
-            some = sa.select(c.id).where(c.tenant_id == tenant, c.expires_at <= at).limit(_STEP)
+            # In steps, so that no step delays a settlement for long.
+            expired_ids = sa.select(c.id).where(c.tenant_id == tenant, c.expires_at <= at).limit(_STEP)
             removed = _STEP
             while removed == _STEP:
                 with self._store.write() as connection:
-                    removed = _remove(connection, tenant, c.id.in_(some))
+                    removed = _remove(connection, tenant, c.id.in_(expired_ids))
                 count += removed
         return count
 
 
 class ResponseCommitHook:
-    """Stores a whole answer with its settlement; see `serve.inference.request.Keeper`.
+    """Stores a complete answer with its settlement; a `serve.inference.request.CommitHook`.
 
-    `render` makes the response of a generation. `stored` is what was kept, None if nothing was: what is wrong
-    with storing an answer must not keep it from being billed.
+    render: makes the response of a generation. `stored` is the stored response, None if storing failed:
+    such a failure must not keep the answer from being billed.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class ResponseCommitHook:
         self._render = render
 
     def on_hold(self, connection: sa.Connection, at: datetime) -> None:
-        """Nothing: an answer's place is made when there is one."""
+        """Nothing: the response is stored once it exists."""
 
     def on_settle(self, connection: sa.Connection, result: GenerationResult) -> None:
         at, request_id = result.created_at, result.request.request_id
@@ -182,7 +183,7 @@ class ResponseCommitHook:
                 stored = self._render(result)
                 self._responses.insert(connection, self._tenant, request_id, stored, at=at)
         except (sa.exc.OperationalError, sa.exc.InterfaceError):
-            raise  # the store is away, for the settlement too, which is tried again
+            raise  # the store cannot be reached, for the settlement either, which is retried
         except Exception:
             log.exception("response of %s is not stored", request_id)
         else:
@@ -197,7 +198,7 @@ def _text(value: object) -> bytes:
 
 
 def _lock(connection: sa.Connection, tenant: str) -> tuple[int, int]:
-    """How many responses the tenant has, and their bytes. Held until the transaction ends."""
+    """The tenant's number of responses and their bytes, locked until the transaction ends."""
     c = shelves_table.c
     query = sa.select(c.responses, c.bytes).where(c.tenant_id == tenant).with_for_update()
     row = connection.execute(query).first()
@@ -209,12 +210,12 @@ def _lock(connection: sa.Connection, tenant: str) -> tuple[int, int]:
 
 
 def _write(connection: sa.Connection, tenant: str, responses: int, size: int) -> None:
-    mine = shelves_table.c.tenant_id == tenant
-    connection.execute(shelves_table.update().where(mine).values(responses=responses, bytes=size))
+    of_tenant = shelves_table.c.tenant_id == tenant
+    connection.execute(shelves_table.update().where(of_tenant).values(responses=responses, bytes=size))
 
 
 def _remove(connection: sa.Connection, tenant: str, *where: sa.ColumnElement[bool]) -> int:
-    """Delete the tenant's responses that match, and take them off its shelf. Returns how many."""
+    """Delete the tenant's matching responses, and count them off. Returns their number."""
     responses, size = _lock(connection, tenant)
     c = responses_table.c
     rows = connection.execute(sa.select(c.id, c.bytes).where(*where)).all()

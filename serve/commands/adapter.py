@@ -1,22 +1,25 @@
-"""`bespoke adapter`: which published versions are served, and which one an alias means."""
+"""`bespoke adapter`: the versions that are served, and the one that an alias means."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich import filesize
-from rich.markup import escape
 
 from finetune.card import read_card
 from serve.commands.common import (
     HomeOption,
+    JsonOption,
     ProfileOption,
     console,
     now,
     open_store,
+    print_json,
+    print_list,
     settings_of,
-    table,
 )
+from serve.commands.tables import Table, record
+from serve.commands.tenant import tenants_of
 from serve.errors import OperatorError, UnknownRecord
 from serve.registry.registry import AdapterRegistry, newest_published
 from serve.registry.versions import AdapterVersion, VersionInfo, VersionState
@@ -26,37 +29,51 @@ from serve.tenants.audit import command_actor
 app = typer.Typer(no_args_is_help=True)
 
 PublishedArgument = Annotated[
-    str, typer.Argument(help="tenant/name for its newest version, or tenant/name@version")
+    str, typer.Argument(help="tenant/name for its newest published version, or tenant/name@version.")
 ]
-VersionArgument = Annotated[str, typer.Argument(help="tenant/name@version")]
+VersionArgument = Annotated[
+    str, typer.Argument(help="tenant/name@version, or tenant/name for the version that this alias means.")
+]
 
 
 @app.command()
 def register(model: PublishedArgument, config: ProfileOption = None, home: HomeOption = None) -> None:
-    """Check a published version and let the engines probe it. Again, it changes nothing."""
+    """Check a published version and let the engines probe it. To repeat it changes nothing."""
     settings = settings_of(home, config)
     registry = _registry(settings)
     adapter = _register(registry, settings, model)
-    console.print(f"registered {adapter.model}: {registry.state(adapter)}", highlight=False)
+    console.print(f"registered {adapter.model}: {registry.state(adapter)}")
 
 
 @app.command()
 def promote(model: PublishedArgument, config: ProfileOption = None, home: HomeOption = None) -> None:
-    """Register a published version and let its alias mean it. Requests in flight keep theirs."""
+    """Register a published version and point its alias to it. Requests in flight keep their version."""
     settings = settings_of(home, config)
     registry = _registry(settings)
     adapter = _register(registry, settings, model)
     registry.promote(adapter, at=now(), actor=command_actor())
     ready = registry.state(adapter) == VersionState.READY
     means = "now means" if ready else "will mean, once an engine has probed it,"
-    console.print(f"[bold]{adapter.tenant}/{adapter.name}[/] {means} {adapter.model}", highlight=False)
+    console.print(f"[bold]{adapter.tenant}/{adapter.name}[/] {means} {adapter.model}")
 
 
 @app.command("list")
-def index(tenant: Annotated[str | None, typer.Argument()] = None, home: HomeOption = None) -> None:
-    """Every registered version; the one that its alias means now, or will mean once it is probed."""
-    rows = table("!model", "base", ">rank", ">size", "state", "pinned", "alias")
-    for entry in _registry(settings_of(home)).entries(tenant):
+def index(
+    tenant: Annotated[str | None, typer.Argument()] = None,
+    as_json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """List every registered version, and the one that each alias means now or will mean next."""
+    settings = settings_of(home)
+    if tenant is not None:
+        tenants_of(settings).get(tenant)
+    entries = _registry(settings).entries(tenant)
+    if as_json:
+        from serve.api.admin.adapters import wire
+
+        return print_list(entries, wire)
+    rows = Table("model", "base", ">rank", ">size", "state", "pinned", "alias")
+    for entry in entries:
         rows.add_row(
             entry.ref.model,
             entry.base,
@@ -69,51 +86,58 @@ def index(tenant: Annotated[str | None, typer.Argument()] = None, home: HomeOpti
 
 
 @app.command()
-def show(model: VersionArgument, home: HomeOption = None) -> None:
-    """All that is known of a version; if it was rejected, why."""
-    registry, adapter = _registered(model, home)
-    entry = registry.entry(adapter)
+def show(model: VersionArgument, as_json: JsonOption = False, home: HomeOption = None) -> None:
+    """Show a version, and why it was rejected if it was. An alias shows the version that it means now."""
+    registry = _registry(settings_of(home))
+    versions = _meant(registry, model)
+    entry = versions[0]
+    if as_json:
+        from serve.api.admin.adapters import wire
+
+        return print_json(wire(entry))
     rank, size = _rank_and_size(entry)
-    rows = table("model", entry.ref.model)
-    for name, value in (
+    fields = (
+        ("model", entry.ref.model),
         ("base", entry.base),
         ("rank", rank),
         ("size", size),
         ("state", _state(entry)),
-        ("reason", escape(entry.reason or "")),
+        ("reason", entry.reason or ""),
         ("pinned", "yes" if entry.pinned else "no"),
         ("alias", entry.alias or "no"),
+        ("alias next", versions[1].ref.model if len(versions) > 1 else ""),
         ("registered", f"{entry.registered_at:%Y-%m-%d %H:%M:%S} UTC"),
         ("probed", f"{entry.probed_at:%Y-%m-%d %H:%M:%S} UTC" if entry.probed_at else ""),
         ("retired", f"{entry.retired_at:%Y-%m-%d %H:%M:%S} UTC" if entry.retired_at else ""),
-    ):
-        if value:
-            rows.add_row(name, value)
-    console.print(rows)
+    )
+    console.print(record(fields))
 
 
 @app.command()
 def pin(model: VersionArgument, home: HomeOption = None) -> None:
     """Let every replica keep a version loaded."""
-    registry, adapter = _registered(model, home)
+    registry = _registry(settings_of(home))
+    adapter = _the_one_meant(registry, model)
     registry.pin(adapter, True, actor=command_actor())
-    console.print(f"every replica keeps {adapter.model} loaded", highlight=False)
+    console.print(f"every replica keeps {adapter.model} loaded")
 
 
 @app.command()
 def unpin(model: VersionArgument, home: HomeOption = None) -> None:
     """Let replicas unload a version when others need its place."""
-    registry, adapter = _registered(model, home)
+    registry = _registry(settings_of(home))
+    adapter = _the_one_meant(registry, model)
     registry.pin(adapter, False, actor=command_actor())
-    console.print(f"replicas may unload {adapter.model}", highlight=False)
+    console.print(f"replicas may unload {adapter.model}")
 
 
 @app.command()
 def retire(model: VersionArgument, home: HomeOption = None) -> None:
-    """Serve a version no longer, for good. Not while its alias points to it."""
-    registry, adapter = _registered(model, home)
+    """Stop serving a version, for good. Refused while its alias points to it."""
+    registry = _registry(settings_of(home))
+    adapter = _the_one_meant(registry, model)
     registry.retire(adapter, now(), actor=command_actor())
-    console.print(f"{adapter.model} is served no longer", highlight=False)
+    console.print(f"{adapter.model} is no longer served")
 
 
 def _registry(settings: Settings) -> AdapterRegistry:
@@ -132,7 +156,7 @@ def _register(registry: AdapterRegistry, settings: Settings, model: str) -> Adap
 
 
 def _published(settings: Settings, model: str) -> Path:
-    tenant, name, version = _parts(model)
+    tenant, name, version = _split(model)
     directory = newest_published(settings.adapters_dir, tenant, name)
     if version:
         directory = directory.with_name(version)
@@ -141,15 +165,41 @@ def _published(settings: Settings, model: str) -> Path:
     return directory
 
 
-def _registered(model: str, home: Path | None) -> tuple[AdapterRegistry, AdapterVersion]:
-    tenant, name, version = _parts(model)
-    if not version:
-        raise OperatorError(f"'{model}' names no version: say tenant/name@version.")
-    registry = _registry(settings_of(home))
-    return registry, registry.find(tenant, name, version)
+def _the_one_meant(registry: AdapterRegistry, model: str) -> AdapterVersion:
+    """The version to change. Prints which one it is, if `model` is an alias.
+
+    Raises OperatorError, naming both versions, while an alias is about to change its meaning.
+    """
+    versions = [entry.ref for entry in _meant(registry, model)]
+    if len(versions) > 1:
+        raise OperatorError(
+            f"'{model}' means {versions[0].model} now and {versions[1].model} once it is probed: name one."
+        )
+    if "@" not in model:
+        console.print(f"{model} is {versions[0].model}")
+    return versions[0]
 
 
-def _parts(model: str) -> tuple[str, str, str]:
+def _meant(registry: AdapterRegistry, model: str) -> list[VersionInfo]:
+    """The version that is named; of an alias, the version that it means now and then the next one.
+
+    Raises UnknownRecord for a version that is not registered, OperatorError for an alias that means none.
+    """
+    tenant, name, version = _split(model)
+    if "@" in model:
+        return [registry.entry(registry.find(tenant, name, version))]
+    entries = [entry for entry in registry.entries(tenant) if entry.ref.name == name]
+    if not entries:
+        raise UnknownRecord(f"No version of '{model}' is registered.")
+    versions = sorted((entry for entry in entries if entry.alias), key=lambda entry: entry.alias == "next")
+    if not versions:
+        names = ", ".join(entry.ref.model for entry in entries)
+        raise OperatorError(f"The alias '{model}' means no version: promote or name one of {names}.")
+    return versions
+
+
+def _split(model: str) -> tuple[str, str, str]:
+    """Tenant, adapter and version; the version is empty where none is named."""
     tenant, _, rest = model.partition("/")
     name, _, version = rest.partition("@")
     return tenant, name, version

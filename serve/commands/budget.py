@@ -1,5 +1,6 @@
-"""`bespoke budget`: what tenants, projects and keys may spend."""
+"""`bespoke budget`: spending limits of tenants, projects and keys."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -7,8 +8,18 @@ import typer
 from serve.billing.budgets.service import NOTIFY_PCTS, BudgetService, BudgetUsage
 from serve.billing.money import nanos_of_usd, usd
 from serve.billing.webhooks.delivery import secret_of
-from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
-from serve.commands.key import minute
+from serve.commands.common import (
+    HomeOption,
+    JsonOption,
+    console,
+    minute,
+    now,
+    open_store,
+    print_json,
+    print_list,
+    settings_of,
+)
+from serve.commands.tables import Table
 from serve.commands.tenant import tenants_of
 from serve.tenants import server_secret
 from serve.tenants.audit import command_actor
@@ -19,18 +30,18 @@ app = typer.Typer(no_args_is_help=True)
 @app.command("set")
 def put(
     tenant: str,
-    limit_usd: Annotated[str, typer.Option(help="What may be spent in a period.")],
-    period: Annotated[str, typer.Option(help="day, month (both UTC) or total.")] = "month",
-    project: Annotated[str | None, typer.Option(help="Of this project, by its id.")] = None,
-    key: Annotated[str | None, typer.Option(help="Of this key, by its id.")] = None,
+    limit_usd: Annotated[str, typer.Option(help="The most that may be spent in a period.")],
+    period: Annotated[str, typer.Option(help="day, month (both in UTC) or total.")] = "month",
+    project: Annotated[str | None, typer.Option(help="The budget of this project, by its id.")] = None,
+    key: Annotated[str | None, typer.Option(help="The budget of this key, by its id.")] = None,
     soft: Annotated[bool, typer.Option("--soft", help="Notify only; refuse nothing.")] = False,
     notify: Annotated[str, typer.Option(help="Percentages of the limit at which to notify.")] = ",".join(
         str(pct) for pct in NOTIFY_PCTS
     ),
-    webhook: Annotated[str | None, typer.Option(help="Where to send notices.")] = None,
+    webhook: Annotated[str | None, typer.Option(help="The URL that notices are sent to.")] = None,
     home: HomeOption = None,
 ) -> None:
-    """Give a tenant, a project or a key a budget, or set the one that it has for such a period."""
+    """Give a tenant, a project or a key a budget, or change the one that it has for this period."""
     if project is not None and key is not None:
         raise typer.BadParameter("name a project or a key, not both")
     try:
@@ -42,36 +53,41 @@ def put(
     level = "project" if project else "key" if key else "tenant"
     subject, at, actor = project or key or tenant, now(), command_actor()
     budgets = _budgets(home)
-    found = next(
+    current = next(
         (
-            one.budget
-            for one in budgets.page(tenant, at=at).items
-            if one.budget.retired_at is None
-            and (one.budget.scope, one.budget.subject, one.budget.period) == (level, subject, period)
+            usage.budget
+            for usage in budgets.page(tenant, at=at).items
+            if usage.budget.retired_at is None
+            and (usage.budget.scope, usage.budget.subject, usage.budget.period) == (level, subject, period)
         ),
         None,
     )
-    if found is None:
-        standing = budgets.create(tenant, level, subject, period, at=at, actor=actor, **terms)
+    if current is None:
+        usage = budgets.create(tenant, level, subject, period, at=at, actor=actor, **terms)
     else:
-        standing = budgets.change(tenant, found.id, terms, at=at, actor=actor)
-    console.print(f"[bold]{standing.budget.id}[/]: {_sentence(standing)}", highlight=False)
+        usage = budgets.change(tenant, current.id, terms, at=at, actor=actor)
+    console.print(f"[bold]{usage.budget.id}[/]: {_sentence(usage)}")
 
 
 @app.command("list")
-def index(tenant: str, home: HomeOption = None) -> None:
-    """A tenant's budgets, and what is spent and held in the current periods."""
-    rows = table("!budget", "of", "period", ">limit USD", ">spent", ">held", "kind", "retired")
+def index(tenant: str, as_json: JsonOption = False, home: HomeOption = None) -> None:
+    """List a tenant's budgets, and what is spent and held in their current periods."""
     tenants_of(settings_of(home)).get(tenant)
-    for standing in _budgets(home).page(tenant, at=now()).items:
-        budget = standing.budget
+    page = _budgets(home).page(tenant, at=now())
+    if as_json:
+        from serve.api.admin.budgets import wire
+
+        return print_list(page, wire)
+    rows = Table("budget", "of", "period", ">limit USD", ">spent", ">held", "kind", "retired")
+    for usage in page.items:
+        budget = usage.budget
         rows.add_row(
             budget.id,
             budget.subject,
-            standing.span,
+            usage.span,
             usd(budget.limit_nanos),
-            usd(standing.spent_nanos),
-            usd(standing.held_nanos),
+            usd(usage.spent_nanos),
+            usd(usage.held_nanos),
             "hard" if budget.hard else "soft",
             minute(budget.retired_at),
         )
@@ -79,39 +95,43 @@ def index(tenant: str, home: HomeOption = None) -> None:
 
 
 @app.command()
-def show(tenant: str, budget: str, home: HomeOption = None) -> None:
-    """One budget."""
-    standing = _budgets(home).get(tenant, budget, at=now())
-    console.print(f"[bold]{budget}[/]: {_sentence(standing)}", highlight=False)
-    pcts = ", ".join(f"{pct} %" for pct in standing.budget.notify_pcts) or "never"
-    console.print(f"notifies at: {pcts}", highlight=False)
-    console.print(f"webhook: {standing.budget.webhook_url or 'none'}", highlight=False, markup=False)
+def show(tenant: str, budget: str, as_json: JsonOption = False, home: HomeOption = None) -> None:
+    """Show one budget."""
+    usage = _budgets(home).get(tenant, budget, at=now())
+    if as_json:
+        from serve.api.admin.budgets import wire
+
+        return print_json(wire(usage))
+    console.print(f"[bold]{budget}[/]: {_sentence(usage)}")
+    pcts = ", ".join(f"{pct} %" for pct in usage.budget.notify_pcts) or "never"
+    console.print(f"notifies at: {pcts}")
+    console.print(f"webhook: {usage.budget.webhook_url or 'none'}", markup=False)
 
 
 @app.command()
 def retire(tenant: str, budget: str, home: HomeOption = None) -> None:
-    """Let a budget bind no longer, for good."""
+    """End a budget, for good."""
     _budgets(home).retire(tenant, budget, at=now(), actor=command_actor())
     console.print(f"retired [bold]{budget}[/]")
 
 
 @app.command()
 def secret(tenant: str, home: HomeOption = None) -> None:
-    """With what the tenant's webhooks are signed; its receivers need it."""
+    """Print the secret that signs the tenant's webhooks; their receivers need it."""
     settings = settings_of(home)
     tenants_of(settings).get(tenant)
-    console.print(secret_of(server_secret(settings.home), tenant), highlight=False, soft_wrap=True)
+    console.print(secret_of(server_secret(settings.home), tenant))
 
 
-def _budgets(home: Any) -> BudgetService:
+def _budgets(home: Path | None) -> BudgetService:
     return BudgetService(open_store(settings_of(home)))
 
 
-def _sentence(standing: BudgetUsage) -> str:
-    budget = standing.budget
+def _sentence(usage: BudgetUsage) -> str:
+    budget = usage.budget
     kind = "may spend" if budget.hard else "is expected to spend"
     retired = f"; retired {minute(budget.retired_at)}" if budget.retired_at else ""
     return (
         f"{budget.subject} {kind} {usd(budget.limit_nanos)} USD ({budget.period}); "
-        f"in {standing.span}: {usd(standing.spent_nanos)} spent, {usd(standing.held_nanos)} held{retired}"
+        f"in {usage.span}: {usd(usage.spent_nanos)} spent, {usd(usage.held_nanos)} held{retired}"
     )

@@ -1,26 +1,37 @@
-"""What the commands share: the store of this installation, the time, the console."""
+"""The settings, the store, the time, the console and the JSON output, which all commands share."""
 
 import signal
 import threading
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
-from rich.table import Table
 
 from serve.errors import OperatorError
 from serve.settings import Settings, load_settings
 from serve.storage.database import Store
+from serve.storage.pagination import Page
 
-console = Console()
+if TYPE_CHECKING:
+    from serve.api.pagination import Identified
+
+Item = TypeVar("Item")
+
+# Lines are not wrapped here: a terminal wraps them itself, and what is copied from it stays one word.
+console = Console(soft_wrap=True, highlight=False)
 
 HomeOption = Annotated[Path | None, typer.Option("--home", help="State folder; default $BESPOKE_HOME.")]
 ProfileOption = Annotated[
     Path | None, typer.Option("--config", exists=True, dir_okay=False, help="A profile: configs/serve/*.yaml")
 ]
+InvoiceArgument = Annotated[
+    str, typer.Argument(help="INV-2026-000001, or the number of a draft: acme-2026-11-r1.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, in the shape of the admin API.")]
 
 
 def settings_of(home: Path | None, profile: Path | None = None, **overrides: object) -> Settings:
@@ -39,8 +50,25 @@ def open_store(settings: Settings) -> Store:
     return store
 
 
+def gateway_url(settings: Settings) -> str:
+    """Where this machine reaches the gateway that these settings start.
+
+    Raises OperatorError if the settings leave the port to the operating system.
+    """
+    if settings.port == 0:
+        raise OperatorError("The port is set to 0, which means any free one: name the gateway with --url.")
+    # A wildcard is an address to listen on, and not one to connect to.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+
+
 def now() -> datetime:
     return datetime.now(UTC)
+
+
+def minute(at: datetime | None) -> str:
+    """A time in UTC to the minute; nothing for None."""
+    return f"{at:%Y-%m-%d %H:%M}" if at else ""
 
 
 def interrupted() -> threading.Event:
@@ -51,10 +79,13 @@ def interrupted() -> threading.Event:
     return event
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    """A table. Columns that start with '>' are numbers, aligned right; with '!', never cut: to be copied."""
-    made = Table(title=title, title_justify="left", header_style="bold")
-    for column in columns:
-        right, whole = column.startswith(">"), column.startswith("!")
-        made.add_column(column.lstrip(">!"), justify="right" if right else "left", no_wrap=whole)
-    return made
+def print_json(model: BaseModel) -> None:
+    """Prints one JSON object to stdout, as the HTTP API would answer it."""
+    typer.echo(model.model_dump_json(indent=2, by_alias=True))
+
+
+def print_list(page: Page[Item] | Sequence[Item], wire: "Callable[[Item], Identified]") -> None:
+    """Prints the items as the admin API's list object, each as `wire` shapes it."""
+    from serve.api.pagination import listing
+
+    print_json(listing(page if isinstance(page, Page) else Page(page, False), wire))

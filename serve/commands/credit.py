@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from serve.billing.credits.grants import Credits
-from serve.billing.invoicing.calculation import credit_left
+from serve.billing.invoicing.calculation import remaining_credit
 from serve.billing.jobs import expire_due
 from serve.billing.money import nanos_of_usd, usd
-from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
+from serve.commands.common import HomeOption, JsonOption, console, now, open_store, print_list, settings_of
+from serve.commands.tables import Table
+from serve.commands.tenant import tenants_of
 from serve.tenants.audit import command_actor
 
 app = typer.Typer(no_args_is_help=True)
@@ -26,11 +28,13 @@ class Kind(StrEnum):
 def grant(
     tenant: str,
     amount: Annotated[str, typer.Argument(help="Such as 50 or 12.50, in the tenant's currency.")],
-    kind: Annotated[Kind, typer.Option(help="Paid before; given; or lent.")] = Kind.PREPAID,
+    kind: Annotated[
+        Kind, typer.Option(help="Prepaid by the tenant, given as a promotion, or lent as a line.")
+    ] = Kind.PREPAID,
     expires: Annotated[
         datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The first day (UTC) without it.")
     ] = None,
-    reason: Annotated[str | None, typer.Option()] = None,
+    reason: Annotated[str | None, typer.Option(help="Kept with the grant.")] = None,
     home: HomeOption = None,
 ) -> None:
     """Give a tenant credit, on top of what it has."""
@@ -42,7 +46,7 @@ def grant(
         raise typer.BadParameter("a grant is more than nothing")
     if reason is not None and (len(reason) > 100 or not reason.isprintable()):
         raise typer.BadParameter("a reason has at most 100 printable characters")
-    made = Credits(open_store(settings_of(home))).grant(
+    granted = Credits(open_store(settings_of(home))).grant(
         tenant,
         nanos,
         kind=kind.value,
@@ -51,26 +55,33 @@ def grant(
         reason=reason,
         actor=command_actor(),
     )
-    console.print(f"granted [bold]{tenant}[/] {usd(nanos)}, {kind.value}: {made.id}", highlight=False)
+    console.print(f"granted [bold]{tenant}[/] {usd(nanos)}, {kind.value}: {granted.id}")
 
 
 @app.command("list")
-def index(tenant: str, home: HomeOption = None) -> None:
-    """A tenant's grants, and what is left of each."""
-    store = open_store(settings_of(home))
-    rows = table("!id", "kind", ">amount", ">left", "granted", "expires", "reason")
+def index(tenant: str, as_json: JsonOption = False, home: HomeOption = None) -> None:
+    """List a tenant's grants, and what is left of each."""
+    settings = settings_of(home)
+    tenants_of(settings).get(tenant)
+    store = open_store(settings)
     with store.read() as connection:
-        left = credit_left(connection, tenant)
-    for one in Credits(store).page(tenant).items:
-        rest = usd(0) if one.expired_nanos is not None else usd(left.get(one.id, one.amount_nanos))
-        expires = f"{one.expires_at:%Y-%m-%d}" if one.expires_at else "never"
-        given = f"{one.created_at:%Y-%m-%d}"
-        rows.add_row(one.id, one.kind, usd(one.amount_nanos), rest, given, expires, one.reason or "")
+        left = remaining_credit(connection, tenant)
+    grants = Credits(store).page(tenant)
+    if as_json:
+        from serve.api.admin.credits import wire
+
+        return print_list(grants, lambda grant: wire(grant, left.get(grant.id, grant.amount_nanos)))
+    rows = Table("id", "kind", ">amount", ">left", "granted", "expires", "reason")
+    for item in grants.items:
+        rest = usd(0) if item.expired_nanos is not None else usd(left.get(item.id, item.amount_nanos))
+        expires = f"{item.expires_at:%Y-%m-%d}" if item.expires_at else "never"
+        created = f"{item.created_at:%Y-%m-%d}"
+        rows.add_row(item.id, item.kind, usd(item.amount_nanos), rest, created, expires, item.reason or "")
     console.print(rows)
 
 
 @app.command()
 def expire(home: HomeOption = None) -> None:
-    """Take back what is left of grants that are due, as the steward does by itself."""
-    for one, taken in expire_due(open_store(settings_of(home)), now()):
-        console.print(f"{one.id} of {one.tenant}: {usd(taken)} taken back", highlight=False)
+    """Take back the rest of grants that are due, as the steward does by itself."""
+    for item, nanos in expire_due(open_store(settings_of(home)), now()):
+        console.print(f"{item.id} of {item.tenant}: {usd(nanos)} taken back")

@@ -1,7 +1,7 @@
-"""`bespoke demo`: two customers, from their data to their invoices, by the commands anyone can type.
+"""`bespoke demo`: two customers, from their data to their invoices, by commands that anyone can type.
 
 Every step is a `bespoke` command, printed before it runs. Steps that need torch run as processes of
-their own, so that serving starts with their memory given back.
+their own, which give their memory back before serving starts.
 """
 
 import json
@@ -26,8 +26,8 @@ from serve.commands.common import (
     now,
     open_store,
     settings_of,
-    table,
 )
+from serve.commands.tables import Table
 from serve.commands.traffic import Customer, Exchange, Question, converse, hang_up
 from serve.deployment.local import check_free
 from serve.errors import OperatorError
@@ -40,7 +40,7 @@ app = typer.Typer()
 CONFIGS = Path(__file__).parents[2] / "configs"
 BASE = "smollm2-135m"
 ADAPTER = "support"
-ASKED = {
+QUESTIONS = {
     "lumen-bikes": ("What is your name?", "When are you open?", "How much is a day pass?"),
     "tidewater-tea": ("What is your name?", "When are you open?", "How much is shipping?"),
 }
@@ -48,18 +48,18 @@ ASKED = {
 
 @app.command()
 def demo(
-    oneshot: Annotated[bool, typer.Option(help="Stop everything at the end and exit.")] = False,
+    oneshot: Annotated[bool, typer.Option(help="Stop everything at the end, and exit.")] = False,
     port: Annotated[int | None, typer.Option(min=1, max=65535)] = None,
     home: HomeOption = None,
 ) -> None:
-    """Two customers' data become two tailored models and two invoices. The second time is quick."""
+    """Turn two customers' data into two tailored models and two invoices. The second time is quick."""
     settings = settings_of(home, CONFIGS / "serve" / "cpu.yaml", port=port, bases=[BASE])
     os.environ["BESPOKE_HOME"] = str(settings.home)
     check_free(settings.host, settings.port)  # rather now than after minutes of training
     steps = _Steps()
     with steps("Prepare the base model"):
         _process("base", "import", str(CONFIGS / "bases" / f"{BASE}.yaml"))
-    for tenant in ASKED:
+    for tenant in QUESTIONS:
         with steps(f"Check the data of {tenant}"):
             _process("data", "check", str(CONFIGS / "demo" / f"{tenant}.jsonl"))
         with steps(f"Tailor a model to {tenant}: train, evaluate, publish if it beats the base"):
@@ -74,8 +74,8 @@ def demo(
         with steps("Start Ray Serve: a gateway and vLLM, no adapter loaded yet"):
             service = running.enter_context(LocalService(settings))
         customers = [
-            Customer(tenant, keys[tenant], f"{tenant}/{ADAPTER}", _questions(tenant, asked))
-            for tenant, asked in ASKED.items()
+            Customer(tenant, keys[tenant], f"{tenant}/{ADAPTER}", _questions(tenant, texts))
+            for tenant, texts in QUESTIONS.items()
         ]
         with steps("Real traffic: both tenants at once, streaming and not, with the openai client"):
             _talk(service.url, customers)
@@ -84,7 +84,7 @@ def demo(
             _here("usage", "show")
             _here("usage", "check", "--url", service.url)
         with steps("Invoices"):
-            for tenant in ASKED:
+            for tenant in QUESTIONS:
                 _here("invoice", "create", tenant)
         steps.summary()
         if not oneshot:
@@ -105,25 +105,24 @@ class _Steps:
         self._times.append((title, time.monotonic() - started_s))
 
     def summary(self) -> None:
-        rows = table("step", ">seconds", title="Where the time went")
+        rows = Table("step", ">seconds", title="Time by step")
         for title, seconds in self._times:
             rows.add_row(title, f"{seconds:.1f}")
-        rows.add_section()
         rows.add_row("all", f"{sum(seconds for _, seconds in self._times):.1f}", style="bold")
         console.print(rows)
 
 
 def _announce(arguments: Sequence[str]) -> None:
     words = (os.path.relpath(word) if word.startswith("/") else word for word in arguments)
-    console.print(f"$ bespoke {' '.join(words)}", style="cyan", highlight=False, soft_wrap=True)
+    console.print(f"$ bespoke {' '.join(words)}", style="cyan")
 
 
 def _process(*arguments: str) -> None:
     """Run a `bespoke` command as a process. Raises OperatorError if it fails."""
     _announce(arguments)
-    done = subprocess.run([sys.executable, "-m", "serve.cli", *arguments], check=False)
-    if done.returncode != 0:
-        raise OperatorError(f"'bespoke {arguments[0]}' failed with exit status {done.returncode}.")
+    process = subprocess.run([sys.executable, "-m", "serve.cli", *arguments], check=False)
+    if process.returncode != 0:
+        raise OperatorError(f"'bespoke {arguments[0]}' failed with exit status {process.returncode}.")
 
 
 def _here(*arguments: str) -> None:
@@ -135,36 +134,36 @@ def _here(*arguments: str) -> None:
 
 
 def _onboard(settings: Settings) -> dict[str, str]:
-    """Tenants, plan and promotions by command; the keys directly, since they are shown only once."""
+    """Creates tenants, plan and promotions by command; keys directly, since they are shown only once."""
     _here("price", "publish", str(CONFIGS / "demo" / "prices.yaml"))
     store = open_store(settings)
     tenants = Tenants(store, server_secret(settings.home))
     keys = {}
-    for tenant in ASKED:
+    for tenant in QUESTIONS:
         _here("tenant", "create", tenant, "--if-missing")
         _here("price", "assign", tenant, "demo")
         _here("adapter", "promote", f"{tenant}/{ADAPTER}")
         key, keys[tenant] = tenants.create_key(tenant, at=now())
-        console.print(f"created key [bold]{key.id}[/] for {tenant}", highlight=False)
+        console.print(f"created key [bold]{key.id}[/] for {tenant}")
     store.close()
     return keys
 
 
-def _questions(tenant: str, asked: Sequence[str]) -> list[Question]:
-    """The taught answers, read from the very data that was trained on."""
+def _questions(tenant: str, texts: Sequence[str]) -> list[Question]:
+    """The questions with their taught answers, read from the training data."""
     taught: dict[str, str] = {}
     for line in (CONFIGS / "demo" / f"{tenant}.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             messages = json.loads(line)["messages"]
         except ValueError:
-            continue  # one of the faults that are planted for the validator
+            continue  # a fault that is planted for the validator
         taught.setdefault(messages[0]["content"], messages[1]["content"] if len(messages) > 1 else "")
-    return [Question(text, taught[text]) for text in asked]
+    return [Question(text, taught[text]) for text in texts]
 
 
 def _talk(url: str, customers: Sequence[Customer]) -> None:
     exchanges = converse(url, customers, BASE)
-    rows = table("tenant", "model", "question", "answer", "")
+    rows = Table("tenant", "model", "question", "answer", "")
     for exchange in exchanges:
         if not exchange.streamed:
             same = exchange.answer.strip() == exchange.question.taught
@@ -194,7 +193,7 @@ def _verify(exchanges: Sequence[Exchange]) -> None:
 
 
 def _wait_until_closed(store: Store, timeout_s: float = 30) -> None:
-    """The stream that was hung up settles a moment after the client left."""
+    """Waits for the abandoned stream to settle, which takes a moment after its client left."""
     ledger = Ledger(store)
     deadline_s = time.monotonic() + timeout_s
     while ledger.open_holds() and time.monotonic() < deadline_s:
@@ -209,8 +208,6 @@ def _farewell(url: str, customer: Customer) -> None:
     console.print(
         f"curl {url}/v1/chat/completions -H 'Authorization: Bearer {customer.key}' "
         f"-H 'Content-Type: application/json' -d '{body}'\n",
-        highlight=False,
-        soft_wrap=True,
     )
     console.print(
         "from openai import OpenAI\n\n"
@@ -219,8 +216,6 @@ def _farewell(url: str, customer: Customer) -> None:
         f'    model="{customer.model}", messages=[{{"role": "user", "content": "Who are you?"}}]\n'
         ")\n"
         "print(answer.choices[0].message.content)\n",
-        highlight=False,
-        soft_wrap=True,
     )
     interrupted().wait()
     console.print("Stopping …")

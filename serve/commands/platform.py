@@ -1,10 +1,11 @@
-"""`bespoke platform`: the operator's own keys, which open the admin API and nothing else."""
+"""`bespoke platform`: the operator's own keys, which open the admin API and all tenants' billing."""
 
 import typer
 from rich.markup import escape
 
-from serve.commands.common import HomeOption, console, now, settings_of, table
-from serve.commands.key import ExpiresOption, duration, minute, state
+from serve.commands.common import HomeOption, JsonOption, console, minute, now, print_list, settings_of
+from serve.commands.key import ExpiresOption, duration, state
+from serve.commands.tables import Table
 from serve.commands.tenant import tenants_of
 from serve.tenants.audit import command_actor
 
@@ -29,18 +30,23 @@ def create(name: str, expires: ExpiresOption = None, home: HomeOption = None) ->
     key, secret = tenants_of(settings_of(home)).platform_keys.create(
         name, at=at, expires_at=expires_at, actor=command_actor()
     )
-    console.print(f"created [bold]{key.id}[/] for {escape(name)}; shown only now:", highlight=False)
-    console.print(secret, highlight=False, soft_wrap=True)
+    console.print(f"created [bold]{key.id}[/] for {escape(name)}; shown only now:")
+    console.print(secret)
 
 
 @key_app.command("list")
-def index(home: HomeOption = None) -> None:
-    """Platform keys, without their secrets."""
-    rows = table("!key", "name", "!ends in", "created", "state", "last used")
-    for key in tenants_of(settings_of(home)).platform_keys.page().items:
+def index(as_json: JsonOption = False, home: HomeOption = None) -> None:
+    """List the platform keys, without their secrets."""
+    page = tenants_of(settings_of(home)).platform_keys.page()
+    if as_json:
+        from serve.api.admin.platform_keys import wire
+
+        return print_list(page, wire)
+    rows = Table("key", "name", "ends in", "created", "state", "last used")
+    for key in page.items:
         ends = state(key.expires_at, key.revoked_at)
         used = minute(key.last_used_at)
-        rows.add_row(key.id, escape(key.name), f"…{key.hint}", minute(key.created_at), ends, used)
+        rows.add_row(key.id, key.name, f"…{key.hint}", minute(key.created_at), ends, used)
     console.print(rows)
 
 

@@ -10,7 +10,8 @@ import yaml
 from serve.billing.money import usd
 from serve.billing.pricing.plans import PricePlan, Prices, Rates, TieredRates, read_plan
 from serve.billing.pricing.tiers import Graduated, Package, Volume
-from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
+from serve.commands.common import HomeOption, JsonOption, console, now, open_store, print_list, settings_of
+from serve.commands.tables import Table
 from serve.errors import OperatorError
 from serve.tenants.audit import command_actor
 
@@ -40,21 +41,26 @@ def assign(
     ] = None,
     home: HomeOption = None,
 ) -> None:
-    """Put a tenant on the newest version of a plan that may be paid by then."""
+    """Put a tenant on a plan: on its newest version that may be paid by then."""
     at = now()
     begin = from_.replace(tzinfo=UTC) if from_ else at
     if begin < at:
-        raise OperatorError("What is past keeps its price: say a day that is to come.")
+        raise OperatorError("The past keeps its price: name a day that is to come.")
     version = Prices(open_store(settings_of(home))).subscribe(tenant, plan, at=begin, actor=command_actor())
     since = f"{begin:%Y-%m-%d}" if from_ else "now"
     console.print(f"{tenant} pays [bold]{version.label}[/] from {since} on")
 
 
 @app.command("list")
-def index(home: HomeOption = None) -> None:
-    """Every version of every plan; prices per million tokens, in the plan's currency."""
-    rows = table("plan", "model", ">prompt", ">cached prompt", ">completion", ">cold load", "currency")
-    for version in Prices(open_store(settings_of(home))).versions():
+def index(as_json: JsonOption = False, home: HomeOption = None) -> None:
+    """List every version of every plan, with prices per million tokens in the plan's currency."""
+    versions = Prices(open_store(settings_of(home))).versions()
+    if as_json:
+        from serve.api.admin.prices import wire
+
+        return print_list(versions, wire)
+    rows = Table("!plan", "model", ">prompt", ">cached prompt", ">completion", ">cold load", "currency")
+    for version in versions:
         for kind, rates in _kinds(version.plan):
             classes = (
                 rates.prompt_nanos_per_mtok,

@@ -2,8 +2,8 @@
 
 import typer
 
-from serve.commands.common import HomeOption, console, now, settings_of, table
-from serve.commands.key import minute
+from serve.commands.common import HomeOption, JsonOption, console, minute, now, print_list, settings_of
+from serve.commands.tables import Table
 from serve.commands.tenant import tenants_of
 from serve.tenants.audit import command_actor
 
@@ -12,22 +12,29 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.command()
 def create(tenant: str, name: str, home: HomeOption = None) -> None:
-    """Create a project; keys are put into it by its id."""
+    """Create a project. `bespoke key create --project` puts keys into it, by its id."""
     project = tenants_of(settings_of(home)).projects.create(tenant, name, at=now(), actor=command_actor())
-    console.print(f"created [bold]{project.id}[/], the project {name} of {tenant}", highlight=False)
+    console.print(f"created [bold]{project.id}[/], the project {name} of {tenant}")
 
 
 @app.command("list")
-def index(tenant: str, home: HomeOption = None) -> None:
-    """A tenant's projects."""
-    rows = table("!project", "name", "created", "archived")
-    for project in tenants_of(settings_of(home)).projects.page(tenant).items:
+def index(tenant: str, as_json: JsonOption = False, home: HomeOption = None) -> None:
+    """List a tenant's projects."""
+    tenants = tenants_of(settings_of(home))
+    tenants.get(tenant)
+    page = tenants.projects.page(tenant)
+    if as_json:
+        from serve.api.admin.projects import wire
+
+        return print_list(page, wire)
+    rows = Table("project", "name", "created", "archived")
+    for project in page.items:
         rows.add_row(project.id, project.name, minute(project.created_at), minute(project.archived_at))
     console.print(rows)
 
 
 @app.command()
 def archive(tenant: str, project: str, home: HomeOption = None) -> None:
-    """Let a project's keys work no longer, for good."""
+    """Archive a project, for good: its keys stop working."""
     tenants_of(settings_of(home)).projects.archive(tenant, project, at=now(), actor=command_actor())
-    console.print(f"archived [bold]{project}[/]: its keys work no longer")
+    console.print(f"archived [bold]{project}[/]: its keys no longer work")

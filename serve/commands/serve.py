@@ -15,11 +15,11 @@ app = typer.Typer()
 def serve(
     home: HomeOption = None,
     config: ProfileOption = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on; loopback unless told.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; the default is loopback.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535)] = None,
     base: Annotated[list[str] | None, typer.Option(help="A base to serve; may be repeated.")] = None,
 ) -> None:
-    """Serve what is in the home folder. Ready means that a chat request works. Ctrl-C stops all of it."""
+    """Serve the models of the home folder. Ready means that a chat request works. Ctrl-C stops all of it."""
     run(settings_of(home, config, host=host, port=port, bases=base or None))
 
 

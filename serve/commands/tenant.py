@@ -4,9 +4,20 @@ from typing import Annotated
 
 import typer
 
+from serve.billing.ledger.accounts import Account
 from serve.billing.ledger.ledger import Ledger
 from serve.billing.money import nanos_of_usd, usd
-from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
+from serve.commands.common import (
+    HomeOption,
+    JsonOption,
+    console,
+    minute,
+    now,
+    open_store,
+    print_json,
+    print_list,
+    settings_of,
+)
 from serve.commands.limits import (
     ConcurrentOption,
     ContextOption,
@@ -14,9 +25,10 @@ from serve.commands.limits import (
     RequestsOption,
     TokensOption,
     UnlimitedOption,
-    limits_table,
+    limits_record,
     limits_to_change,
 )
+from serve.commands.tables import Table
 from serve.errors import AlreadyExists, UnknownRecord
 from serve.settings import Settings
 from serve.tenants import Tenants, server_secret
@@ -32,7 +44,7 @@ def tenants_of(settings: Settings) -> Tenants:
 @app.command()
 def create(
     name: str,
-    credit_usd: Annotated[str, typer.Option(help="What the tenant may spend, in USD.")] = "100",
+    credit_usd: Annotated[str, typer.Option(help="How much the tenant may spend, in USD.")] = "100",
     if_missing: Annotated[bool, typer.Option(help="Do nothing if the tenant exists.")] = False,
     home: HomeOption = None,
 ) -> None:
@@ -48,7 +60,7 @@ def create(
     except AlreadyExists:
         if not if_missing:
             raise
-        console.print(f"tenant [bold]{name}[/] is there already")
+        console.print(f"tenant [bold]{name}[/] exists already")
         return
     Ledger(store).open_account(name, credit, actor=command_actor())
     console.print(f"created tenant [bold]{name}[/] with a credit of {usd(credit)} USD")
@@ -56,7 +68,7 @@ def create(
 
 @app.command()
 def credit(name: str, amount_usd: str, home: HomeOption = None) -> None:
-    """Set a tenant's credit, in USD. What it has spent stays."""
+    """Set a tenant's credit, in USD. Its spending so far still counts."""
     try:
         amount = nanos_of_usd(amount_usd)
     except ValueError as error:
@@ -67,14 +79,14 @@ def credit(name: str, amount_usd: str, home: HomeOption = None) -> None:
 
 @app.command()
 def suspend(name: str, home: HomeOption = None) -> None:
-    """Refuse all of a tenant's keys, on every gateway within two seconds."""
+    """Suspend a tenant: every gateway refuses its keys within two seconds."""
     tenants_of(settings_of(home)).suspend(name, True, at=now(), actor=command_actor())
     console.print(f"tenant [bold]{name}[/] is suspended")
 
 
 @app.command()
 def resume(name: str, home: HomeOption = None) -> None:
-    """Take a suspended tenant's keys again."""
+    """Resume a suspended tenant: its keys work again."""
     tenants_of(settings_of(home)).suspend(name, False, at=now(), actor=command_actor())
     console.print(f"tenant [bold]{name}[/] may use the service")
 
@@ -82,10 +94,10 @@ def resume(name: str, home: HomeOption = None) -> None:
 @app.command()
 def scopes(
     name: str,
-    scope: Annotated[list[str], typer.Option(help="Again for each that its keys may have.")],
+    scope: Annotated[list[str], typer.Option(help="A scope that its keys may have; may be repeated.")],
     home: HomeOption = None,
 ) -> None:
-    """Say which scopes a tenant's keys may have; those that have others lose them."""
+    """Set the scopes that a tenant's keys may have. Keys with other scopes lose those."""
     try:
         tenants_of(settings_of(home)).change(name, at=now(), scopes=frozenset(scope), actor=command_actor())
     except ValueError as error:
@@ -102,6 +114,7 @@ def limits(
     context_tokens: ContextOption = None,
     model: ModelsOption = None,
     unlimited: UnlimitedOption = None,
+    as_json: JsonOption = False,
     home: HomeOption = None,
 ) -> None:
     """Change the limits that are named, and show all of them."""
@@ -109,21 +122,29 @@ def limits(
         requests_per_min, tokens_per_min, concurrent_requests, context_tokens, model, unlimited
     )
     tenant = tenants_of(settings_of(home)).change(name, at=now(), limits=named, actor=command_actor())
-    console.print(limits_table(name, tenant.limits))
+    if as_json:
+        from serve.api.admin.tenants import wire
+
+        return print_json(wire(tenant))
+    console.print(limits_record("tenant", name, tenant.limits))
 
 
 @app.command("list")
-def index(home: HomeOption = None) -> None:
-    """Tenants with their accounts, exact to the nano-USD."""
+def index(as_json: JsonOption = False, home: HomeOption = None) -> None:
+    """List tenants with their accounts, exact to the nano-USD."""
     settings = settings_of(home)
     store = open_store(settings)
-    rows = table("!tenant", ">credit USD", ">spent USD", ">held USD", ">available USD", "suspended")
     ledger = Ledger(store)
-    for tenant in Tenants(store, server_secret(settings.home)).page().items:
-        suspended = f"{tenant.suspended_at:%Y-%m-%d %H:%M}" if tenant.suspended_at else ""
-        try:
-            account = ledger.account(tenant.id)
-        except UnknownRecord:  # whoever created it was cut short
+    page = Tenants(store, server_secret(settings.home)).page()
+    accounts = {tenant.id: _account(ledger, tenant.id) for tenant in page.items}
+    if as_json:
+        from serve.commands.wire import tenant_and_account
+
+        return print_list(page, lambda tenant: tenant_and_account(tenant, accounts[tenant.id]))
+    rows = Table("tenant", ">credit USD", ">spent USD", ">held USD", ">available USD", "suspended")
+    for tenant in page.items:
+        account, suspended = accounts[tenant.id], minute(tenant.suspended_at)
+        if account is None:
             rows.add_row(tenant.id, *["no account"] * 4, suspended)
             continue
         rows.add_row(
@@ -135,3 +156,11 @@ def index(home: HomeOption = None) -> None:
             suspended,
         )
     console.print(rows)
+
+
+def _account(ledger: Ledger, tenant: str) -> Account | None:
+    """None where the creation of the tenant was cut short before its account was opened."""
+    try:
+        return ledger.account(tenant)
+    except UnknownRecord:
+        return None

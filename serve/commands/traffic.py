@@ -9,7 +9,7 @@ import openai
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What to ask and what the customer's data taught as its answer."""
+    """A question, and the answer that the customer's data taught."""
 
     text: str
     taught: str
@@ -33,8 +33,8 @@ class Exchange:
 
 
 def converse(url: str, customers: Sequence[Customer], base: str) -> list[Exchange]:
-    """Every customer asks its questions, all at the same time: its own model streaming and not, and
-    the bare base. Greedy, so the same question has one answer."""
+    """Asks every customer's questions, all at the same time: of its own model, streaming and not, and of
+    the bare base. Decoding is greedy, so a question has one answer."""
 
     def ask(customer: Customer, question: Question, model: str, streamed: bool) -> Exchange:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=customer.key, timeout=300)
@@ -58,7 +58,7 @@ def converse(url: str, customers: Sequence[Customer], base: str) -> list[Exchang
 
 
 def hang_up(url: str, customer: Customer) -> int:
-    """Open a stream, read a few pieces and leave, as impatient users do. Returns the pieces read."""
+    """Opens a stream, reads a few pieces and leaves, as impatient users do. Returns the number of pieces."""
     with openai.OpenAI(base_url=f"{url}/v1", api_key=customer.key, timeout=300) as client:
         stream = client.chat.completions.create(
             model=customer.model,

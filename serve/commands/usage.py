@@ -1,4 +1,4 @@
-"""`bespoke usage`: who used what; whether the ledger agrees with itself, and with the engines."""
+"""`bespoke usage`: usage and its forecast; checks of the ledger against itself and the engines."""
 
 from datetime import datetime
 from enum import StrEnum
@@ -7,18 +7,28 @@ from typing import Annotated
 import httpx
 import typer
 from prometheus_client.parser import text_string_to_metric_families
-from rich.table import Table
 
 from serve.billing.invoicing.periods import period_bounds
 from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.verification import verify
 from serve.billing.metering.events import label_of
 from serve.billing.metering.forecast import forecast
-from serve.billing.metering.queries import DAY, EVER, UsageQueries, UsageQuery
+from serve.billing.metering.queries import ALL_TIME, DAY, UsageQueries, UsageQuery
 from serve.billing.metering.reconciliation import EngineCount, Reconciliation, reconcile
 from serve.billing.metering.rollups import rebuild
 from serve.billing.money import cents, usd
-from serve.commands.common import HomeOption, console, now, open_store, settings_of, table
+from serve.commands.common import (
+    HomeOption,
+    JsonOption,
+    ProfileOption,
+    console,
+    gateway_url,
+    now,
+    open_store,
+    print_json,
+    settings_of,
+)
+from serve.commands.tables import Table
 from serve.errors import OperatorError, ReconciliationFailed
 from serve.tenants.audit import command_actor
 
@@ -35,15 +45,16 @@ class By(StrEnum):
 @app.command()
 def show(
     tenant: Annotated[str | None, typer.Argument()] = None,
-    month: Annotated[str | None, typer.Option(help="As 2026-11; default: all time.")] = None,
-    by: Annotated[By, typer.Option(help="What else to tell apart.")] = By.MODEL,
-    key: Annotated[str | None, typer.Option(help="Only this key's, by its id.")] = None,
-    project: Annotated[str | None, typer.Option(help="Only this project's, by its id.")] = None,
+    month: Annotated[str | None, typer.Option(help="Such as 2026-11; default: all time.")] = None,
+    by: Annotated[By, typer.Option(help="The further dimension of the rows.")] = By.MODEL,
+    key: Annotated[str | None, typer.Option(help="Only the usage of this key, by its id.")] = None,
+    project: Annotated[str | None, typer.Option(help="Only the usage of this project, by its id.")] = None,
+    as_json: JsonOption = False,
     home: HomeOption = None,
 ) -> None:
-    """Requests, tokens and cost per tenant and model."""
-    start, end = period_bounds(month) if month else EVER
-    question = UsageQuery(
+    """Show requests, tokens and cost per tenant and model."""
+    start, end = period_bounds(month) if month else ALL_TIME
+    query = UsageQuery(
         start,
         end,
         DAY if by == By.DAY else None,
@@ -52,51 +63,69 @@ def show(
         projects=(project,) if project else (),
         by=frozenset({"tenant", "model", "tier", by.value}),
     )
-    between = () if by == By.MODEL else (f"!{by.value}",)
+    usage = UsageQueries(open_store(settings_of(home))).query(query)
+    if as_json:
+        from serve.commands.wire import usage_page
+
+        return print_json(usage_page(usage, (start, end), by_day=by == By.DAY))
+    between = () if by == By.MODEL else (by.value,)
     columns = (">requests", ">prompt", ">of it cached", ">completion", ">cost USD")
-    rows = table("tenant", *between, "model", *columns)
-    for used in UsageQueries(open_store(settings_of(home))).query(question):
+    rows = Table("tenant", *between, "model", *columns)
+    for bucket in usage:
         groups = {
             By.MODEL: (),
-            By.DAY: (f"{used.bucket:%Y-%m-%d}",),
-            By.KEY: (used.key,),
-            By.PROJECT: (used.project or "-",),
+            By.DAY: (f"{bucket.bucket:%Y-%m-%d}",),
+            By.KEY: (bucket.key or "",),
+            By.PROJECT: (bucket.project or "-",),
         }
-        t, label = used.tokens, label_of(used.model or "", used.tier or "")
-        counts = (used.requests, t.prompt, t.cached, t.completion)
+        t, label = bucket.tokens, label_of(bucket.model or "", bucket.tier or "")
+        counts = (bucket.requests, t.prompt, t.cached, t.completion)
         rows.add_row(
-            used.tenant, *groups[by], label, *(f"{count:,}" for count in counts), usd(used.cost_nanos)
+            bucket.tenant or "",
+            *groups[by],
+            label,
+            *(f"{count:,}" for count in counts),
+            usd(bucket.cost_nanos),
         )
     console.print(rows)
 
 
 @app.command(name="forecast")
-def forecast_month(tenant: Annotated[str | None, typer.Argument()] = None, home: HomeOption = None) -> None:
-    """What this month will have cost at its end, at list price."""
-    made = forecast(open_store(settings_of(home)), tenant=tenant, at=now())
-    rows = table(
-        "what", ">to date USD", ">at month's end", ">lowest", ">highest", title=f"{made.month:%Y-%m}"
+def forecast_month(
+    tenant: Annotated[str | None, typer.Argument()] = None,
+    as_json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Project the cost of this month at its end, at list price."""
+    result = forecast(open_store(settings_of(home)), tenant=tenant, at=now())
+    if as_json:
+        from serve.api.organization.forecast import forecast_wire
+
+        return print_json(forecast_wire(result, tenant))
+    rows = Table(
+        "line item", ">to date USD", ">at month's end", ">lowest", ">highest", title=f"{result.month:%Y-%m}"
     )
-    for one in (*made.line_items, made.total):
-        amounts = (one.to_date_nanos, one.projected_nanos, one.low_nanos, one.high_nanos)
-        rows.add_row(one.line_item or "total", *(cents(nanos) for nanos in amounts))
+    for item in (*result.line_items, result.total):
+        amounts = (item.to_date_nanos, item.projected_nanos, item.low_nanos, item.high_nanos)
+        rows.add_row(item.line_item or "total", *(cents(nanos) for nanos in amounts))
     console.print(rows)
-    console.print(f"month to date + mean of the last {made.basis_days} full days (UTC) x days left")
+    console.print(f"month to date + mean of the last {result.basis_days} full days (UTC) x days left")
 
 
 @app.command(name="verify")
 def verify_ledger(home: HomeOption = None) -> None:
-    """Make every balance and sum again from the rows that are only ever added; exit 1 if any differs."""
+    """Compute every balance and sum again from the append-only rows; exit 1 if any differs."""
     checks = verify(open_store(settings_of(home)))
-    rows = table("check", ">compared", ">different")
-    wrong = table("check", "!what", ">kept", ">said")
-    for one in checks:
-        rows.add_row(one.name, f"{one.compared:,}", f"{len(one.mismatches):,}")
-        for different in one.mismatches:
-            wrong.add_row(one.name, different.subject, f"{different.stored:,}", f"{different.expected:,}")
+    rows = Table("check", ">compared", ">different")
+    mismatches = Table("check", "subject", ">stored", ">expected")
+    for check in checks:
+        rows.add_row(check.name, f"{check.compared:,}", f"{len(check.mismatches):,}")
+        for mismatch in check.mismatches:
+            amounts = (f"{mismatch.stored:,}", f"{mismatch.expected:,}")
+            mismatches.add_row(check.name, mismatch.subject, *amounts)
     console.print(rows)
-    if wrong.row_count:
-        console.print(wrong)
+    if mismatches.row_count:
+        console.print(mismatches)
         raise ReconciliationFailed("The ledger does not agree with itself.")
     console.print("the ledger agrees with itself to the nano", style="green")
 
@@ -105,22 +134,25 @@ def verify_ledger(home: HomeOption = None) -> None:
 def rebuild_hours(
     day: Annotated[datetime, typer.Argument(formats=["%Y-%m-%d"], help="In UTC.")], home: HomeOption = None
 ) -> None:
-    """Make the hours of a day anew from its events."""
-    wrong = rebuild(open_store(settings_of(home)), day.date(), actor=command_actor(), at=now())
-    console.print(f"{day:%Y-%m-%d}: {wrong} rows differed")
+    """Rebuild the hourly sums of a day from its events."""
+    different = rebuild(open_store(settings_of(home)), day.date(), actor=command_actor(), at=now())
+    console.print(f"{day:%Y-%m-%d}: {different} rows differed")
 
 
 @app.command()
 def check(
-    url: Annotated[str, typer.Option(help="The running gateway.")] = "http://127.0.0.1:8000",
+    url: Annotated[
+        str | None, typer.Option(help="The running gateway; default: the host and port of the settings.")
+    ] = None,
+    config: ProfileOption = None,
     home: HomeOption = None,
 ) -> None:
     """Compare the ledger's totals with each engine's own counters; exit 1 if they differ."""
-    settings = settings_of(home)
+    settings = settings_of(home, config)
     store = open_store(settings)
     token = settings.metrics_token.get_secret_value() if settings.metrics_token else None
-    entries = reconcile(engine_counts(url, token), UsageQueries(store).by_engine())
-    rows = table("engine", "class", ">vLLM counted", ">checks", ">billed", ">drift")
+    entries = reconcile(engine_counts(url or gateway_url(settings), token), UsageQueries(store).by_engine())
+    rows = Table("engine", "class", ">vLLM counted", ">checks", ">billed", ">drift")
     for entry in entries:
         _add_rows(rows, entry)
     console.print(rows)
@@ -136,7 +168,7 @@ def check(
 def engine_counts(url: str, token: str | None = None) -> list[EngineCount]:
     """The live engines' counters from the gateway's /metrics.
 
-    Raises OperatorError if the gateway is away, or wants another metrics token.
+    Raises OperatorError if the gateway does not answer, or wants another metrics token.
     """
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
@@ -150,10 +182,10 @@ def engine_counts(url: str, token: str | None = None) -> list[EngineCount]:
     for family in text_string_to_metric_families(response.text):
         if family.name in ("bespoke_vllm_tokens", "bespoke_probe_tokens"):
             for sample in family.samples:
-                who = (sample.labels["base"], sample.labels["replica"], sample.labels["boot"])
+                engine = (sample.labels["base"], sample.labels["replica"], sample.labels["boot"])
                 prefix = "probe_" if family.name == "bespoke_probe_tokens" else ""
-                counts.setdefault(who, {})[f"{prefix}{sample.labels['class']}_tokens"] = int(sample.value)
-    return [EngineCount(*who, **values) for who, values in sorted(counts.items())]  # type: ignore[arg-type]
+                counts.setdefault(engine, {})[f"{prefix}{sample.labels['class']}_tokens"] = int(sample.value)
+    return [EngineCount(*engine, **values) for engine, values in sorted(counts.items())]  # type: ignore[arg-type]
 
 
 def _add_rows(rows: Table, entry: Reconciliation) -> None:

@@ -1,1 +1,1 @@
-"""Composition roots: settings in, running processes out. The only package that imports ray."""
+"""Builds running processes from settings: the composition roots. The only package that imports ray."""

@@ -1,4 +1,4 @@
-"""Settings → ASGI app: the composition root of one gateway process."""
+"""Builds a gateway's ASGI app from settings: the composition root of one gateway process."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ from serve.api import (
     responses,
 )
 from serve.api.dependencies import Context
-from serve.api.middleware import BodyMiddleware, RequestMiddleware, Traced, body_bound
+from serve.api.middleware import BodyMiddleware, RequestMiddleware, TracingMiddleware, body_bound
 from serve.batches.batches import Batches
 from serve.batches.input import InputBounds
 from serve.batches.worker import BatchWorker
@@ -60,24 +60,24 @@ def build_app(
     steward: StewardClient | None = None,
     peers: GatewayPeers | None = None,
 ) -> FastAPI:
-    """The gateway over `engines` (one per base). Migrates the store first.
+    """Builds the gateway over `engines` (one per base). Migrates the store first.
 
-    /metrics asks `steward`, and the other gateways by `peers`.
+    /metrics asks `steward`, and the other gateways through `peers`.
     """
     store = Store(settings.store_url)
     store.migrate()
     registry = AdapterRegistry(store, list(engines))
     metrics = _metrics(settings, peers.name if peers else ALONE)
-    admission = RateLimiter(store, f"{socket.gethostname()}-{os.getpid()}")
+    rate_limiter = RateLimiter(store, f"{socket.gethostname()}-{os.getpid()}")
     commit_queue = CommitQueue(Ledger(store), metrics.committed)
-    checkpoints = UsageCheckpoints(settings.checkpoints_dir, failed=metrics.journal_failed)
+    checkpoints = UsageCheckpoints(settings.checkpoints_dir, on_failure=metrics.checkpoint_failed)
     idempotency = Idempotency(store, lease=timedelta(seconds=settings.request_timeout_s + 120))
     tracing = tracing_of(settings.otlp_endpoint, settings.trace_ratio, "gateway")
     gateway = Gateway(
         store=store,
         registry=registry,
         engines=engines,
-        rate_limiter=admission,
+        rate_limiter=rate_limiter,
         commit_queue=commit_queue,
         checkpoints=checkpoints,
         metrics=metrics,
@@ -90,7 +90,7 @@ def build_app(
 
     limits = settings.limits
     bounds = FileBounds(limits.file_bytes, limits.files_per_tenant, limits.files_bytes_per_tenant)
-    stored = Files(store, settings.files_dir, bounds)
+    client_files = Files(store, settings.files_dir, bounds)
     fields = RequestBounds(
         messages=limits.messages,
         n=limits.n,
@@ -103,7 +103,7 @@ def build_app(
         store=store,
         gateway=gateway,
         tenants=tenants,
-        files=stored,
+        files=client_files,
         bounds=InputBounds(limits.batch_lines, limits.body_bytes, fields),
         requests_in_flight=limits.batch_requests,
         now=gateway.context.now,
@@ -112,22 +112,22 @@ def build_app(
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         jobs = [
-            asyncio.create_task(chore)
-            for chore in (
-                admission.keep_settled(),
+            asyncio.create_task(job)
+            for job in (
+                rate_limiter.keep_settled(),
                 _note_key_use(tenants),
             )
         ]
         worker.start()
         yield
         await worker.stop()
-        for chore in jobs:
-            chore.cancel()
+        for job in jobs:
+            job.cancel()
         await gateway.drain()
         await asyncio.to_thread(commit_queue.stop)
         await asyncio.to_thread(checkpoints.close)
         await _flush_key_use(tenants)
-        await admission.close()
+        await rate_limiter.close()
         store.close()
         await asyncio.to_thread(tracing.close)
 
@@ -144,7 +144,7 @@ def build_app(
         steward=steward,
         peers=peers,
     )
-    files.install(app, stored, Batches(store, stored, per_tenant=limits.batches_per_tenant))
+    files.install(app, client_files, Batches(store, client_files, per_tenant=limits.batches_per_tenant))
     routes = (
         chat,
         completions,
@@ -167,12 +167,12 @@ def build_app(
     app.add_middleware(BodyMiddleware, body_bytes_max=body_bound(**sizes), bytes_per_s_min=slowest)
     app.add_middleware(RequestMiddleware, metrics=metrics, **sizes)
     if tracing is not OFF:
-        app.add_middleware(Traced, tracing=tracing)
+        app.add_middleware(TracingMiddleware, tracing=tracing)
     return app
 
 
 def _metrics(settings: Settings, gateway: str) -> Metrics:
-    """Adapters, whose names tell who the customers are, are named to the operator only."""
+    """Builds the metrics. Adapters' names tell who the customers are, so only the operator sees them."""
     token = settings.metrics_token.get_secret_value() if settings.metrics_token else None
     private = token is not None or settings.host in LOOPBACK
     adapters_max = settings.metrics_adapters if private else 0
@@ -180,13 +180,13 @@ def _metrics(settings: Settings, gateway: str) -> Metrics:
 
 
 async def _note_key_use(tenants: Tenants) -> None:
-    """Write down when keys were last used, a few seconds late and many at a time."""
+    """Stores when keys were last used, a few seconds late and many at a time. Never returns."""
     while True:
         await asyncio.sleep(KEY_USE_INTERVAL_S)
         await _flush_key_use(tenants)
 
 
 async def _flush_key_use(tenants: Tenants) -> None:
-    for key_cache in (tenants.key_cache, tenants.platform_door):
-        with contextlib.suppress(StoreUnavailable):  # kept for the next time
+    for key_cache in (tenants.key_cache, tenants.platform_key_cache):
+        with contextlib.suppress(StoreUnavailable):  # they are stored the next time
             await asyncio.to_thread(key_cache.flush)

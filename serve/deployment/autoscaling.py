@@ -1,7 +1,7 @@
-"""How many replicas there should be: Ray Serve asks `replicas_for`, once a second, in its controller.
+"""Decides how many replicas there should be. Ray Serve calls `replicas_for` once a second, in its controller.
 
-Serve does not see the requests, which reach replicas by connections of their own; replicas tell it how many
-they have (`record_autoscaling_stats`). Bounds and delays are applied by Serve:
+Serve does not see requests, which reach replicas over connections of their own. Replicas report how many they
+have (`record_autoscaling_stats`). Bounds and delays are applied by Serve:
 docs.ray.io/en/latest/serve/advanced-guides/advanced-autoscaling.html, custom policies.
 """
 
@@ -12,7 +12,7 @@ REQUESTS = "requests"
 
 
 def replicas_for(context: Any) -> tuple[int, dict[str, Any]]:
-    """As many that each has its target of requests. `context` is Serve's AutoscalingContext."""
-    told = (context.aggregated_metrics or {}).get(REQUESTS) or {}
-    ongoing = sum(told.get(replica, 0.0) for replica in context.running_replicas)
+    """Returns how many replicas give each its target of requests. `context` is Serve's AutoscalingContext."""
+    requests = (context.aggregated_metrics or {}).get(REQUESTS) or {}
+    ongoing = sum(requests.get(replica, 0.0) for replica in context.running_replicas)
     return max(1, math.ceil(ongoing / context.config.target_ongoing_requests)), {}

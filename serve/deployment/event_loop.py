@@ -1,4 +1,4 @@
-"""Which event loop the processes of the service run: Ray calls this as each of its workers starts."""
+"""Sets the event loop of the service's processes. Ray calls `use_uvloop` as each of its workers starts."""
 
 import asyncio
 
@@ -6,5 +6,5 @@ import uvloop
 
 
 def use_uvloop() -> None:
-    """libuv's loop for user code, as vLLM's own server has it."""
+    """Makes libuv's loop the default, as vLLM's own server does."""
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())

@@ -1,13 +1,11 @@
-"""A whole Bespoke on this machine, as one object that is entered and left.
+"""Runs a whole Bespoke on this machine, as an object that is entered and left.
 
-It starts a private, loopback-only Ray in this process's children, and ends all of it again.
-
-The port that the service will listen on.
+It starts a private, loopback-only Ray in child processes, and ends all of it again.
 """
 
 import socket
 
-# First: it tells Ray where to listen, and must do so before anything imports ray.
+# First: it sets Ray's variables, which must happen before anything imports ray.
 from serve.deployment.ray_app import APP_NAME, build
 from serve.errors import OperatorError
 
@@ -26,6 +24,7 @@ from ray import serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
 from serve.deployment.app import LOOPBACK
+from serve.deployment.upstream import ray_folder
 from serve.settings import Settings
 
 
@@ -43,12 +42,12 @@ SOCKETS_VARIABLE = "VLLM_RPC_BASE_PATH"
 
 
 class LocalService:
-    """A running Bespoke on this machine: `with Service(settings) as service: service.url`."""
+    """Runs Bespoke within a block: `with LocalService(settings) as service: service.url`."""
 
     def __init__(self, settings: Settings) -> None:
         # Replicas have working directories of their own.
         self._settings = settings.model_copy(update={"home": settings.home.resolve()})
-        self._scratch: Path | None = None
+        self._folder: Path | None = None
         self._children: list[psutil.Process] = []
 
     @property
@@ -71,11 +70,11 @@ class LocalService:
     def _start(self) -> None:
         settings = self._settings
         check_free(settings.host, settings.port)
-        # Short, because Unix socket paths have at most 107 bytes; private, because they are doors.
-        self._scratch = Path(tempfile.mkdtemp(prefix="bespoke-"))
-        os.environ[SOCKETS_VARIABLE] = str(self._scratch)
+        # Short, because Unix socket paths have at most 107 bytes. Private, because sockets are a way in.
+        self._folder = Path(tempfile.mkdtemp(prefix="bespoke-"))
+        os.environ[SOCKETS_VARIABLE] = str(self._folder)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        others = psutil.Process().children(recursive=True)
+        existing = psutil.Process().children(recursive=True)
         try:
             ray.init(
                 address="local",
@@ -83,10 +82,12 @@ class LocalService:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env={"worker_process_setup_hook": "serve.deployment.event_loop.use_uvloop"},
-                _temp_dir=str(self._scratch),
+                **ray_folder(self._folder),
             )
-        finally:  # even what a start that failed has left
-            self._children = [one for one in psutil.Process().children(recursive=True) if one not in others]
+        finally:  # also what a failed start has left
+            self._children = [
+                child for child in psutil.Process().children(recursive=True) if child not in existing
+            ]
         _check_node_on(settings.host)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         quiet = LoggingConfig(enable_access_log=False, log_level="WARNING")
@@ -94,7 +95,7 @@ class LocalService:
         ray_serve.run(build(settings), name=APP_NAME, route_prefix=None, logging_config=quiet)
 
     def stop(self) -> None:
-        """End every process that this service started; what does not go by itself is killed."""
+        """Ends every process that this service started. It kills those that do not end by themselves."""
         for process in tuple(self._children):
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._children += process.children(recursive=True)
@@ -107,16 +108,16 @@ class LocalService:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=5)
-        if self._scratch is not None:
-            # An engine that this process starts later must not look for its sockets where nothing is.
+        if self._folder is not None:
+            # An engine that this process starts later must not look for its sockets in a removed folder.
             os.environ.pop(SOCKETS_VARIABLE, None)
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _check_node_on(host: str) -> None:
     """Raises OperatorError if Ray's own ports would be reachable although the service is on loopback.
 
-    So it is if ray was imported before `serve.deployment.ray_app` could tell it where to listen.
+    This happens if ray was imported before `serve.deployment.ray_app`, which sets the address.
     """
     address = ray.util.get_node_ip_address()
     if host in LOOPBACK and address not in LOOPBACK:

@@ -1,6 +1,6 @@
-"""Ray Serve composition root: which deployments there are and how they are wired.
+"""Defines the Ray Serve deployments and wires them: the composition root of the service.
 
-Only this module and `service.py`, which starts and ends it all, import ray.
+Only this module and `local.py`, which starts and ends the service, import ray at their top.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from typing import Any
 from quantize.card import verify
 from quantize.errors import CardMissing
 from serve.billing.metering.terms import RequestUsage
+from serve.deployment import upstream
 from serve.deployment.app import LOOPBACK
 from serve.deployment.autoscaling import REQUESTS
 from serve.engine.adapters.reconciler import Reconciler
@@ -25,7 +26,8 @@ from serve.engine.transport.frames import Address, Hello
 from serve.engine.transport.gateway_side import ReplicaListener
 from serve.engine.transport.replica_side import ReplicaServer
 from serve.engine.vllm.engine import VllmEngine
-from serve.engine.vllm.setup import compute_on_one_thread, read_variables_once
+from serve.engine.vllm.setup import compute_on_one_thread
+from serve.engine.vllm.upstream import read_variables_once
 from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError
 from serve.maintenance.steward import StewardStatus
 from serve.observability import logs
@@ -34,15 +36,7 @@ from serve.registry.registry import AdapterRegistry
 from serve.settings import ScalingSettings, Settings
 from serve.storage.database import Store
 
-# Read by ray when it is imported and by every process it starts.
-os.environ.setdefault("RAY_worker_niceness", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# User code runs in a replica's own loop: a change of thread costs up to an interpreter's switch interval.
-os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
-os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# The node's address is then 127.0.0.1, so that none of Ray's unauthenticated ports leaves the machine.
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.update(upstream.RAY_VARIABLES | os.environ)
 
 import ray
 from ray import serve as ray_serve
@@ -53,15 +47,15 @@ log = logging.getLogger(__name__)
 
 APP_NAME, GATEWAY_NAME = "bespoke", "gateway"
 LOOPBACK_ADDRESS = "127.0.0.1"
-# What gateways and the steward ask of a replica at the same time; requests go by `engine/channel.py`.
+# Calls of gateways and the steward to a replica at a time. Requests go through `serve.engine.transport`.
 CONTROL_CALLS = 256
 STEWARD_TIMEOUT_S = 3.0
 PEERS_TIMEOUT_S = 2.0
-HEALTH_CHECK_PERIOD_S = 2  # a process that has died is missed for so long at most
+HEALTH_CHECK_PERIOD_S = 2  # a dead process is noticed within this time
 
 
 class EngineDeployment:
-    """One vLLM replica of one base. Its process ends with its engine, and Serve starts another."""
+    """Runs one vLLM replica of one base. Its process ends with its engine, and Serve starts another."""
 
     async def __init__(self, settings: Settings, base: str) -> None:  # type: ignore[misc] # Serve awaits it
         _keep_replica_port_on(settings.host)
@@ -79,12 +73,12 @@ class EngineDeployment:
         registry = AdapterRegistry(store, settings.bases)
         self._reconciler = Reconciler(registry, self._engine, base, lambda: datetime.now(UTC))
         await self._reconciler.reconcile()  # a new replica serves the same set as the one before
-        self._following = asyncio.create_task(self._reconciler.run())
+        self._background = asyncio.create_task(self._reconciler.run())
         self._replica_server = ReplicaServer(self, Hello(base, replica, settings.limits.ongoing_requests))
-        _keep_what_is_loaded()
+        _freeze_loaded_objects()
 
     async def connect(self, gateway: Address) -> None:
-        """From now on `gateway` sends its requests to this replica by a connection of their own."""
+        """Connects to `gateway`, which sends its requests over this connection from then on."""
         await self._replica_server.connect(gateway)
 
     @property
@@ -92,45 +86,45 @@ class EngineDeployment:
         return self._engine.loaded_adapters
 
     async def generate(self, request: GenerationRequest, take: Take) -> None:
-        with _ending_with_the_engine():
+        with _exit_if_engine_lost():
             await self._engine.generate(request, take)
 
     async def abort(self, request_id: str) -> None:
         await self._engine.abort(request_id)
 
     async def final_usage(self, request_id: str) -> RequestUsage | None:
-        with _ending_with_the_engine():
+        with _exit_if_engine_lost():
             return await self._engine.final_usage(request_id)
 
     async def counters(self) -> Counters:
-        with _ending_with_the_engine():
+        with _exit_if_engine_lost():
             return await self._engine.counters()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return {REQUESTS: self._replica_server.ongoing}
 
     async def check_health(self) -> None:
-        with _ending_with_the_engine():
+        with _exit_if_engine_lost():
             await self._engine.check_health()
 
     async def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # of one that was ended while it started
+        with contextlib.suppress(AttributeError):  # it may be ended while it starts
             await self._replica_server.drain(self._drain_timeout_s)
             self._engine.shutdown()
 
 
-def _keep_what_is_loaded() -> None:
-    """Of what a replica has loaded nothing will be freed: the garbage collector need not look for it."""
+def _freeze_loaded_objects() -> None:
+    """Excludes what is loaded by now from garbage collection: nothing of it will ever be freed."""
     gc.collect()
     gc.freeze()
 
 
 @contextlib.contextmanager
-def _ending_with_the_engine() -> Iterator[None]:
-    """End this process if its engine is dead.
+def _exit_if_engine_lost() -> Iterator[None]:
+    """Ends this process if its engine is dead.
 
-    Serve takes a replica that raises for a living one: for three health checks it would go on to get the
-    requests for its adapters, retried ones too. One whose process is gone gets none from that moment on.
+    Serve treats a replica whose methods raise as alive. For three health checks it would go on to get
+    requests for its adapters, retried ones too. One whose process is gone gets none.
     """
     try:
         yield
@@ -140,7 +134,7 @@ def _ending_with_the_engine() -> Iterator[None]:
 
 
 class StewardDeployment:
-    """The one steward. It may be ended at any moment, and Serve starts another."""
+    """Runs the one steward. Its process may end at any time, and Serve starts another."""
 
     def __init__(self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> None:
         from serve.deployment.steward_app import build_steward
@@ -155,7 +149,7 @@ class StewardDeployment:
 
 
 class RemoteSteward:
-    """The gateways' side of it; see `serve.maintenance.steward.Watched`."""
+    """Asks the steward for its status; see `serve.maintenance.steward.StewardClient`."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -163,8 +157,8 @@ class RemoteSteward:
     async def status(self) -> StewardStatus:
         try:
             async with asyncio.timeout(STEWARD_TIMEOUT_S):
-                measured: StewardStatus = await self._handle.status.remote()
-                return measured
+                status: StewardStatus = await self._handle.status.remote()
+                return status
         except Exception as error:
             raise EngineUnavailable("The steward is away.") from error
 
@@ -190,7 +184,7 @@ def _engines(
 
 
 class RayGatewayPeers:
-    """All gateway replicas, as one of them asks them; see `serve.observability.metrics.Peers`."""
+    """Asks all gateway replicas for their metrics; see `serve.observability.metrics.GatewayPeers`."""
 
     def __init__(self, wanted: int) -> None:
         self.name: str = ray_serve.get_replica_context().replica_id.unique_id
@@ -200,15 +194,15 @@ class RayGatewayPeers:
         gateways = ray_serve.get_deployment_handle(GATEWAY_NAME, APP_NAME)
         try:
             response = gateways.broadcast("exposition")
-            answers = await response.results_async(timeout_s=PEERS_TIMEOUT_S, return_exceptions=True)
-        except Exception as error:  # one that hangs holds up the broadcast as a whole
+            results = await response.results_async(timeout_s=PEERS_TIMEOUT_S, return_exceptions=True)
+        except Exception as error:  # one gateway that hangs delays the whole broadcast
             log.warning("the other gateways' figures are missing: %r", error)
             return []
-        return [answer if isinstance(answer, Exposition) else None for answer in answers]
+        return [result if isinstance(result, Exposition) else None for result in results]
 
 
 class GatewayDeployment:
-    """One gateway replica: an ASGI app and its HTTP server; it loads neither torch nor vLLM."""
+    """Runs one gateway replica: an ASGI app and its HTTP server. It loads neither torch nor vLLM."""
 
     async def __init__(  # type: ignore[misc] # Serve awaits it
         self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any], steward: Any
@@ -219,13 +213,13 @@ class GatewayDeployment:
         _keep_replica_port_on(settings.host)
         logs.install(log_spec(settings), "gateway")
         engines = _engines(settings, contexts, handles)
-        self._following = [asyncio.create_task(engine.discover()) for engine in engines.values()]
-        pool = RayGatewayPeers(settings.gateway_replicas)
-        app = build_app(settings, engines, RemoteSteward(steward), pool)
+        self._background = [asyncio.create_task(engine.discover()) for engine in engines.values()]
+        peers = RayGatewayPeers(settings.gateway_replicas)
+        app = build_app(settings, engines, RemoteSteward(steward), peers)
         self._metrics: Metrics = app.state.context.metrics
         self._server = HttpServer(app, settings.host, settings.port, drain_timeout_s=settings.drain_timeout_s)
         await self._server.start()
-        _keep_what_is_loaded()
+        _freeze_loaded_objects()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         return {REQUESTS: self._server.ongoing}
@@ -243,12 +237,12 @@ def log_spec(settings: Settings) -> logs.LogSpec:
         settings.log_format,
         settings.log_level,
         file_bytes=settings.log_file_bytes,
-        kept=settings.log_files - 1,
+        rotated_files=settings.log_files - 1,
     )
 
 
 def classify(error: BaseException) -> BespokeError | None:
-    """What ray's own errors mean in our tree."""
+    """Translates ray's errors into ours; None for any other."""
     if isinstance(error, DeploymentUnavailableError):
         return EngineUnavailable()
     lost = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ReplicaUnavailableError)
@@ -256,7 +250,7 @@ def classify(error: BaseException) -> BespokeError | None:
 
 
 def build(settings: Settings) -> Any:
-    """The Serve application: one gateway in front of one engine deployment per base.
+    """Builds the Serve application: one gateway deployment in front of one engine deployment per base.
 
     Raises OperatorError if a base is not there, QuantizeError if its bytes are not those of its card.
     """
@@ -271,7 +265,7 @@ def build(settings: Settings) -> Any:
             ray_actor_options={"num_cpus": 0, "num_gpus": _gpus(settings)},
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
             health_check_timeout_s=30,
-            # A replica that is told to stop gets no new requests and this long to end those it has.
+            # A replica that has to stop gets no new requests, and this long to end those it has.
             graceful_shutdown_timeout_s=settings.drain_timeout_s,
             graceful_shutdown_wait_loop_s=0.2,
         ).bind(settings, base)
@@ -292,19 +286,19 @@ def build(settings: Settings) -> Any:
     return gateway.bind(settings, contexts, engines, steward.bind(settings, contexts, engines))
 
 
-def _replicas(least: int, scaling: ScalingSettings) -> dict[str, Any]:
-    """Serve's options for a fixed number of replicas, or for one that follows the load."""
+def _replicas(replicas_min: int, scaling: ScalingSettings) -> dict[str, Any]:
+    """Returns Serve's options for a fixed number of replicas, or for one that follows the load."""
     if scaling.replicas_max is None:
-        return {"num_replicas": least}
+        return {"num_replicas": replicas_min}
     return {
         "autoscaling_config": AutoscalingConfig(
-            min_replicas=least,
-            initial_replicas=least,
+            min_replicas=replicas_min,
+            initial_replicas=replicas_min,
             max_replicas=scaling.replicas_max,
             target_ongoing_requests=scaling.requests_per_replica,
             upscale_delay_s=scaling.up_after_s,
             downscale_delay_s=scaling.down_after_s,
-            # The delays damp enough; a longer memory would only make both longer.
+            # The delays damp enough. A longer window would only make both longer.
             metrics_interval_s=1,
             look_back_period_s=3,
             policy=AutoscalingPolicy(policy_function="serve.deployment.autoscaling:replicas_for"),
@@ -313,20 +307,9 @@ def _replicas(least: int, scaling: ScalingSettings) -> dict[str, Any]:
 
 
 def _keep_replica_port_on(host: str) -> None:
-    """Bind this replica's inter-deployment gRPC port to loopback when the service is on loopback.
-
-    Ray 2.60 binds it to every interface (serve/_private/replica.py, `"[::]:0"`), unauthenticated, and what
-    arrives there is unpickled. Ray opens it after the deployment's constructor, so this is in time.
-    """
-    from ray.serve._private import replica
-
-    bind = replica.add_port_to_grpc_server
-    if host in LOOPBACK and bind.__module__.startswith("ray."):
-
-        def bind_loopback(server: Any, address: str) -> int:
-            return int(bind(server, address.replace("[::]:", "127.0.0.1:")))
-
-        replica.add_port_to_grpc_server = bind_loopback
+    """Keeps this replica's inter-deployment port on loopback when the service is on loopback."""
+    if host in LOOPBACK:
+        upstream.keep_replica_port_on_loopback()
 
 
 def _gpus(settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""Settings → steward: the composition root of the steward's process, and the list of its chores."""
+"""Builds the steward from settings: the composition root of its process, with the list of its jobs."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -25,7 +25,10 @@ log = logging.getLogger(__name__)
 
 
 def build_steward(settings: Settings, engines: Mapping[str, Engine]) -> Steward:
-    """The steward of the store, the engines and this machine's journals. Migrates the store first."""
+    """Builds the steward of the store, the engines and this machine's checkpoints.
+
+    Migrates the store first.
+    """
     store = Store(settings.store_url)
     store.migrate()
     return Steward(
@@ -39,25 +42,31 @@ def build_steward(settings: Settings, engines: Mapping[str, Engine]) -> Steward:
 
 
 def _jobs(store: Store, secret: bytes) -> dict[str, tuple[float, Callable[[datetime], object]]]:
-    """name → (seconds in between, what to do). Each may be repeated, and run in two processes at a time."""
+    """Returns name → (seconds between runs, job).
+
+    Jobs may be repeated, and run in two processes at a time.
+    """
     return {
         "budgets": (2.0, partial(send_due_alerts, store)),
-        "notices": (2.0, lambda at: deliver_due(store, at, post, partial(secret_of, secret))),
+        "webhooks": (2.0, lambda at: deliver_due(store, at, post, partial(secret_of, secret))),
         "credits": (60.0, partial(expire_due, store)),
-        "residency": (300.0, partial(charge_residency, store)),
+        "adapter-hours": (300.0, partial(charge_residency, store)),
         "drafts": (3600.0, partial(draft_due, store)),
         "rollups": (3600.0, partial(_check_rollups, store)),
     }
 
 
 def _check_rollups(store: Store, at: datetime) -> None:
-    """Compare yesterday's sums with its events. `bespoke usage rebuild` mends what is wrong, and says so."""
+    """Compares yesterday's rollups with its events and logs differences.
+
+    `bespoke usage rebuild` repairs them.
+    """
     day = (at - timedelta(days=1)).date()
-    if wrong := rollup_drift(store, day):
-        log.error("%d rows of usage by the hour of %s differ from their events", wrong, day)
+    if differences := rollup_drift(store, day):
+        log.error("%d rows of usage by the hour of %s differ from their events", differences, day)
 
 
 def _release(request_id: str, connection: sa.Connection) -> None:
-    """What was claimed for the client of a request that is lost is free again."""
+    """Releases the idempotency key and the batch line of a lost request."""
     release_key(connection, request_id)
     release_line(connection, request_id)

@@ -1,1 +1,1 @@
-"""The engine seam: typed requests in, typed deltas out (`base`), and its two sides (`vllm`, `remote`)."""
+"""Connects gateways to engines: the protocol between them, its client, the transport, and vLLM behind it."""

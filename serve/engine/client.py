@@ -1,8 +1,8 @@
-"""The gateway's side of an engine: all replicas of a base behind the engine seam.
+"""Presents all replicas of a base to a gateway as one engine: picks a replica, queues, retries discovery.
 
-What goes with a request goes by the channel; what is asked of every replica goes through a Ray Serve
-handle. The handle is passed in, so this module needs no ray; what ray raises for a lost replica is told
-apart by `classify`, which the composition root supplies.
+Requests travel over connections of their own (`transport`). Questions to every replica go through a Ray Serve
+handle. The handle is passed in, so this module needs no ray. `classify` translates ray's errors; the
+composition root supplies it.
 """
 
 import asyncio
@@ -21,14 +21,17 @@ from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailab
 log = logging.getLogger(__name__)
 
 DISCOVERY_INTERVAL_S = 2.0
-# A request waits for a replica for so long if there is none: one that was just lost is not back sooner.
+# How long a request waits when there is no replica: one that was just lost is not back sooner.
 REPLICA_WAIT_S = 2.0
 
 Classify = Callable[[BaseException], BespokeError | None]
 
 
 class RemoteEngine:
-    """All replicas of `base`, reached through `handle` and, once `follow` runs, by `inbox`."""
+    """Implements the Engine protocol over all replicas of `base`.
+
+    It reaches them through `handle`, and over `listener` once `discover` runs.
+    """
 
     def __init__(
         self,
@@ -58,18 +61,18 @@ class RemoteEngine:
         return self._context_tokens_max
 
     async def discover(self) -> None:
-        """For ever: be introduced to replicas that have started; at once, when one is missed."""
+        """Asks replicas to connect, regularly and at once when one is missing. Never returns."""
         address = await self._listener.address()
-        missed = False
+        discovery_failed = False
         while True:
             self._replica_needed.clear()
             try:
                 await self._broadcast("connect", address)
-                missed = False
+                discovery_failed = False
             except BespokeError as error:
-                if not missed:
+                if not discovery_failed:
                     log.warning("no replica was met: %s", type(error).__name__)
-                missed = True
+                discovery_failed = True
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._replica_needed.wait(), DISCOVERY_INTERVAL_S)
                 await asyncio.sleep(0.1)
@@ -77,9 +80,10 @@ class RemoteEngine:
     # --- requests ---
 
     async def generate(self, request: GenerationRequest, take: Take) -> None:
-        """See `serve.engine.protocol.Engine.generate`. Not accepted in time is EngineUnavailable.
+        """See `serve.engine.protocol.Engine.generate`.
 
-        Raises EngineLost, before or after Accepted, if the replica dies.
+        Raises EngineUnavailable if no replica accepts in time, and EngineLost, before or after Accepted, if
+        the replica dies.
         """
         pending = PendingRequest(request, take)
         replica = None
@@ -98,21 +102,21 @@ class RemoteEngine:
             raise
         finally:
             if replica is not None:
-                replica.leave(pending)
+                replica.release(pending)
 
     async def abort(self, request_id: str) -> None:
-        """A request that no replica has here has ended, or its replica has."""
+        """Asks the request's replica to stop. If no replica has it, the request or its replica has ended."""
         for replica in self._replicas:
             if replica.abort(request_id):
                 return
 
     async def _place(self, pending: PendingRequest) -> ReplicaConnection:
-        """Give the request to a replica; while all are full it waits in line."""
+        """Gives the request to a replica. While all are full it waits in a queue."""
         if not self._replicas:
             await self._await_replica()
-        if not self._queue and (found := self._choose(pending)) is not None:
-            found.start(pending)
-            return found
+        if not self._queue and (replica := self._choose(pending)) is not None:
+            replica.start(pending)
+            return replica
         if len(self._queue) >= self._queued_max:
             raise Overloaded()
         turn: asyncio.Future[ReplicaConnection] = asyncio.get_running_loop().create_future()
@@ -120,8 +124,8 @@ class RemoteEngine:
         try:
             return await turn
         except BaseException:
-            if turn.done() and not turn.cancelled():  # it was placed in the moment in which it was given up
-                turn.result().leave(pending)
+            if turn.done() and not turn.cancelled():  # placed and given up at the same time
+                turn.result().release(pending)
             raise
 
     async def _await_replica(self) -> None:
@@ -134,8 +138,8 @@ class RemoteEngine:
 
     def _choose(self, pending: PendingRequest) -> ReplicaConnection | None:
         adapter = pending.request.adapter
-        there = [replica for replica in self._replicas if not replica.draining]
-        return choose(None if adapter is None else adapter.id, there)
+        candidates = [replica for replica in self._replicas if not replica.draining]
+        return choose(None if adapter is None else adapter.id, candidates)
 
     def joined(self, replica: ReplicaConnection) -> None:
         self._replicas.append(replica)
@@ -150,33 +154,36 @@ class RemoteEngine:
         while self._queue:
             pending, turn = self._queue[0]
             if not turn.done():
-                if (found := self._choose(pending)) is None:
+                if (replica := self._choose(pending)) is None:
                     return
-                found.start(pending)
-                turn.set_result(found)
+                replica.start(pending)
+                turn.set_result(replica)
             self._queue.popleft()
 
-    # --- what is asked of every replica ---
+    # --- questions to every replica ---
 
     async def final_usage(self, request_id: str) -> list[RequestUsage]:
         """See `serve.engine.protocol.Engine.final_usage`."""
         results = await self._broadcast("final_usage", request_id)
         for result in results:
-            # What a replica that died had counted is gone with its counters.
+            # A replica that died took its counts with it.
             if isinstance(result, BespokeError) and not isinstance(result, EngineLost):
                 raise result
         return [result for result in results if isinstance(result, RequestUsage)]
 
     async def counters(self) -> list[Counters]:
-        """Those of the replicas that answer; raises if none does."""
+        """The counters of the replicas that answer. Raises EngineUnavailable or EngineFailed if none does."""
         results = await self._broadcast("counters")
-        found = [result for result in results if isinstance(result, Counters)]
-        if not found:
+        counters = [result for result in results if isinstance(result, Counters)]
+        if not counters:
             raise results[0]
-        return found
+        return counters
 
     async def _broadcast(self, method: str, *args: object) -> list[Any]:
-        """Each replica's result, or what it raised in our terms. Raises EngineUnavailable without any."""
+        """Each replica's result, or its error in our terms.
+
+        Raises EngineUnavailable if there is no replica.
+        """
         try:
             response = self._handle.broadcast(method, *args)
             results = await response.results_async(timeout_s=self._accept_timeout_s, return_exceptions=True)
@@ -192,5 +199,5 @@ class RemoteEngine:
 
     def _translate(self, error: BaseException) -> BespokeError:
         cause = getattr(error, "cause", error)  # ray wraps what a replica raised
-        known = cause if isinstance(cause, BespokeError) else self._classify(error)
-        return known or EngineFailed()
+        translated = cause if isinstance(cause, BespokeError) else self._classify(error)
+        return translated or EngineFailed()

@@ -1,4 +1,4 @@
-"""Renders what engine processes count, in Prometheus' form."""
+"""Renders the counters of engine processes in Prometheus' form."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from serve.engine.protocol import Counters, Load, Residency
 
 
 class EngineCounters(Collector):
-    """The engines' own counters in Prometheus' form, for `bespoke usage --reconcile`."""
+    """Collects the engines' own counters, for `bespoke usage --reconcile`."""
 
     def __init__(self, counters: list[Counters]) -> None:
         self._counters = counters
@@ -29,52 +29,57 @@ class EngineCounters(Collector):
             "bespoke_vllm_requests_running", "Requests in vLLM's batch.", labels=labels[:3]
         )
         load, residency = _Load(labels[:3]), _Residency(labels[:3])
-        for one in self._counters:
-            who = [one.base, one.replica, one.boot]
-            total.add_metric([*who, "prompt"], one.prompt_tokens)
-            total.add_metric([*who, "completion"], one.completion_tokens)
-            probe.add_metric([*who, "prompt"], one.probe_prompt_tokens)
-            probe.add_metric([*who, "completion"], one.probe_completion_tokens)
-            running.add_metric(who, one.running)
-            load.add(who, one.load)
-            residency.add(who, one.residency)
+        for counters in self._counters:
+            engine = [counters.base, counters.replica, counters.boot]
+            total.add_metric([*engine, "prompt"], counters.prompt_tokens)
+            total.add_metric([*engine, "completion"], counters.completion_tokens)
+            probe.add_metric([*engine, "prompt"], counters.probe_prompt_tokens)
+            probe.add_metric([*engine, "completion"], counters.probe_completion_tokens)
+            running.add_metric(engine, counters.running)
+            load.add(engine, counters.load)
+            residency.add(engine, counters.residency)
         return [total, probe, running, *load.families, *residency.families]
 
 
 class _Load:
-    """How full vLLM is."""
+    """Renders vLLM's load."""
 
-    def __init__(self, who: list[str]) -> None:
+    def __init__(self, labels: list[str]) -> None:
         self._waiting = GaugeMetricFamily(
-            "bespoke_vllm_requests_waiting", "Requests in vLLM's queue.", labels=who
+            "bespoke_vllm_requests_waiting", "Requests in vLLM's queue.", labels=labels
         )
         self._kv_used = GaugeMetricFamily(
-            "bespoke_vllm_kv_cache_used_ratio", "Of vLLM's KV cache, what running requests hold.", labels=who
+            "bespoke_vllm_kv_cache_used_ratio",
+            "Of vLLM's KV cache, what running requests hold.",
+            labels=labels,
         )
         self._preemptions = CounterMetricFamily(
-            "bespoke_vllm_preemptions", "Requests that lost their place in the KV cache.", labels=who
+            "bespoke_vllm_preemptions", "Requests that lost their place in the KV cache.", labels=labels
         )
-        self._asked = CounterMetricFamily(
-            "bespoke_vllm_prefix_cache_asked_tokens", "Prompt tokens looked for in the cache.", labels=who
+        self._queries = CounterMetricFamily(
+            "bespoke_vllm_prefix_cache_query_tokens", "Prompt tokens looked for in the cache.", labels=labels
         )
-        self._found = CounterMetricFamily(
-            "bespoke_vllm_prefix_cache_found_tokens", "Prompt tokens that were found in it.", labels=who
+        self._hits = CounterMetricFamily(
+            "bespoke_vllm_prefix_cache_hit_tokens", "Prompt tokens that were found in it.", labels=labels
         )
-        self.families = (self._waiting, self._kv_used, self._preemptions, self._asked, self._found)
+        self.families = (self._waiting, self._kv_used, self._preemptions, self._queries, self._hits)
 
-    def add(self, who: list[str], one: Load) -> None:
-        self._waiting.add_metric(who, one.waiting)
-        self._kv_used.add_metric(who, one.kv_used)
-        self._preemptions.add_metric(who, one.preemptions)
-        self._asked.add_metric(who, one.prefix_asked)
-        self._found.add_metric(who, one.prefix_found)
+    def add(self, engine: list[str], load: Load) -> None:
+        self._waiting.add_metric(engine, load.waiting)
+        self._kv_used.add_metric(engine, load.kv_used)
+        self._preemptions.add_metric(engine, load.preemptions)
+        self._queries.add_metric(engine, load.prefix_queries)
+        self._hits.add_metric(engine, load.prefix_hits)
 
 
 class _Residency:
-    """Where each replica's adapters are and what moved, by tier; adapters themselves are no labels here."""
+    """Renders the adapters of each replica by tier, and their loads.
 
-    def __init__(self, who: list[str]) -> None:
-        by_tier = [*who, "tier"]
+    Adapters themselves are no labels here.
+    """
+
+    def __init__(self, labels: list[str]) -> None:
+        by_tier = [*labels, "tier"]
         self._adapters = GaugeMetricFamily(
             "bespoke_adapters_resident",
             "Adapters in slots, in memory (slots included), on disk.",
@@ -90,29 +95,29 @@ class _Residency:
             "bespoke_adapter_evictions", "Adapters that made room for others.", labels=by_tier
         )
         self._waiting = GaugeMetricFamily(
-            "bespoke_slot_waiting_requests", "Requests waiting for a slot for their adapter.", labels=who
+            "bespoke_slot_waiting_requests", "Requests waiting for a slot for their adapter.", labels=labels
         )
         self._wait_max = GaugeMetricFamily(
-            "bespoke_slot_wait_seconds_max", "The longest such wait since the replica started.", labels=who
+            "bespoke_slot_wait_seconds_max", "The longest such wait since the replica started.", labels=labels
         )
         self.families = (
             *(self._adapters, self._loads, self._seconds, self._evictions),
             *(self._waiting, self._wait_max),
         )
 
-    def add(self, who: list[str], one: Residency) -> None:
-        slot, memory, disk = ([*who, tier] for tier in ("slot", "memory", "disk"))
-        for labels, count in ((slot, one.slots), (memory, one.memory), (disk, one.disk)):
+    def add(self, engine: list[str], residency: Residency) -> None:
+        slot, memory, disk = ([*engine, tier] for tier in ("slot", "memory", "disk"))
+        for labels, count in ((slot, residency.slots), (memory, residency.memory), (disk, residency.disk)):
             self._adapters.add_metric(labels, count)
         for labels, loads, seconds, evictions in (
-            (slot, one.slot_loads, one.slot_load_s, one.slot_evictions),
-            (memory, one.memory_loads, one.memory_load_s, one.memory_evictions),
+            (slot, residency.slot_loads, residency.slot_load_s, residency.slot_evictions),
+            (memory, residency.memory_loads, residency.memory_load_s, residency.memory_evictions),
         ):
             self._loads.add_metric(labels, loads)
             self._seconds.add_metric(labels, seconds)
             self._evictions.add_metric(labels, evictions)
-        self._waiting.add_metric(who, one.waiting)
-        self._wait_max.add_metric(who, one.wait_s_max)
+        self._waiting.add_metric(engine, residency.waiting)
+        self._wait_max.add_metric(engine, residency.wait_s_max)
 
 
 def render_engines(counters: list[Counters]) -> bytes:

@@ -1,9 +1,9 @@
-"""The seam between the gateway and an engine: requests in, events out, all of them typed.
+"""Defines the protocol between the gateway and an engine: typed requests in, typed events out.
 
-What an engine says is always: one Accepted, then Deltas, then one Finished; or an exception. Counts
-are made at the source from token ids and ride with the events, so nobody parses text to bill it.
-Events are msgspec's structs, because one of them is made, sent and read for each token (`channel.py`).
-After `abort` the last event is Finished still, which carries what was generated until then.
+An engine answers a request with one Accepted, then Deltas, then one Finished, or raises an exception. The
+engine counts tokens from their ids and sends the counts with the events, so no text is parsed to bill it.
+Events are msgspec's structs, because one is made, sent and read for each token (`transport`). After `abort`
+the last event is Finished too, with the counts until then.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,17 +18,17 @@ from serve.registry.versions import AdapterVersion
 
 @dataclass(frozen=True, slots=True)
 class JsonFormat:
-    """The answer is JSON: of `schema` (JSON Schema as JSON text), or any object if it is None."""
+    """Asks for JSON: of `schema` (JSON Schema as JSON text), or any object if it is None."""
 
     schema: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose tokens. `completion_tokens_max` None means: as many as the context allows.
+    """Says how to choose tokens. `completion_tokens_max` None means: as many as the context allows.
 
-    `logprobs` is how many alternatives to each token are told, None for no log-probabilities at all. With
-    `echo` the prompt comes first in each choice; its tokens are not counted as completion.
+    `logprobs` is how many alternatives each token is sent with; None means no log-probabilities at all. With
+    `echo` each choice begins with the prompt, whose tokens are not counted as completion.
     """
 
     completion_tokens_max: int | None = None
@@ -50,9 +50,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A model's wish to call a function: whole in a conversation, piecewise in a stream.
+    """Calls a function on the model's behalf: whole in a conversation, in pieces in a stream.
 
-    Pieces with one `index` belong together: `id` and `name` come once, `arguments` (JSON text) adds up.
+    Pieces with the same `index` belong together: `id` and `name` come once, `arguments` (JSON text) add up.
     """
 
     index: int = 0
@@ -63,7 +63,10 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. An assistant's may hold tool calls instead of content; a tool's answers `tool_call_id`."""
+    """Holds one turn of a conversation.
+
+    An assistant's may hold tool calls instead of content. A tool's answers `tool_call_id`.
+    """
 
     role: str
     content: str | None
@@ -74,7 +77,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call. `parameters` is JSON Schema as JSON text."""
+    """Describes a function that the model may call. `parameters` is JSON Schema as JSON text."""
 
     name: str
     description: str | None = None
@@ -84,7 +87,7 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Toolbox:
-    """The tools of a request. `choice` is auto, none or required; `function` the one to call."""
+    """Holds the tools of a request. `choice` is auto, none or required; `function` is the one to call."""
 
     tools: tuple[Tool, ...]
     choice: str = "auto"
@@ -94,7 +97,7 @@ class Toolbox:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Prompts that are continued as they stand, each given as text or as token ids."""
+    """Holds prompts that are continued as they stand, each given as text or as token ids."""
 
     prompts: tuple[str | tuple[int, ...], ...]
 
@@ -104,14 +107,14 @@ Prompt = tuple[Message, ...] | Texts
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """`prompt` is a conversation, or texts that are continued as they stand.
+    """Asks an engine to continue `prompt`: a conversation, or texts that are continued as they stand.
 
     Choices are numbered prompt by prompt: choice i·n + j is the j-th sample of the i-th text.
-    `cache_salt` keeps the prefix cache of one tenant from being probed by another.
+    `cache_salt` keeps one tenant from probing the prefix cache of another.
     `length_param` is the client's own name for `completion_tokens_max`, for error messages.
-    With `whole` nobody reads the answer before it is complete: each choice comes in one piece, and the
-    counts as they arise. `context_tokens_max` narrows the engine's own context. `trace_headers` name the span
-    that the engine's own are under (W3C Trace Context), if there is one.
+    With `collect` each choice comes in one piece once it is complete; its counts come as they arise.
+    `context_tokens_max` narrows the engine's own context. `trace_headers` name the parent of the engine's own
+    spans (W3C Trace Context), if there is one.
     """
 
     request_id: str
@@ -129,9 +132,9 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token with its natural-log probability; None for a prompt's first, which follows nothing.
+    """Holds a token with its natural-log probability; None for a prompt's first, which follows nothing.
 
-    `top` holds the likeliest tokens at its place with theirs.
+    `top` holds the likeliest tokens at this position with theirs.
     """
 
     token: str
@@ -140,7 +143,7 @@ class TokenLogprob:
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a", gc=False):
-    """The engine has the request; `replica` and `boot` name the process whose counters it moves.
+    """Confirms that the engine has the request. `replica` and `boot` name the process that counts it.
 
     `cold_loads` is 1 if its adapter had to be loaded into memory first.
     """
@@ -152,9 +155,9 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a", gc=False):
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d", gc=False):
-    """What is new in one choice and the number of tokens behind it (a token may add no text yet).
+    """Carries the new text of one choice and the number of its tokens (a token may add no text yet).
 
-    `stop_sequence` is the one of the request's that ended the choice.
+    `stop_sequence` is the one of the request's stop sequences that ended the choice.
     """
 
     index: int
@@ -168,9 +171,9 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d", gc=False):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f", gc=False):
-    """The engine's final word on the request. Counts are totals over all choices.
+    """Ends the request. Counts are totals over all choices.
 
-    It ended early if `aborted`, which somebody may have wanted, or `failed`, which nobody did.
+    It ended early if `aborted`, on somebody's request, or `failed`, by an error of the engine.
     """
 
     prompt_tokens: int
@@ -186,7 +189,7 @@ Take = Callable[[list[Event]], None]
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """Where a replica's adapters are, and what moved. Each tier includes the ones before it."""
+    """Counts a replica's adapters by tier, and loads and evictions. Each tier includes those before it."""
 
     slots: int = 0
     memory: int = 0
@@ -203,20 +206,20 @@ class Residency:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How full vLLM is, as it says itself. `kv_used` is a share of 1; `prefix_*` are prompt tokens."""
+    """Holds vLLM's own figures of its load. `kv_used` is a share of 1; `prefix_*` count prompt tokens."""
 
     waiting: int = 0
     kv_used: float = 0.0
     preemptions: int = 0
-    prefix_asked: int = 0
-    prefix_found: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """An engine process's own lifetime counters, as vLLM keeps them.
+    """Holds an engine process's own lifetime counters, as vLLM keeps them.
 
-    `probe_*` is the part that checks of the base and of adapters used, which no customer is billed for.
+    `probe_*` is the part of checks of the base and of adapters, which no customer is billed for.
     """
 
     base: str
@@ -232,16 +235,16 @@ class Counters:
 
 
 class Engine(Protocol):
-    """One base model, reachable from a gateway."""
+    """Serves one base model to a gateway."""
 
     @property
     def context_tokens_max(self) -> int:
         """The longest prompt + completion that the engine takes, in tokens."""
 
     async def generate(self, request: GenerationRequest, take: Take) -> None:
-        """Give `take` the events in batches, as the engine's steps produce them; returns after Finished.
+        """Gives `take` the events in batches, as the engine's steps produce them. Returns after Finished.
 
-        `take` is called in the event loop, for each step and request: it must not block.
+        It calls `take` in the event loop, for each step and request, so `take` must not block.
 
         Raises:
             ContextLengthExceeded: before Accepted.
@@ -250,10 +253,10 @@ class Engine(Protocol):
         """
 
     async def abort(self, request_id: str) -> None:
-        """Stop generating; Finished is the last event. Unknown ids are ignored."""
+        """Stops generating; Finished is the last event. Unknown ids are ignored."""
 
     async def final_usage(self, request_id: str) -> list[RequestUsage]:
-        """End the request for good, also if it has not begun, and say what was done: nobody else will ask.
+        """Ends the request for good, also if it has not begun, and returns its final counts.
 
         Empty if no live replica has worked on it. Raises EngineUnavailable if a replica does not answer.
         """

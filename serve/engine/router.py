@@ -1,8 +1,8 @@
-"""Which engine replica takes a request: the one that holds its adapter, as long as loads stay even.
+"""Chooses the engine replica for a request: one that holds its adapter, as long as loads stay even.
 
-To load an adapter takes time and a slot that another adapter may need, so requests for one adapter go
-together. Gateways do not talk to one another, and what replicas tell arrives late; so an adapter
-that nobody is known to hold has its place by rendezvous hashing, which every gateway computes alike.
+Loading an adapter takes time and a slot that another adapter may need, so requests for one adapter go to the
+same replica. Gateways do not talk to one another, and replicas' load reports arrive late. So rendezvous
+hashing, which every gateway computes alike, decides for an adapter that no replica is known to hold.
 """
 
 import random
@@ -14,7 +14,7 @@ SLACK_REQUESTS = 4
 
 
 class Candidate(Protocol):
-    """What is known of a replica: `load` counts its requests."""
+    """Describes a replica to the router. `load` counts its requests."""
 
     @property
     def id(self) -> str: ...
@@ -36,12 +36,12 @@ def choose(adapter: int | None, candidates: Sequence[C], slack: int = SLACK_REQU
     """The replica for a request; None if all are full.
 
     For an adapter: its holders first, then the others, each in the order of their rendezvous weights
-    (Thaler & Ravishankar 1998, "Using name-based mappings to increase hit rates"), so that a replica
-    that goes moves only the adapters that were its own. Who has more than `slack` requests above the least
-    loaded is passed over, which spreads a hot adapter (cf. Mirrokni, Thorup & Zadimoghaddam 2018,
-    "Consistent hashing with bounded loads").
+    (Thaler & Ravishankar 1998, "Using name-based mappings to increase hit rates"). A replica that leaves
+    then moves only its own adapters. Replicas more than `slack` requests busier than the least loaded one
+    are skipped, so a popular adapter spreads over several replicas (cf. Mirrokni, Thorup & Zadimoghaddam
+    2018, "Consistent hashing with bounded loads").
 
-    For the base (`adapter` None): of two at random the less loaded (Mitzenmacher 2001, "The power of two
+    For the base (`adapter` None): the less loaded of two at random (Mitzenmacher 2001, "The power of two
     choices in randomized load balancing").
     """
     free = [candidate for candidate in candidates if candidate.load < candidate.load_max]
@@ -50,11 +50,11 @@ def choose(adapter: int | None, candidates: Sequence[C], slack: int = SLACK_REQU
     if adapter is None:
         return min(random.sample(free, min(2, len(free))), key=lambda candidate: candidate.load)
     bound = min(candidate.load for candidate in free) + slack
-    near = [candidate for candidate in free if candidate.load <= bound]
-    return max(near, key=lambda candidate: _affinity(adapter, candidate))
+    eligible = [candidate for candidate in free if candidate.load <= bound]
+    return max(eligible, key=lambda candidate: _affinity(adapter, candidate))
 
 
 def _affinity(adapter: int, candidate: Candidate) -> tuple[bool, bytes]:
-    """Holders above others, then by weight: a hash that is the same in every process, unlike `hash`."""
+    """Sorts holders above others, then by weight: a hash that is equal in every process, unlike `hash`."""
     weight = blake2b(f"{adapter}/{candidate.id}".encode(), digest_size=8).digest()
     return adapter in candidate.adapters, weight

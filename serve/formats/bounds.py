@@ -1,4 +1,4 @@
-"""Bounds on what clients send, where types alone do not give one."""
+"""Checks bounds that field types cannot express: counts, tools, JSON Schemas."""
 
 import json
 from collections.abc import Sequence
@@ -9,22 +9,22 @@ from serve.errors import InvalidRequest
 SCHEMA_BYTES_MAX = 32 * 1024
 SCHEMA_DEPTH_MAX = 32
 SCHEMA_NODES_MAX = 2_000
-SCHEMA_COUNT_MAX = 1_000  # of repetitions, which a grammar spells out one by one
+SCHEMA_COUNT_MAX = 1_000  # repetitions: a grammar spells out each of them
 SCHEMA_PATTERN_CHARS_MAX = 512
 
 _REPETITIONS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 
 
 def bound(param: str, value: int, most: int, what: str | None = None) -> None:
-    """Raises InvalidRequest if `value` is beyond `most`."""
+    """Raises InvalidRequest if `value` is above `most`. `what` names the unit."""
     if value > most:
         raise InvalidRequest(f"'{param}' allows at most {most} {what or ''}".rstrip() + ".", param)
 
 
 def check_tools(names: Sequence[str], *, forced: bool, function: str | None) -> None:
-    """What holds of every dialect's tools: each has its own name, and what must be called is there.
+    """Raises InvalidRequest if two tools share a name, or if the tool that must be called is missing.
 
-    forced: some function must be called. function: this one. Raises InvalidRequest.
+    Every API's tools follow these rules. forced: some function must be called. function: this one must be.
     """
     if len(set(names)) < len(names):
         raise InvalidRequest("Two tools have the same name.", "tools")
@@ -35,9 +35,9 @@ def check_tools(names: Sequence[str], *, forced: bool, function: str | None) -> 
 
 
 def schema_text(schema: Any, param: str) -> str:
-    """A client's JSON Schema as JSON text, small enough that a grammar can be made of it.
+    """A client's JSON Schema as JSON text, small enough to be compiled to a grammar.
 
-    Raises InvalidRequest: it is no object, too large, too deep, or repeats something too often.
+    Raises InvalidRequest if it is not an object, too large, too deep, or repeats something too often.
     """
     if not isinstance(schema, dict):
         raise InvalidRequest(f"'{param}' must be a JSON Schema object.", param, "invalid_value")
@@ -49,7 +49,7 @@ def schema_text(schema: Any, param: str) -> str:
 
 
 def _walk(schema: Any, param: str) -> None:
-    """Without recursion: how deep it may be is what is being checked."""
+    """Checks depth, size and each node, level by level: recursion could overflow before the depth check."""
     level, depth, nodes = [schema], 0, 0
     while level:
         depth, nodes = depth + 1, nodes + len(level)

@@ -1,7 +1,7 @@
-"""A chat request's body: messages, tools and the format of the answer.
+"""Translates chat: the body into an InferenceRequest, the answer into chat.completion objects.
 
-platform.openai.com/docs/api-reference/chat/create. Bounds are part of the types where they are fixed, and
-checked in `ChatCompletionRequest.call`'s helpers where they depend on the installation.
+platform.openai.com/docs/api-reference/chat. Fixed bounds are part of the field types; bounds that depend on
+the installation are checked by `request_of`.
 """
 
 import json
@@ -13,9 +13,10 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from serve.engine.protocol import Delta, JsonFormat, Message, Sampling, TokenLogprob, Tool, Toolbox, ToolCall
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound, check_tools, schema_text
+from serve.formats.response_format import Json
 from serve.formats.sampling import GenerationBody, RequestBounds
-from serve.formats.shape import Json
-from serve.inference.request import Choice, GenerationResult, InferenceRequest
+from serve.inference.answer import Choice
+from serve.inference.request import GenerationResult, InferenceRequest
 
 FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 TOOL_CALLS_MAX = 128
@@ -35,8 +36,8 @@ class CalledFunction(BaseModel):
 
     @field_validator("arguments")
     @classmethod
-    def _json(cls, arguments: str) -> str:
-        """Templates write them as objects, so they must be one; a model may have written nothing at all."""
+    def _is_json_object(cls, arguments: str) -> str:
+        """Chat templates render arguments as an object. An earlier answer may have had none: "" is {}."""
         try:
             if isinstance(json.loads(arguments or "{}"), dict):
                 return arguments or "{}"
@@ -59,7 +60,7 @@ class ChatMessage(BaseModel):
     tool_call_id: CallId | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> "ChatMessage":
+    def _consistent(self) -> "ChatMessage":
         if self.tool_calls and self.role != "assistant":
             raise ValueError("only an assistant's message may hold tool_calls")
         if self.role == "tool" and self.tool_call_id is None:
@@ -69,6 +70,7 @@ class ChatMessage(BaseModel):
         return self
 
     def message(self) -> Message:
+        """The message in the engine's terms."""
         text = "".join(p.text for p in self.content) if isinstance(self.content, list) else self.content
         calls = tuple(
             ToolCall(index, call.id, call.function.name, call.function.arguments)
@@ -99,7 +101,7 @@ class NamedTool(BaseModel):
     function: NamedFunction
 
 
-class AnswerSchema(BaseModel):
+class StructuredOutputSchema(BaseModel):
     name: FunctionName
     description: str | None = None
     # Not called `schema`, which pydantic's models have already.
@@ -107,12 +109,14 @@ class AnswerSchema(BaseModel):
     strict: bool | None = None
 
 
-class AnswerFormat(BaseModel):
+class StructuredOutput(BaseModel):
+    """The body's `response_format`: the answer is text, JSON, or JSON that follows a schema."""
+
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: AnswerSchema | None = None
+    json_schema: StructuredOutputSchema | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> "AnswerFormat":
+    def _schema_given(self) -> "StructuredOutput":
         if self.type == "json_schema" and self.json_schema is None:
             raise ValueError("the type json_schema needs a json_schema")
         return self
@@ -124,7 +128,7 @@ class ChatCompletionRequest(GenerationBody):
     tools: list[OfferedTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: AnswerFormat | None = None
+    response_format: StructuredOutput | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -162,16 +166,16 @@ class ChatCompletionRequest(GenerationBody):
             completion_tokens_max=self.max_completion_tokens or self.max_tokens,
             length_param=self.length_param,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            format=self._format(),
+            format=self._json_format(),
         )
 
-    def _format(self) -> JsonFormat | None:
-        asked = self.response_format
-        if asked is None or asked.type == "text":
+    def _json_format(self) -> JsonFormat | None:
+        output = self.response_format
+        if output is None or output.type == "text":
             return None
-        if asked.json_schema is None or asked.json_schema.document is None:
+        if output.json_schema is None or output.json_schema.document is None:
             return JsonFormat()
-        return JsonFormat(schema_text(asked.json_schema.document, "response_format.json_schema.schema"))
+        return JsonFormat(schema_text(output.json_schema.document, "response_format.json_schema.schema"))
 
 
 def _tool(function: OfferedFunction, index: int) -> Tool:
@@ -182,7 +186,7 @@ def _tool(function: OfferedFunction, index: int) -> Tool:
 
 
 def request_of(body: ChatCompletionRequest, request_id: str, limits: RequestBounds) -> InferenceRequest:
-    """Raises InvalidRequest for what is beyond the installation's bounds."""
+    """The body in the gateway's terms. Raises InvalidRequest beyond the installation's bounds."""
     return InferenceRequest(
         request_id=request_id,
         model=body.model,
@@ -196,21 +200,21 @@ def request_of(body: ChatCompletionRequest, request_id: str, limits: RequestBoun
 
 
 class ChatFormat:
-    """chat.completion and chat.completion.chunk objects."""
+    """Writes chat.completion and chat.completion.chunk objects."""
 
-    def opening(self, result: GenerationResult) -> Iterable[Json]:
+    def opening_choices(self, result: GenerationResult) -> Iterable[Json]:
         for index in range(result.request.choices):
             delta = {"role": "assistant", "content": ""}
             yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def choice(self, delta: Delta) -> Json:
+    def streamed_choice(self, delta: Delta) -> Json:
         fields: Json = {}
         if delta.reasoning:
             fields["reasoning_content"] = delta.reasoning
         if delta.text:
             fields["content"] = delta.text
         if delta.tool_calls:
-            fields["tool_calls"] = [_piece(call) for call in delta.tool_calls]
+            fields["tool_calls"] = [_tool_call_delta(call) for call in delta.tool_calls]
         return {
             "index": delta.index,
             "delta": fields,
@@ -218,14 +222,14 @@ class ChatFormat:
             "finish_reason": delta.finish_reason,
         }
 
-    def whole(self, choice: Choice, result: GenerationResult) -> Json:
-        calls = [
+    def complete_choice(self, choice: Choice, result: GenerationResult) -> Json:
+        tool_calls = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in choice.tool_calls
         ]
         message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
-        if calls:
-            message |= {"content": choice.text or None, "tool_calls": calls}
+        if tool_calls:
+            message |= {"content": choice.text or None, "tool_calls": tool_calls}
         if choice.reasoning:
             message["reasoning_content"] = choice.reasoning
         return {
@@ -245,7 +249,8 @@ class ChatFormat:
         }
 
 
-def _piece(call: ToolCall) -> Json:
+def _tool_call_delta(call: ToolCall) -> Json:
+    """A call's first delta names the function; later deltas carry arguments only."""
     function: Json = {"arguments": call.arguments}
     if call.name is None:
         return {"index": call.index, "function": function}
@@ -258,12 +263,15 @@ def _piece(call: ToolCall) -> Json:
 
 
 def _logprobs(tokens: Iterable[TokenLogprob]) -> Json | None:
-    content = [
-        _entry(one.token, one.logprob or 0.0) | {"top_logprobs": [_entry(*other) for other in one.top]}
-        for one in tokens
-    ]
+    content = [token_logprob(token) for token in tokens]
     return {"content": content, "refusal": None} if content else None
 
 
-def _entry(token: str, logprob: float) -> Json:
+def token_logprob(token: TokenLogprob) -> Json:
+    """A token's log-probability and its alternatives, as chat and the Responses API write it."""
+    alternatives = [_logprob(*alternative) for alternative in token.top]
+    return _logprob(token.token, token.logprob or 0.0) | {"top_logprobs": alternatives}
+
+
+def _logprob(token: str, logprob: float) -> Json:
     return {"token": token, "logprob": logprob, "bytes": list(token.encode(errors="replace"))}

@@ -1,4 +1,7 @@
-"""POST /v1/completions — platform.openai.com/docs/api-reference/completions."""
+"""Translates text completions: the body into an InferenceRequest, the answer into text_completion objects.
+
+platform.openai.com/docs/api-reference/completions.
+"""
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -9,9 +12,10 @@ from pydantic import Field, field_validator, model_validator
 from serve.engine.protocol import Delta, Sampling, Texts, TokenLogprob
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound
+from serve.formats.response_format import Json
 from serve.formats.sampling import CHOICES_MAX, GenerationBody, RequestBounds
-from serve.formats.shape import Json
-from serve.inference.request import Choice, GenerationResult, InferenceRequest
+from serve.inference.answer import Choice
+from serve.inference.request import GenerationResult, InferenceRequest
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's
@@ -26,7 +30,7 @@ class CompletionRequest(GenerationBody):
     @field_validator("prompt")
     @classmethod
     def _prompt_not_empty(cls, prompt: Any) -> Any:
-        if not prompt or (isinstance(prompt, list) and any(one in ("", []) for one in prompt)):
+        if not prompt or (isinstance(prompt, list) and any(entry in ("", []) for entry in prompt)):
             raise ValueError("the prompt is empty")
         return prompt
 
@@ -46,7 +50,7 @@ class CompletionRequest(GenerationBody):
             return Texts((tuple(prompt),))
         bound("prompt", len(prompt), limits.prompts, "prompts")
         bound("n", len(prompt) * (self.n or 1), CHOICES_MAX, "choices over all prompts")
-        return Texts(tuple(one if isinstance(one, str) else tuple(one) for one in prompt))
+        return Texts(tuple(entry if isinstance(entry, str) else tuple(entry) for entry in prompt))
 
     def sampling(self, limits: RequestBounds) -> Sampling:
         return self.sampling_with(
@@ -59,7 +63,7 @@ class CompletionRequest(GenerationBody):
 
 
 def request_of(body: CompletionRequest, request_id: str, limits: RequestBounds) -> InferenceRequest:
-    """Raises InvalidRequest for what is beyond the installation's bounds."""
+    """The body in the gateway's terms. Raises InvalidRequest beyond the installation's bounds."""
     return InferenceRequest(
         request_id=request_id,
         model=body.model,
@@ -71,22 +75,21 @@ def request_of(body: CompletionRequest, request_id: str, limits: RequestBounds) 
 
 
 class CompletionFormat:
-    """text_completion objects; a streamed one has the same shape as a whole one."""
+    """Writes text_completion objects. A streamed object has the same fields as a complete one."""
 
     def __init__(self) -> None:
-        self._offsets: dict[
-            int, int
-        ] = {}  # by choice: how many characters its log-probabilities have covered
+        # By choice: how many characters its log-probabilities have covered.
+        self._offsets: dict[int, int] = {}
 
-    def opening(self, result: GenerationResult) -> Iterable[Json]:
+    def opening_choices(self, result: GenerationResult) -> Iterable[Json]:
         return ()
 
-    def choice(self, delta: Delta) -> Json:
-        at = self._offsets.get(delta.index, 0)
-        self._offsets[delta.index] = at + sum(len(one.token) for one in delta.logprobs)
-        return _json(delta, _logprobs(delta.logprobs, at))
+    def streamed_choice(self, delta: Delta) -> Json:
+        offset = self._offsets.get(delta.index, 0)
+        self._offsets[delta.index] = offset + sum(len(logprob.token) for logprob in delta.logprobs)
+        return _json(delta, _logprobs(delta.logprobs, offset))
 
-    def whole(self, choice: Choice, result: GenerationResult) -> Json:
+    def complete_choice(self, choice: Choice, result: GenerationResult) -> Json:
         return _json(choice, _logprobs(choice.logprobs, 0))
 
     def envelope(self, result: GenerationResult, choices: list[Json], *, streamed: bool) -> Json:
@@ -99,23 +102,23 @@ class CompletionFormat:
         }
 
 
-def _json(one: Delta | Choice, logprobs: Json | None) -> Json:
+def _json(choice: Delta | Choice, logprobs: Json | None) -> Json:
     return {
-        "index": one.index,
-        "text": one.text,
+        "index": choice.index,
+        "text": choice.text,
         "logprobs": logprobs,
-        "finish_reason": one.finish_reason,
+        "finish_reason": choice.finish_reason,
     }
 
 
-def _logprobs(tokens: Sequence[TokenLogprob], at: int) -> Json | None:
-    """`at`: how many characters of the choice come before `tokens`."""
+def _logprobs(tokens: Sequence[TokenLogprob], offset: int) -> Json | None:
+    """The `logprobs` object of `tokens`, which begin at the choice's character `offset`."""
     if not tokens:
         return None
-    ends = list(accumulate((len(one.token) for one in tokens), initial=at))
+    ends = list(accumulate((len(token.token) for token in tokens), initial=offset))
     return {
-        "tokens": [one.token for one in tokens],
-        "token_logprobs": [one.logprob for one in tokens],
-        "top_logprobs": [dict(one.top) if one.logprob is not None else None for one in tokens],
+        "tokens": [token.token for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [dict(token.top) if token.logprob is not None else None for token in tokens],
         "text_offset": ends[:-1],
     }

@@ -1,6 +1,7 @@
-"""The one place that turns an error into HTTP: type → status, OpenAI's `type` and `code`.
+"""Maps each error type to an HTTP status and to the error bodies of OpenAI's and Anthropic's APIs.
 
-Shape: platform.openai.com/docs/guides/error-codes — {"error": {"message", "type", "param", "code"}}.
+This table is the only such mapping; serve/api/errors.py sends what is written here.
+OpenAI: platform.openai.com/docs/guides/error-codes, {"error": {"message", "type", "param", "code"}}.
 """
 
 import json
@@ -8,7 +9,7 @@ from typing import Any
 
 from serve import errors
 
-# Most specific class first is not needed: the look-up walks each error's own class hierarchy.
+# The order does not matter: the look-up walks each error's own class hierarchy.
 STATUS: dict[type[errors.BespokeError], tuple[int, str, str | None]] = {
     errors.InvalidRequest: (400, "invalid_request_error", None),
     errors.BodyTimeout: (408, "invalid_request_error", "request_timeout"),
@@ -39,12 +40,12 @@ STATUS: dict[type[errors.BespokeError], tuple[int, str, str | None]] = {
 
 
 def status_of(error: errors.BespokeError) -> tuple[int, str, str | None]:
-    """(HTTP status, OpenAI type, OpenAI code) of the nearest class that STATUS names."""
+    """(HTTP status, OpenAI's type, OpenAI's code) of the nearest class in STATUS."""
     return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)
 
 
 def body_of(error: errors.BespokeError) -> dict[str, Any]:
-    """The OpenAI-shaped body; also what an SSE error event carries."""
+    """The body in OpenAI's format; an SSE error event carries the same."""
     status, kind, code = status_of(error)
     param = None
     if isinstance(error, errors.InvalidRequest):
@@ -59,19 +60,19 @@ def body_of(error: errors.BespokeError) -> dict[str, Any]:
 
 
 def kind_of(error: errors.BespokeError) -> tuple[str, str]:
-    """OpenAI's (type, code) of an error; for the metrics."""
-    told = body_of(error)["error"]
-    return told["type"], told["code"] or "none"
+    """OpenAI's (type, code) of an error, for the metrics."""
+    detail = body_of(error)["error"]
+    return detail["type"], detail["code"] or "none"
 
 
 def anthropic_body_of(error: errors.BespokeError) -> dict[str, Any]:
-    """The same in the shape of Anthropic's API; the field that is wrong joins the message.
+    """The body in Anthropic's format; the message names the wrong field.
 
-    docs.anthropic.com/en/api/errors. Statuses stay ours: their clients take a 503 as they take a 529.
+    docs.anthropic.com/en/api/errors. Statuses stay ours: Anthropic's clients treat 503 like 529.
     """
     status, _, _ = status_of(error)
-    plain = body_of(error)["error"]
-    message, param = plain["message"], plain["param"]
+    detail = body_of(error)["error"]
+    message, param = detail["message"], detail["param"]
     unpaid = isinstance(error, errors.InsufficientCredit | errors.NotBillable)
     kind = "billing_error" if unpaid else ANTHROPIC_TYPES.get(status, "invalid_request_error")
     text = message if param is None or param in message else f"{param}: {message}"
@@ -90,5 +91,5 @@ ANTHROPIC_TYPES = {
 
 
 def sse_event(error: errors.BespokeError) -> bytes:
-    """An error after the first byte: the status is sent already, so it travels as an event."""
+    """An error after the first byte: the status is already sent, so the error travels as an event."""
     return b"data: " + json.dumps(body_of(error)).encode() + b"\n\n"

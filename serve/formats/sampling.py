@@ -1,7 +1,8 @@
-"""Request bodies as the OpenAI API defines them (platform.openai.com/docs/api-reference/chat/create).
+"""Parses generation bodies: the sampling fields that chat and text completions share, and refused fields.
 
-Fields we do not know are ignored, as OpenAI's SDKs send new ones all the time. Fields that would
-change the answer but are not implemented are refused by name: silence would be a wrong answer.
+platform.openai.com/docs/api-reference/chat/create. Unknown fields are ignored, because OpenAI's SDKs send new
+ones all the time. Fields that would change the answer but are not implemented are refused by name: to ignore
+them would give a wrong answer.
 """
 
 import re
@@ -14,7 +15,7 @@ from serve.engine.protocol import JsonFormat, Sampling
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound
 
-# vLLM's own extensions: they reach into the engine or another tenant's cache, or get around a bound.
+# vLLM's extensions that reach into the engine or another tenant's cache, or get around a bound.
 # fmt: off
 HARMFUL = frozenset({
     "add_generation_prompt", "add_special_tokens", "allowed_token_ids", "bad_words", "cache_salt",
@@ -30,7 +31,7 @@ HARMFUL = frozenset({
     "watermarking",
 })
 # fmt: on
-# Known OpenAI fields, each with the values that ask for nothing we lack.
+# OpenAI's fields that are not implemented, each with the values that change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -48,7 +49,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class RequestBounds(BaseModel):
-    """Bounds that depend on the installation; passed as validation context."""
+    """Holds the bounds on a body's fields that depend on the installation."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -65,7 +66,7 @@ class StreamOptions(BaseModel):
 
 
 class GenerationBody(BaseModel):
-    """What chat and text completions have in common."""
+    """Holds the fields that chat and text completions share."""
 
     model: str = Field(min_length=1, max_length=160)
     stream: bool | None = False
@@ -93,7 +94,7 @@ class GenerationBody(BaseModel):
     @field_validator("stop")
     @classmethod
     def _stop_not_empty(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if any(not 1 <= len(one) <= 256 for one in _as_list(stop)):
+        if any(not 1 <= len(sequence) <= 256 for sequence in _as_list(stop)):
             raise ValueError("stop sequences must have between 1 and 256 characters")
         return stop
 
@@ -119,7 +120,7 @@ class GenerationBody(BaseModel):
         echo: bool = False,
         format: JsonFormat | None = None,
     ) -> Sampling:
-        """Raises InvalidRequest for what is beyond the installation's bounds."""
+        """The body's sampling parameters. Raises InvalidRequest beyond the installation's bounds."""
         stop, n = tuple(_as_list(self.stop)), self.n or 1
         bound("n", n, limits.n)
         bound("stop", len(stop), limits.stop_sequences, "stop sequences")
@@ -148,7 +149,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 def refuse(data: dict[str, Any]) -> None:
-    """Raises InvalidRequest for a field that could harm or asks for what we lack. Null asks for nothing."""
+    """Raises InvalidRequest for a HARMFUL field, or an UNSUPPORTED one with another value. Null is fine."""
     for name in sorted(data.keys() & HARMFUL):
         if data[name] is not None:
             raise InvalidRequest(f"The parameter '{name}' is not accepted.", name, "unsupported_parameter")
@@ -160,15 +161,16 @@ def refuse(data: dict[str, Any]) -> None:
 
 
 def parse(kind: type[Body], body: bytes) -> Body:
-    """Raises InvalidRequest naming the first field that is wrong."""
+    """`body` as a `kind`. Raises InvalidRequest that names the first wrong field."""
     try:
         return kind.model_validate_json(body, strict=True)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        field = _path(found[0])
-        # A field of several types has an error for each; the deepest one is of the type that was meant.
+        details = error.errors(include_url=False, include_context=False, include_input=False)
+        field = _path(details[0])
+        # A union field has one error for each of its types; the deepest is of the type that was meant.
         deepest = max(
-            (one for one in found if _path(one)[: len(field)] == field), key=lambda e: len(_path(e))
+            (detail for detail in details if _path(detail)[: len(field)] == field),
+            key=lambda detail: len(_path(detail)),
         )
         param = ".".join(_path(deepest)) or None
         text = "The body is not valid JSON." if deepest["type"] == "json_invalid" else deepest["msg"]
@@ -176,7 +178,7 @@ def parse(kind: type[Body], body: bytes) -> Body:
 
 
 def _path(error: ErrorDetails) -> list[str]:
-    """Fields and positions stay, names of union branches go: messages.0.content, not ….content.str."""
+    """The fields and positions without union branches: messages.0.content, not messages.0.content.str."""
     return [str(part) for part in error["loc"] if isinstance(part, int) or not _BRANCH.match(part)]
 
 

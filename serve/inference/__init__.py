@@ -1,1 +1,1 @@
-"""One inference request, from admission to settlement."""
+"""Runs one inference request, from admission to settlement."""

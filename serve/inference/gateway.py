@@ -1,7 +1,7 @@
-"""The use case: a generation request is admitted, and handed to a task that sees it through.
+"""Admits generation requests, and starts a task that runs each of them to its settlement.
 
-`Gateway.generate` reads as the request's life: resolve → price → admit → hold → dispatch; `generation.py`
-has the rest: stream → settle.
+`Gateway.generate` is the first half of a request: resolve → price → admit → hold → dispatch.
+`generation.py` is the second half: stream → settle.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from serve.billing.ledger.checkpoints import UsageCheckpoints
-from serve.billing.ledger.ledger import Hold, HoldRequest, StaleQuote
+from serve.billing.ledger.holds import Hold, HoldRequest, StaleQuote
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.terms import BillingTerms
 from serve.engine.protocol import Engine, Texts
@@ -35,7 +35,7 @@ _QUOTES_MAX = 5  # how often a price may change while one request is admitted
 
 @dataclass(frozen=True, slots=True)
 class _Quote:
-    """What a call means, and its bounds in tokens, over all its prompts and samples."""
+    """A request's model and price, and its bounds in tokens over all prompts and samples."""
 
     priced_model: PricedModel
     context_tokens_max: int
@@ -48,7 +48,10 @@ class _Quote:
 
 
 class Gateway:
-    """Everything a request needs, as plain values and seams."""
+    """Runs generation requests on the engines of the bases.
+
+    checkpoints: where usage is written for the case that this process dies; None to write none.
+    """
 
     def __init__(
         self,
@@ -74,11 +77,11 @@ class Gateway:
         self._running: set[asyncio.Task[None]] = set()
 
     async def generate(self, principal: Principal, request: InferenceRequest) -> Generation:
-        """Admit `call`, dispatch it and return once the engine has accepted it.
+        """Admit `request`, dispatch it and return once the engine has accepted it.
 
         Raises:
-            ModelNotFound, NotBillable, RateLimited, InsufficientCredit, StoreUnavailable, or what the call's
-                keeper raises: nothing is held.
+            ModelNotFound, NotBillable, RateLimited, InsufficientCredit, StoreUnavailable, or an error of the
+                request's commit hook: nothing is held.
             ContextLengthExceeded, EngineUnavailable, Overloaded: the hold is voided.
         """
         starting = asyncio.create_task(self._start(principal, request))
@@ -95,7 +98,7 @@ class Gateway:
         for _ in range(_QUOTES_MAX):
             with contextlib.suppress(StaleQuote):
                 return await self._start_once(principal, request)
-            self._model_cache.forget()
+            self._model_cache.clear()
         raise StoreUnavailable()
 
     async def _start_once(self, principal: Principal, request: InferenceRequest) -> Generation:
@@ -104,13 +107,13 @@ class Gateway:
             quote = self._quote(principal, request, await self._priced_model(principal, request))
             permit = await self._rate_limiter.admit(principal.subjects, tokens=quote.tokens_max)
         try:
-            sale = self._terms(principal, request, quote)
+            terms = self._terms(principal, request, quote)
             with step("hold"):
-                await self._hold(principal, request, quote, sale)
+                await self._hold(principal, request, quote, terms)
         except BaseException:
             permit.release(0)
             raise
-        admitted = Admitted(sale, quote.priced_model.model, permit, quote.context_tokens_max)
+        admitted = Admitted(terms, quote.priced_model.model, permit, quote.context_tokens_max)
         generation = Generation(
             self.context, principal, request, admitted, self._engines[admitted.model.base]
         )
@@ -128,15 +131,15 @@ class Gateway:
         if not principal.may_use(request.model):
             raise ModelNotFound(request.model)
         tenant, now = principal.tenant, self.context.now()
-        if (known := self._model_cache.known(tenant, request.model, now)) is not None:
-            return known
-        return await asyncio.to_thread(self._model_cache.look_up, tenant, request.model, now)
+        if (priced_model := self._model_cache.get(tenant, request.model, now)) is not None:
+            return priced_model
+        return await asyncio.to_thread(self._model_cache.load, tenant, request.model, now)
 
     def _quote(self, principal: Principal, request: InferenceRequest, priced_model: PricedModel) -> _Quote:
-        """What the request may cost at most. Nothing is reserved yet."""
+        """The most tokens that the request may use. Nothing is reserved yet."""
         limits = [subject.limits.context_tokens for subject in principal.subjects]
-        own = self._engines[priced_model.model.base].context_tokens_max
-        context = min([own, *(limit for limit in limits if limit is not None)])
+        engine_limit = self._engines[priced_model.model.base].context_tokens_max
+        context = min([engine_limit, *(limit for limit in limits if limit is not None)])
         prompt = prompt_tokens_max(request, context)
         completion = min(request.sampling.completion_tokens_max or context, context) * request.choices
         return _Quote(priced_model, context, prompt, completion)
@@ -173,17 +176,19 @@ class Gateway:
             owner=self.context.checkpoints.name if self.context.checkpoints else None,
         )
         at = self.context.now()
-        # The lease outlasts every way in which a live gateway can still close the request itself.
+        # The lease is longer than any way a live gateway can take to close the request itself.
         lease = timedelta(seconds=self.context.request_timeout_s + 120)
-        also = None if request.commit_hook is None else partial(request.commit_hook.on_hold, at=at)
-        await self.context.commit_queue.open(HoldRequest(hold, at, lease, also, quote.priced_model.revision))
+        in_transaction = None if request.commit_hook is None else partial(request.commit_hook.on_hold, at=at)
+        await self.context.commit_queue.hold(
+            HoldRequest(hold, at, lease, in_transaction, quote.priced_model.revision)
+        )
 
 
 def prompt_tokens_max(request: InferenceRequest, context_tokens: int) -> int:
-    """An upper bound on the prompt's tokens without a tokenizer.
+    """An upper bound on the prompt's tokens, without a tokenizer.
 
-    Byte-level and byte-fallback tokenizers make at most one token of each UTF-8 byte. What a template makes
-    of tools is not known here: they count as a whole context.
+    Byte-level and byte-fallback tokenizers make at most one token of each UTF-8 byte. A chat template's
+    text for tools is not known here, so a request with tools counts as a full context.
     """
     if isinstance(request.prompt, Texts):
         texts = request.prompt.prompts

@@ -1,8 +1,8 @@
-"""What a name means to a tenant, and at which prices: remembered for as long as nothing has changed.
+"""Caches which model a name means to a tenant, and at which prices.
 
-A request is quoted from memory, and its hold's own transaction sees whether the quote still stands
-(`Opening.revision`): so a promotion, a retirement or another plan counts from the very next request on,
-and no request asks the store for what it knows already.
+A request is quoted from this cache without a read of the store. The transaction of its hold compares the
+quote's revision with the store's (`HoldRequest.revision`) and raises StaleQuote if anything has changed. So
+a promotion, a retirement or another plan counts from the next request on.
 """
 
 from collections import OrderedDict
@@ -16,12 +16,12 @@ from serve.registry.versions import Model
 from serve.storage import revision
 from serve.storage.database import Store
 
-REMEMBERED_MAX = 10_000
+ENTRIES_MAX = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class PricedModel:
-    """It stands at its `revision`, and until the plan that follows comes into force."""
+    """A model and its price, valid at the store's `revision` and until `until`, when the next plan starts."""
 
     model: Model
     price: PriceVersion
@@ -30,23 +30,21 @@ class PricedModel:
 
 
 class ModelCache:
-    """Of one gateway. `known` is for its event loop, `look_up` blocks."""
+    """Holds the priced models of one gateway. `get` never blocks; `load` reads the store and blocks."""
 
     def __init__(self, store: Store, registry: AdapterRegistry) -> None:
         self._store = store
         self._registry = registry
         self._prices = Prices(store)
-        self._known: OrderedDict[tuple[str, str], PricedModel] = OrderedDict()
+        self._priced_models: OrderedDict[tuple[str, str], PricedModel] = OrderedDict()
 
-    def known(self, tenant: str, name: str, at: datetime) -> PricedModel | None:
-        priced_model = self._known.get((tenant, name))
-        return (
-            None
-            if priced_model is None or (priced_model.until is not None and at >= priced_model.until)
-            else priced_model
-        )
+    def get(self, tenant: str, name: str, at: datetime) -> PricedModel | None:
+        priced_model = self._priced_models.get((tenant, name))
+        if priced_model is None or (priced_model.until is not None and at >= priced_model.until):
+            return None
+        return priced_model
 
-    def look_up(self, tenant: str, name: str, at: datetime) -> PricedModel:
+    def load(self, tenant: str, name: str, at: datetime) -> PricedModel:
         """Raises ModelNotFound, NotBillable, StoreUnavailable."""
         with self._store.read() as connection:
             number = revision.current(connection)
@@ -55,11 +53,11 @@ class ModelCache:
             until = self._prices.next_change(connection, tenant, at)
         if price is None:
             raise NotBillable(tenant)
-        priced_model = self._known[tenant, name] = PricedModel(model, price, number, until)
-        while len(self._known) > REMEMBERED_MAX:
-            self._known.popitem(last=False)
+        priced_model = self._priced_models[tenant, name] = PricedModel(model, price, number, until)
+        while len(self._priced_models) > ENTRIES_MAX:
+            self._priced_models.popitem(last=False)
         return priced_model
 
-    def forget(self) -> None:
-        """Something has changed: everything is looked up again."""
-        self._known.clear()
+    def clear(self) -> None:
+        """Load everything anew, because the store has changed."""
+        self._priced_models.clear()

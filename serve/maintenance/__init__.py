@@ -1,1 +1,1 @@
-"""The steward's work: recovery, billing jobs, reconciliation."""
+"""Maintenance: recovery of dead gateways' requests, periodic jobs, reconciliation; the steward runs them."""

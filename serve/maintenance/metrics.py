@@ -1,4 +1,7 @@
-"""What the steward measured, in Prometheus' form. Absent, but for `bespoke_steward_up`, while it is away."""
+"""Renders the steward's status as Prometheus metrics.
+
+While the steward is unreachable, only `bespoke_steward_up` is rendered.
+"""
 
 from collections.abc import Iterable
 
@@ -11,86 +14,88 @@ from serve.maintenance.steward import StewardStatus
 
 
 class StewardCollector(Collector):
-    def __init__(self, measured: StewardStatus | None) -> None:
-        self._measured = measured
+    def __init__(self, status: StewardStatus | None) -> None:
+        self._status = status
 
     def collect(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("bespoke_steward_up", "Whether the steward answers.")
-        up.add_metric([], self._measured is not None)
-        if self._measured is None:
+        up.add_metric([], self._status is not None)
+        if self._status is None:
             return [up]
-        measured = self._measured
-        return [up, *_holds(measured), *_jobs(measured), *_notices(measured), *_drift(measured)]
+        status = self._status
+        return [up, *_holds(status), *_jobs(status), *_outbox(status), *_drift(status)]
 
 
-def _holds(measured: StewardStatus) -> Iterable[Metric]:
+def _holds(status: StewardStatus) -> Iterable[Metric]:
     held = GaugeMetricFamily("bespoke_open_holds", "Requests that are neither settled nor voided.")
-    held.add_metric([], measured.open_holds)
+    held.add_metric([], status.open_holds)
     oldest = GaugeMetricFamily("bespoke_oldest_hold_seconds", "Age of the oldest of them.")
-    oldest.add_metric([], measured.oldest_hold_s)
+    oldest.add_metric([], status.oldest_hold_s)
     recovered = CounterMetricFamily(
         "bespoke_recovered_requests", "Requests of dead gateways that were closed.", labels=["outcome"]
     )
-    recovered.add_metric(["settled"], measured.recovered_settled)
-    recovered.add_metric(["voided"], measured.recovered_voided)
+    recovered.add_metric(["settled"], status.recovered_settled)
+    recovered.add_metric(["voided"], status.recovered_voided)
     return [held, oldest, recovered]
 
 
-def _jobs(measured: StewardStatus) -> Iterable[Metric]:
+def _jobs(status: StewardStatus) -> Iterable[Metric]:
     ages = GaugeMetricFamily(
-        "bespoke_steward_chore_age_seconds", "How long ago each chore was last done.", labels=["chore"]
+        "bespoke_steward_job_age_seconds", "How long ago each job was last done.", labels=["steward_job"]
     )
     intervals = GaugeMetricFamily(
-        "bespoke_steward_chore_interval_seconds", "How often each is to be done.", labels=["chore"]
+        "bespoke_steward_job_interval_seconds", "How often each is to be done.", labels=["steward_job"]
     )
     failures = CounterMetricFamily(
-        "bespoke_steward_chore_failures", "Rounds of a chore that failed.", labels=["chore"]
+        "bespoke_steward_job_failures", "Rounds of a job that failed.", labels=["steward_job"]
     )
     for family, values in (
-        (ages, measured.jobs),
-        (intervals, measured.intervals),
-        (failures, measured.failures),
+        (ages, status.jobs),
+        (intervals, status.intervals),
+        (failures, status.failures),
     ):
         for name, value in values.items():
             family.add_metric([name], value)
     return [ages, intervals, failures]
 
 
-def _notices(measured: StewardStatus) -> Iterable[Metric]:
-    told = measured.notices
+def _outbox(status: StewardStatus) -> Iterable[Metric]:
+    outbox = status.outbox
     by_state = GaugeMetricFamily(
-        "bespoke_notices", "Notices for webhooks that are not taken yet.", labels=["state"]
+        "bespoke_webhook_events", "Notices for webhooks that are not taken yet.", labels=["state"]
     )
-    by_state.add_metric(["new"], told.pending - told.failing)
-    by_state.add_metric(["failing"], told.failing)
-    oldest = GaugeMetricFamily("bespoke_oldest_notice_seconds", "Age of the oldest of them.")
-    oldest.add_metric([], measured.oldest_notice_s)
-    done = CounterMetricFamily(
-        "bespoke_notices_closed", "Notices that were taken, or given up after a day.", labels=["outcome"]
+    by_state.add_metric(["new"], outbox.pending - outbox.failing)
+    by_state.add_metric(["failing"], outbox.failing)
+    oldest = GaugeMetricFamily("bespoke_oldest_webhook_event_seconds", "Age of the oldest of them.")
+    oldest.add_metric([], status.oldest_event_s)
+    closed = CounterMetricFamily(
+        "bespoke_webhook_events_closed",
+        "Notices that were taken, or given up after a day.",
+        labels=["outcome"],
     )
-    done.add_metric(["delivered"], told.delivered)
-    done.add_metric(["given_up"], told.given_up)
-    return [by_state, oldest, done]
+    closed.add_metric(["delivered"], outbox.delivered)
+    closed.add_metric(["given_up"], outbox.given_up)
+    return [by_state, oldest, closed]
 
 
-def _drift(measured: StewardStatus) -> Iterable[Metric]:
+def _drift(status: StewardStatus) -> Iterable[Metric]:
     drift = GaugeMetricFamily(
         "bespoke_ledger_drift_tokens",
         "Tokens that an engine process counted and the ledger did not, when nothing was under way.",
         labels=["base", "replica", "boot", "class"],
     )
-    for entry in measured.drift:
-        who = [entry.engine.base, entry.engine.replica, entry.engine.boot]
-        drift.add_metric([*who, "prompt"], entry.prompt_drift)
-        drift.add_metric([*who, "completion"], entry.completion_drift)
-    if measured.drift_at is None:
+    for entry in status.drift:
+        engine_labels = [entry.engine.base, entry.engine.replica, entry.engine.boot]
+        drift.add_metric([*engine_labels, "prompt"], entry.prompt_drift)
+        drift.add_metric([*engine_labels, "completion"], entry.completion_drift)
+    if status.drift_at is None:
         return [drift]
     at = GaugeMetricFamily("bespoke_ledger_drift_timestamp_seconds", "When that was (Unix time).")
-    at.add_metric([], measured.drift_at)
+    at.add_metric([], status.drift_at)
     return [drift, at]
 
 
-def render(measured: StewardStatus | None) -> bytes:
+def render(status: StewardStatus | None) -> bytes:
     registry = CollectorRegistry()
-    registry.register(StewardCollector(measured))
+    registry.register(StewardCollector(status))
     return generate_latest(registry)

@@ -1,9 +1,9 @@
-"""What dead gateways left open is closed: by the engine's own count, or by the last checkpoint.
+"""Recovers requests of dead gateways: settles or voids their open holds.
 
-A gateway is dead when the lock on its journal is free (`billing/journal.py`), or when a hold's lease has run
-out and no journal here is its. Then the engines are told to end the request and asked what they did for it;
-with what the journal says, the highest count holds. Everything here may run twice, or in two stewards at a
-time: a request is closed once, whoever comes first.
+A gateway is dead when the lock on its checkpoint file is free (`billing/ledger/checkpoints.py`), or when a
+hold's lease has expired and no checkpoint file on this machine belongs to its owner. The engine then ends the
+request and reports its usage. Of the engine's count and the checkpoint, the higher one is billed. Everything
+here may run twice, or in two stewards at a time: the ledger resolves each request once.
 """
 
 import asyncio
@@ -17,8 +17,16 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from serve.billing.ledger.checkpoints import Checkpoint, RequestEnd, checkpoint_files, later, locked, remove
-from serve.billing.ledger.ledger import Ledger, OpenHold, Resolution
+from serve.billing.ledger.checkpoints import (
+    Checkpoint,
+    RequestEnd,
+    checkpoint_files,
+    lock_checkpoints,
+    merge,
+    remove_checkpoints,
+)
+from serve.billing.ledger.holds import OpenHold, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import FailedAttempt, UsageEvent, UsageStatus
 from serve.billing.metering.terms import BillingTerms, RequestUsage
@@ -27,21 +35,24 @@ from serve.errors import EngineUnavailable
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 32
-# An engine that does not answer may be starting anew, and would then know nothing; or be busy for a moment.
+PARALLEL_MAX = 32
+# An engine that does not answer may be restarting, and would then know nothing, or may be busy for a moment.
 ENGINE_PATIENCE = timedelta(seconds=60)
-# A live gateway closes what it opened, however late. This long after the lease it has forgotten to.
+# A live gateway resolves its own holds, even late. After this long beyond the lease it never will.
 OWNER_PATIENCE = timedelta(hours=1)
 
-# The store may commit a dead gateway's last hold a moment after that was looked for: its journal is kept, and
-# looked at, a little longer than anything takes to commit.
-KEPT_S = 30.0
+# The store may commit a dead gateway's last hold just after the search for its holds. Its checkpoint file is
+# therefore kept, and read again, for longer than any commit takes.
+RETENTION_S = 30.0
 
 Release = Callable[[str, sa.Connection], None]
 
 
 class Recovery:
-    """`release` frees what is kept for the client of a lost request (`Keeper.release`), by its id."""
+    """Resolves the open holds of dead gateways.
+
+    `release` frees what is stored for the client of a lost request (`CommitHook.on_void`), by request id.
+    """
 
     def __init__(
         self,
@@ -59,112 +70,117 @@ class Recovery:
         self._checkpoints_dir = checkpoints_dir
         self._release = release
         self._now = now
-        self._asked: dict[str, datetime] = {}
+        self._first_asked_at: dict[str, datetime] = {}
         self.settled = 0
         self.voided = 0
 
     async def run(self) -> None:
-        """Close what can be closed now. Raises StoreUnavailable."""
-        alive = set()
+        """Resolve the holds that can be resolved now. Raises StoreUnavailable."""
+        live_gateways = set()
         for path in await asyncio.to_thread(checkpoint_files, self._checkpoints_dir):
-            with locked(path) as records:
+            with lock_checkpoints(path) as records:
                 if records is None:
-                    alive.add(path.stem)
+                    live_gateways.add(path.stem)
                     continue
                 holds = await asyncio.to_thread(self._ledger.held_by, path.stem)
-                if await self._close_all(holds, records) and time.time() - path.stat().st_mtime > KEPT_S:
-                    remove(path)
+                if (
+                    await self._resolve_all(holds, records)
+                    and time.time() - path.stat().st_mtime > RETENTION_S
+                ):
+                    remove_checkpoints(path)
         at = self._now()
         expired = await asyncio.to_thread(self._ledger.open_holds, expired_at=at, limit=1000)
-        lost = [
+        abandoned = [
             hold
             for hold in expired
-            if hold.hold.owner not in alive or hold.lease_expires_at + OWNER_PATIENCE < at
+            if hold.hold.owner not in live_gateways or hold.lease_expires_at + OWNER_PATIENCE < at
         ]
-        await self._close_all(lost, {})
+        await self._resolve_all(abandoned, {})
 
-    async def _close_all(self, holds: list[OpenHold], records: Mapping[str, Checkpoint]) -> bool:
-        """Whether all of `holds` are closed."""
-        done = True
-        for start in range(0, len(holds), AT_ONCE):
-            some = holds[start : start + AT_ONCE]
-            closed = await asyncio.gather(
-                *(self._close(one, records.get(one.hold.request_id)) for one in some)
+    async def _resolve_all(self, holds: list[OpenHold], records: Mapping[str, Checkpoint]) -> bool:
+        """Resolve `holds`. Return whether all of them are resolved."""
+        all_resolved = True
+        for start in range(0, len(holds), PARALLEL_MAX):
+            batch = holds[start : start + PARALLEL_MAX]
+            outcomes = await asyncio.gather(
+                *(self._resolve(open_hold, records.get(open_hold.hold.request_id)) for open_hold in batch)
             )
-            done = done and all(closed)
-        return done
+            all_resolved = all_resolved and all(outcomes)
+        return all_resolved
 
-    async def _close(self, held: OpenHold, record: Checkpoint | None) -> bool:
-        request_id = held.hold.request_id
-        sale = BillingTerms.from_json(held.hold.terms) if held.hold.terms else None
-        if sale is None:
-            return await self._finish(
-                Resolution(request_id, held.hold.tenant, self._now(), reason="lease expired")
+    async def _resolve(self, open_hold: OpenHold, record: Checkpoint | None) -> bool:
+        request_id = open_hold.hold.request_id
+        terms = BillingTerms.from_json(open_hold.hold.terms) if open_hold.hold.terms else None
+        if terms is None:
+            return await self._commit(
+                Resolution(request_id, open_hold.hold.tenant, self._now(), reason="lease expired")
             )
         try:
-            found = await self._final_usage(sale.base, request_id)
+            usages = await self._final_usage(terms.base, request_id)
         except EngineUnavailable:
             at = self._now()
-            # A clock that has stepped back begins the wait anew, and does not prolong it by the step.
-            asked = self._asked[request_id] = min(self._asked.get(request_id, at), at)
-            if at < asked + ENGINE_PATIENCE:
+            # A clock that steps back restarts the wait; without `min` it would prolong it by the step.
+            first_asked_at = self._first_asked_at[request_id] = min(
+                self._first_asked_at.get(request_id, at), at
+            )
+            if at < first_asked_at + ENGINE_PATIENCE:
                 return False
-            found = []
-        self._asked.pop(request_id, None)
-        for served in found:
-            record = Checkpoint(served) if record is None else later(record, Checkpoint(served))
-        return await self._finish(self._resolution(held, sale, record, found))
+            usages = []
+        self._first_asked_at.pop(request_id, None)
+        for usage in usages:
+            record = Checkpoint(usage) if record is None else merge(record, Checkpoint(usage))
+        return await self._commit(self._resolution(open_hold, terms, record, usages))
 
     async def _final_usage(self, base: str, request_id: str) -> list[RequestUsage]:
         engine = self._engines.get(base)
         if engine is None:
             return []
-        found = []
+        usages = []
         for attempt, name in ((1, request_id), (2, f"{request_id}-2")):  # as `Generation` names them
-            found += [replace(usage, attempt=attempt) for usage in await engine.final_usage(name)]
-        return found
+            usages += [replace(usage, attempt=attempt) for usage in await engine.final_usage(name)]
+        return usages
 
     def _resolution(
-        self, held: OpenHold, sale: BillingTerms, record: Checkpoint | None, found: list[RequestUsage]
+        self, open_hold: OpenHold, terms: BillingTerms, record: Checkpoint | None, usages: list[RequestUsage]
     ) -> Resolution:
-        request_id, tenant, at = held.hold.request_id, sale.tenant, self._now()
+        request_id, tenant, at = open_hold.hold.request_id, terms.tenant, self._now()
         failed = [
-            _failed(request_id, sale, other, at)
-            for other in found
-            if record is not None and other.attempt != record.served.attempt
+            _failed(request_id, terms, usage, at)
+            for usage in usages
+            if record is not None and usage.attempt != record.usage.attempt
         ]
-        if record is None or not record.served.tokens.completion:
+        if record is None or not record.usage.tokens.completion:
             return Resolution(request_id, tenant, at, reason="gateway died", failed=tuple(failed))
-        if sale.rerun_if_lost:
-            failed.append(_failed(request_id, sale, record.served, at))
-            also = partial(self._release, request_id)
+        if terms.rerun_if_lost:
+            failed.append(_failed(request_id, terms, record.usage, at))
+            release = partial(self._release, request_id)
             return Resolution(
-                request_id, tenant, at, reason="gateway died", failed=tuple(failed), in_transaction=also
+                request_id, tenant, at, reason="gateway died", failed=tuple(failed), in_transaction=release
             )
-        event = _event(held, sale, record, at)
+        event = _event(open_hold, terms, record, at)
         return Resolution(request_id, tenant, at, event=event, failed=tuple(failed))
 
-    async def _finish(self, closing: Resolution) -> bool:
-        if await self._commit_queue.close(closing):
-            if closing.event is None:
+    async def _commit(self, resolution: Resolution) -> bool:
+        if await self._commit_queue.resolve(resolution):
+            if resolution.event is None:
                 self.voided += 1
             else:
                 self.settled += 1
             log.warning(
                 "request %s of a dead gateway is %s",
-                closing.request_id,
-                f"settled, {closing.event.status}" if closing.event else "voided",
+                resolution.request_id,
+                f"settled, {resolution.event.status}" if resolution.event else "voided",
             )
         return True
 
 
-def _event(held: OpenHold, sale: BillingTerms, record: Checkpoint, at: datetime) -> UsageEvent:
-    waited_ms = max(round((at - held.created_at).total_seconds() * 1000), 0)
-    # What its gateway was about to settle is settled so; else nobody knows how it would have ended.
+def _event(open_hold: OpenHold, terms: BillingTerms, record: Checkpoint, at: datetime) -> UsageEvent:
+    waited_ms = max(round((at - open_hold.created_at).total_seconds() * 1000), 0)
+    # A recorded end is settled as recorded; otherwise the request counts as INCOMPLETE.
     end = record.end or RequestEnd(UsageStatus.INCOMPLETE, None, waited_ms, waited_ms, at)
-    return sale.event(
-        held.hold.request_id,
-        record.served,
+    return terms.event(
+        open_hold.hold.request_id,
+        record.usage,
         end.status,
         end.finish_reason,
         ttft_ms=end.ttft_ms,
@@ -173,16 +189,16 @@ def _event(held: OpenHold, sale: BillingTerms, record: Checkpoint, at: datetime)
     )
 
 
-def _failed(request_id: str, sale: BillingTerms, served: RequestUsage, at: datetime) -> FailedAttempt:
+def _failed(request_id: str, terms: BillingTerms, usage: RequestUsage, at: datetime) -> FailedAttempt:
     return FailedAttempt(
         request_id,
-        served.attempt,
-        sale.tenant,
-        sale.model,
-        served.replica,
-        served.boot,
+        usage.attempt,
+        terms.tenant,
+        terms.model,
+        usage.replica,
+        usage.boot,
         "GatewayDied",
         at,
-        served.tokens.prompt * sale.samples,
-        served.tokens.completion,
+        usage.tokens.prompt * terms.samples,
+        usage.tokens.completion,
     )

@@ -1,8 +1,8 @@
-"""The steward: one process that looks after what no request waits for.
+"""Steward: runs the periodic jobs of a deployment in one process.
 
-It closes what dead gateways left, forgets what has expired, tells of budgets, bills what time costs, and
-compares the ledger with the engines. Each chore stands alone: one that fails is tried again in its turn and
-holds up no other. All of them may be repeated, and run in two stewards at a time.
+The jobs recover requests of dead gateways, delete expired data, send budget alerts and webhooks, bill adapter
+hours, and compare the ledger with the engines. Jobs are independent: a job that fails is tried again at its
+next turn and delays no other. Every job may be repeated, and may run in two stewards at a time.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from serve.billing.budgets.alerts import BudgetFigures, figures
+from serve.billing.budgets.alerts import BudgetMetrics, read_budget_metrics
 from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.queries import UsageQueries
 from serve.billing.metering.reconciliation import EngineCount, Reconciliation, reconcile
 from serve.billing.webhooks import outbox
-from serve.billing.webhooks.outbox import NoticeFigures
+from serve.billing.webhooks.outbox import OutboxMetrics
 from serve.client_data.idempotency import Idempotency
 from serve.client_data.stored_responses import StoredResponses
 from serve.engine.protocol import Counters, Engine
@@ -31,14 +31,15 @@ from serve.storage.database import Store
 log = logging.getLogger(__name__)
 
 Job = Callable[[], Awaitable[None]]
-NO_BUDGETS, NO_NOTICES = BudgetFigures((), 0), NoticeFigures()
+NO_BUDGETS, NO_EVENTS = BudgetMetrics((), 0), OutboxMetrics()
 
 
 @dataclass(frozen=True, slots=True)
 class StewardStatus:
-    """What the steward sees. `drift` is of `drift_at` (Unix time): when nothing was under way.
+    """Reports the steward's view of the deployment.
 
-    `chores` says for each chore how many seconds ago it was last done.
+    `drift` was computed at `drift_at` (Unix time), when no request was running. `jobs` maps each job to the
+    seconds since it last succeeded.
     """
 
     open_holds: int = 0
@@ -48,22 +49,22 @@ class StewardStatus:
     drift: tuple[Reconciliation, ...] = ()
     drift_at: float | None = None
     jobs: Mapping[str, float] = field(default_factory=dict)
-    budgets: BudgetFigures = NO_BUDGETS
-    intervals: Mapping[str, float] = field(default_factory=dict)  # of the chores, in seconds
-    failures: Mapping[str, int] = field(default_factory=dict)  # of the chores
-    notices: NoticeFigures = NO_NOTICES
-    oldest_notice_s: float = 0.0
+    budgets: BudgetMetrics = NO_BUDGETS
+    intervals: Mapping[str, float] = field(default_factory=dict)  # of the jobs, in seconds
+    failures: Mapping[str, int] = field(default_factory=dict)  # of the jobs
+    outbox: OutboxMetrics = NO_EVENTS
+    oldest_event_s: float = 0.0
 
 
 class StewardClient(Protocol):
-    """A steward, as gateways see it."""
+    """Lets gateways read the steward's status."""
 
     async def status(self) -> StewardStatus:
-        """Raises EngineUnavailable if the steward is away."""
+        """Return the status. Raises EngineUnavailable if the steward is unreachable."""
 
 
 class Steward:
-    """`run` it. Other modules' chores are given as `chores`: name → (interval in s, what to do)."""
+    """Runs the periodic jobs. `jobs` adds jobs of other modules: name → (interval in s, function)."""
 
     def __init__(
         self,
@@ -94,19 +95,21 @@ class Steward:
             "reconcile": (5.0, self._reconcile),
             "sweep": (30.0, self._sweep),
         }
-        for name, (interval_s, chore) in (jobs or {}).items():
-            self._jobs[name] = (interval_s, self._threaded(chore))
+        for name, (interval_s, job) in (jobs or {}).items():
+            self._jobs[name] = (interval_s, self._threaded(job))
         self._failures = dict.fromkeys(self._jobs, 0)
 
     async def run(self) -> None:
-        """Until cancelled."""
-        await asyncio.gather(*(self._repeat(name, *chore) for name, chore in self._jobs.items()))
+        """Run all jobs until cancelled."""
+        await asyncio.gather(
+            *(self._repeat(name, *interval_and_job) for name, interval_and_job in self._jobs.items())
+        )
 
     async def status(self) -> StewardStatus:
-        """Raises StoreUnavailable."""
+        """Return the current status. Raises StoreUnavailable."""
         open_holds, oldest_at = await asyncio.to_thread(self._ledger.count_open)
-        budgets = await asyncio.to_thread(figures, self._store, self._now())
-        told = await asyncio.to_thread(outbox.figures, self._store)
+        budgets = await asyncio.to_thread(read_budget_metrics, self._store, self._now())
+        outbox_metrics = await asyncio.to_thread(outbox.read_outbox_metrics, self._store)
         return StewardStatus(
             open_holds,
             self._age_s(oldest_at),
@@ -118,17 +121,17 @@ class Steward:
             budgets,
             {name: interval_s for name, (interval_s, _) in self._jobs.items()},
             dict(self._failures),
-            told,
-            self._age_s(told.oldest_pending_at),
+            outbox_metrics,
+            self._age_s(outbox_metrics.oldest_pending_at),
         )
 
     def _age_s(self, since: datetime | None) -> float:
         return 0.0 if since is None else max((self._now() - since).total_seconds(), 0.0)
 
-    async def _repeat(self, name: str, interval_s: float, chore: Job) -> None:
+    async def _repeat(self, name: str, interval_s: float, job: Job) -> None:
         while True:
             try:
-                await chore()
+                await job()
                 self._done_s[name] = time.monotonic()
             except StoreUnavailable:
                 self._failures[name] += 1
@@ -138,43 +141,46 @@ class Steward:
                 log.exception("%s failed", name)
             await asyncio.sleep(interval_s)
 
-    def _threaded(self, chore: Callable[[datetime], object]) -> Job:
-        async def threaded() -> None:
-            await asyncio.to_thread(chore, self._now())
+    def _threaded(self, job: Callable[[datetime], object]) -> Job:
+        async def run_in_thread() -> None:
+            await asyncio.to_thread(job, self._now())
 
-        return threaded
+        return run_in_thread
 
     async def _sweep(self) -> None:
         await asyncio.to_thread(self._idempotency.sweep, at=self._now())
         await asyncio.to_thread(self._responses.sweep, at=self._now())
 
     async def _reconcile(self) -> None:
-        """Compare in a moment in which nothing was under way: the engine counts before anybody can settle."""
+        """Compare the ledger with the engines, if no request is running.
+
+        An engine counts a request before it is settled, so counts agree only when nothing is open.
+        """
         usage = UsageQueries(self._store)
-        before = await asyncio.to_thread(usage.by_engine)
+        billed = await asyncio.to_thread(usage.by_engine)
         counters: list[Counters] = []
         for engine in self._engines.values():
             try:
                 counters += await engine.counters()
             except EngineUnavailable:
                 continue  # an engine that is down has no counters
-        under_way = await asyncio.to_thread(self._ledger.open_holds, limit=1)
-        if under_way or await asyncio.to_thread(usage.by_engine) != before:
+        open_holds = await asyncio.to_thread(self._ledger.open_holds, limit=1)
+        if open_holds or await asyncio.to_thread(usage.by_engine) != billed:
             return
-        entries = reconcile([engine_count(one) for one in counters], before)
+        entries = reconcile([engine_count(one) for one in counters], billed)
         for entry in entries:
             if not entry.agrees:
                 log.error("the ledger and engine %s disagree: %s", entry.engine.boot, entry)
         self._drift, self._drift_at = tuple(entries), time.time()
 
 
-def engine_count(one: Counters) -> EngineCount:
+def engine_count(counters: Counters) -> EngineCount:
     return EngineCount(
-        one.base,
-        one.replica,
-        one.boot,
-        one.prompt_tokens,
-        one.completion_tokens,
-        one.probe_prompt_tokens,
-        one.probe_completion_tokens,
+        counters.base,
+        counters.replica,
+        counters.boot,
+        counters.prompt_tokens,
+        counters.completion_tokens,
+        counters.probe_prompt_tokens,
+        counters.probe_completion_tokens,
     )

@@ -1,8 +1,9 @@
-"""Logs: one line per record, in files under the home folder; and what no log may say.
+"""Writes logs, one line per record, to files under the home folder, and keeps secrets out of them.
 
-`install` sets up a process. Every record made while a request is handled carries its id (`handle`). Never in
-a log: keys, Authorization headers, prompts. Our own messages hold none; what others raise may hold anything,
-so of an exception it is told what it is and where it came from, and its words only if they are a program's.
+`install` sets up a process. Every record carries the id of the request that its task handles
+(`set_log_context`). Keys, Authorization headers and prompts are never logged. Our own messages hold none.
+Exceptions of others may hold anything, so a log names an exception's type and frames, and its message only if
+it cannot quote a client.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from quantize.errors import QuantizeError
 from serve.errors import BespokeError, InvalidRequest, NotFound
 
 OURS = ("serve", "finetune", "quantize")
-# What a record may say besides its message: `log.info("…", extra={"route": …})`.
+# The fields that a record may have besides its message: `log.info("…", extra={"route": …})`.
 FIELDS = (
     "method",
     "route",
@@ -50,12 +51,12 @@ MESSAGE_CHARS_MAX, FRAMES_MAX, CAUSES_MAX = 4000, 40, 5
 _JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 _SHARED = "BESPOKE_LOGS_OF_CHILDREN"
 
-# Their words are a program's: names, paths, states. Anything else may quote what a client sent.
-_SPEAKING = (
+# Their messages are a program's: names, paths, states. Any other may quote what a client sent.
+_LOGGED_MESSAGES = (
     *(OSError, ImportError, AttributeError, TypeError, NameError, NotImplementedError),
     *(BespokeError, FinetuneError, QuantizeError),
 )
-_QUOTING = (InvalidRequest, NotFound)
+_CLIENT_QUOTES = (InvalidRequest, NotFound)
 
 _SECRETS = re.compile(
     r"""\bbs[kp]-[\w-]+                    # our keys
@@ -69,7 +70,7 @@ _SECRETS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class LogContext:
-    """On whose behalf something is done: a request's id, its trace's, the span that new ones are under."""
+    """Names the request that a task works for: its id, its trace's id, the parent of new spans."""
 
     request_id: str | None = None
     trace_id: str | None = None
@@ -77,23 +78,23 @@ class LogContext:
 
 
 NOBODY = LogContext()
-_handling: contextvars.ContextVar[LogContext] = contextvars.ContextVar("handling", default=NOBODY)
+_current: contextvars.ContextVar[LogContext] = contextvars.ContextVar("log_context", default=NOBODY)
 
 
 def log_context() -> LogContext:
-    return _handling.get()
+    return _current.get()
 
 
 def set_log_context(request_id: str | None = None, **trace: object) -> None:
-    """What this task does from now on, it does for this request; tasks and threads that it starts do too."""
-    now = _handling.get()
-    _handling.set(replace(now, request_id=request_id or now.request_id, **trace))  # type: ignore[arg-type]
+    """Sets the request that this task works for, and the tasks and threads that it starts from now on."""
+    before = _current.get()
+    _current.set(replace(before, request_id=request_id or before.request_id, **trace))  # type: ignore[arg-type]
 
 
-def context_of(whose: LogContext) -> contextvars.Context:
-    """A context that holds nothing else."""
+def context_of(log_context: LogContext) -> contextvars.Context:
+    """Makes a contextvars.Context that holds only `log_context`."""
     context = contextvars.Context()
-    context.run(_handling.set, whose)
+    context.run(_current.set, log_context)
     return context
 
 
@@ -102,26 +103,26 @@ def without_secrets(text: str) -> str:
 
 
 def described(error: BaseException) -> str:
-    """An exception in one line: its type, and its message if that cannot quote what a client sent."""
+    """Describes an exception in one line: its type, and its message if that cannot quote a client."""
     name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
     if isinstance(error, sa.exc.DBAPIError) and not isinstance(error, sa.exc.DataError):
-        # A database's first line says what is wrong, the others show the row. Of wrong data all show it.
-        words = str(error.orig).partition("\n")[0]
+        # A database's first line names the error, the others show the row. For DataError all lines show it.
+        message = str(error.orig).partition("\n")[0]
     elif isinstance(error, sa.exc.TimeoutError) or (
-        isinstance(error, _SPEAKING) and not isinstance(error, _QUOTING)
+        isinstance(error, _LOGGED_MESSAGES) and not isinstance(error, _CLIENT_QUOTES)
     ):
-        words = str(error)
+        message = str(error)
     else:
         return f"{name} (its message is not logged)" if str(error) else name
-    return without_secrets(f"{name}: {words[:MESSAGE_CHARS_MAX]}" if words else name)
+    return without_secrets(f"{name}: {message[:MESSAGE_CHARS_MAX]}" if message else name)
 
 
 def _chain(error: BaseException) -> Iterator[tuple[str, BaseException]]:
-    """The exception and what led to it, each with how it did."""
-    link, seen = "", 0
-    while seen < CAUSES_MAX:
+    """Yields the exception and those that led to it, each with its relation to the one before."""
+    link, count = "", 0
+    while count < CAUSES_MAX:
         yield link, error
-        seen += 1
+        count += 1
         if error.__cause__ is not None:
             link, error = "caused by ", error.__cause__
         elif error.__context__ is not None and not error.__suppress_context__:
@@ -131,12 +132,12 @@ def _chain(error: BaseException) -> Iterator[tuple[str, BaseException]]:
 
 
 def _traceback(error: BaseException) -> str:
-    """Frames without the values in them; source lines are code."""
+    """Renders the frames of the chain, without values of variables."""
     parts = []
-    for link, one in _chain(error):
-        frames = traceback.extract_tb(one.__traceback__)[-FRAMES_MAX:]
+    for link, exception in _chain(error):
+        frames = traceback.extract_tb(exception.__traceback__)[-FRAMES_MAX:]
         where = [f'  File "{frame.filename}", line {frame.lineno}, in {frame.name}' for frame in frames]
-        parts.append("\n".join([f"{link}{described(one)}", *where]))
+        parts.append("\n".join([f"{link}{described(exception)}", *where]))
     return "\n".join(parts)
 
 
@@ -146,19 +147,24 @@ def _message(record: logging.LogRecord) -> str:
         return re.split(r"[\n(<]", record.getMessage(), maxsplit=1)[0]
     if record.name == "py.warnings":
         return ":".join(record.getMessage().split(":")[:3])  # file, line, category; pydantic's quote values
-    if isinstance(record.args, tuple) and any(isinstance(one, BaseException) for one in record.args):
-        told = tuple(described(one) if isinstance(one, BaseException) else one for one in record.args)
-        return str(record.msg) % told
+    if isinstance(record.args, tuple) and any(
+        isinstance(argument, BaseException) for argument in record.args
+    ):
+        arguments = tuple(
+            described(argument) if isinstance(argument, BaseException) else argument
+            for argument in record.args
+        )
+        return str(record.msg) % arguments
     if isinstance(record.msg, BaseException):
         return described(record.msg)
     return record.getMessage()
 
 
 def entry(record: logging.LogRecord, process: str) -> dict[str, object]:
-    """A record as its line says it, in the order of the line."""
+    """Returns the fields of a record's line, in their order."""
     at = datetime.fromtimestamp(record.created, UTC)
-    now = _handling.get()
-    said: dict[str, object] = {
+    context = _current.get()
+    fields: dict[str, object] = {
         "time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "level": record.levelname,
         "logger": record.name,
@@ -166,20 +172,20 @@ def entry(record: logging.LogRecord, process: str) -> dict[str, object]:
         "process": process,
         "pid": record.process,
     }
-    if now.request_id is not None:
-        said["request_id"] = now.request_id
-    if now.trace_id is not None:
-        said["trace_id"] = now.trace_id
+    if context.request_id is not None:
+        fields["request_id"] = context.request_id
+    if context.trace_id is not None:
+        fields["trace_id"] = context.trace_id
     for name in FIELDS:
         if (value := record.__dict__.get(name)) is not None:
-            said[name] = without_secrets(value[:256]) if isinstance(value, str) else value
+            fields[name] = without_secrets(value[:256]) if isinstance(value, str) else value
     if record.exc_info and record.exc_info[1] is not None:
-        said["exception"] = _traceback(record.exc_info[1])
-    return said
+        fields["exception"] = _traceback(record.exc_info[1])
+    return fields
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object per line."""
+    """Formats a record as one JSON object on one line."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -190,29 +196,32 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(JsonLines):
-    """The same for people: time, level, logger, message, then what else is known as name=value."""
+    """Formats a record for people: time, level, logger, message, then the other fields as name=value."""
 
     def format(self, record: logging.LogRecord) -> str:
-        said = entry(record, self._process)
-        shown = " ".join(str(said.pop(name)) for name in ("time", "level", "logger", "message"))
-        trace = said.pop("exception", None)
-        rest = " ".join(f"{name}={value}" for name, value in said.items())
-        return f"{shown} {rest}" if trace is None else f"{shown} {rest}\n{trace}"
+        fields = entry(record, self._process)
+        head = " ".join(str(fields.pop(name)) for name in ("time", "level", "logger", "message"))
+        trace = fields.pop("exception", None)
+        rest = " ".join(f"{name}={value}" for name, value in fields.items())
+        return f"{head} {rest}" if trace is None else f"{head} {rest}\n{trace}"
 
 
 @dataclass(frozen=True, slots=True)
 class LogSpec:
-    """How a service logs; `kept` rotated files of `file_bytes` each per process, beside the current one."""
+    """Configures a service's logs.
+
+    A process has `rotated_files` of `file_bytes` each beside the current one.
+    """
 
     directory: str
     form: str = "json"
     level: str = "INFO"
     file_bytes: int = 16 << 20
-    kept: int = 4
+    rotated_files: int = 4
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
-    """`<process>-<n>.log` of the lowest n that no living process has: files are taken over, not left behind.
+    """Writes `<process>-<n>.log` with the lowest n that no living process has, so that files are reused.
 
     Each record is in the file when the call that made it returns, so a process may be killed at any time.
     """
@@ -221,19 +230,22 @@ class LogFile(logging.handlers.RotatingFileHandler):
         directory = Path(spec.directory)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path, self._lock_file = _claim(directory, process)
-        super().__init__(path, maxBytes=spec.file_bytes, backupCount=spec.kept, encoding="utf-8")
+        super().__init__(path, maxBytes=spec.file_bytes, backupCount=spec.rotated_files, encoding="utf-8")
         self.setFormatter((JsonLines if spec.form == "json" else TextLines)(process))
 
     def shouldRollover(self, record: logging.LogRecord) -> bool:
-        """By the file as it is; the stdlib's way formats every record twice."""
+        """Decides by the file's size. The standard library would format every record twice."""
         return self.stream is not None and os.fstat(self.stream.fileno()).st_size >= self.maxBytes
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk must not fail a request. The stdlib would print the record, secrets and all."""
+        """Reports a failed write to stderr. A full disk must not fail a request.
+
+        The standard library would print the record, secrets and all.
+        """
         with contextlib.suppress(OSError, AttributeError, ValueError):
             error = sys.exc_info()[1]
-            what = "?" if error is None else described(error)
-            sys.__stderr__.write(f"a record of {record.name} is not logged: {what}\n")  # type: ignore[union-attr]
+            reason = "?" if error is None else described(error)
+            sys.__stderr__.write(f"a record of {record.name} is not logged: {reason}\n")  # type: ignore[union-attr]
 
     def close(self) -> None:
         super().close()
@@ -241,7 +253,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
 
 def _claim(directory: Path, process: str) -> tuple[Path, TextIO]:
-    """A file name of this process's own, for as long as it lives: the operating system ends the lock."""
+    """Claims a file name for as long as this process lives. The operating system ends the lock."""
     number = 0
     while True:
         name = f"{process}-{number}"
@@ -256,13 +268,13 @@ def _claim(directory: Path, process: str) -> tuple[Path, TextIO]:
 
 
 def install(spec: LogSpec, process: str) -> None:
-    """Everything that this process logs goes into its file, and nowhere else.
+    """Directs everything that this process logs to its file, and nowhere else.
 
-    Ray Serve's records too: its own file would show how a request failed with all the words of its
-    exceptions. Once is enough; it may be called again.
+    This includes Ray Serve's records, whose own file would hold exceptions with all their words. A second
+    call does nothing.
     """
     root = logging.getLogger()
-    if any(isinstance(one, LogFile) for one in root.handlers):
+    if any(isinstance(handler, LogFile) for handler in root.handlers):
         return
     file = LogFile(spec, process)
     root.addHandler(file)
@@ -276,14 +288,14 @@ def install(spec: LogSpec, process: str) -> None:
 
 
 def install_with_children(spec: LogSpec, process: str) -> None:
-    """`install`, also in the processes that vLLM starts from this one (see `serve.vllm_plugin`)."""
+    """Installs logging here, and in the processes that vLLM starts from this one (`serve.vllm_plugin`)."""
     install(spec, process)
     os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # or it would print to stderr, and not propagate
     os.environ[_SHARED] = json.dumps(asdict(spec) | {"process": f"{process}-vllm"})
 
 
 def install_as_child(environment: Mapping[str, str] = os.environ) -> None:
-    """`install` as the parent said, if it did."""
+    """Installs logging as the parent process has configured it, if it has."""
     if shared := environment.get(_SHARED):
         fields = json.loads(shared)
         install(

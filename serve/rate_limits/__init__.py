@@ -1,4 +1,4 @@
-"""Admission: limits that hold across gateways. `docs/limits.md` says what holds, and what it costs."""
+"""Rate limits hold across gateways. `docs/limits.md` says what is guaranteed and what it costs."""
 
 from serve.rate_limits.limiter import Permit, RateLimiter
 from serve.rate_limits.quota_cache import Quota, RateLimitStatus

@@ -1,10 +1,10 @@
-"""The store's side of limits: what gateways have leased of each subject's limits.
+"""Leases parts of each subject's limits to gateways, in the store.
 
-A *grant* is a slice of a minute's window. It is counted from the moment it is made until a minute
-after the last moment at which its gateway may spend it, so the sum over the living grants is never
-less than what was spent in the last minute, by whomever. Grants are made under the subject's lock,
-and only as large as what is free: no window is ever overdrawn. *Places* are one row per subject and
-gateway, with a lease that the gateway renews.
+A *grant* leases part of a one-minute window. It counts from its creation until one minute after the
+last time at which its gateway may spend it. The sum of the live grants is therefore never less than
+what all gateways spent in the last minute. Grants are made under the subject's lock and never exceed
+what is free, so no window is overdrawn. *Concurrency* is one row per subject and gateway (table
+`limit_places`), with a lease that the gateway renews.
 
 Times are seconds since the epoch by the gateways' clocks.
 """
@@ -19,9 +19,9 @@ import sqlalchemy as sa
 from serve.storage.database import Store, metadata
 
 WINDOW_S = 60.0
-# A grant is at most this part of the limit, and of what is free, unless requests in hand need more: small
-# enough to leave the other gateways theirs, and full use of a limit still makes but one trip in a lease.
-SLICES_PER_LIMIT, SLICES_PER_FREE = 20, 4
+# A grant is at most 1/20 of the limit and 1/4 of what is free, unless waiting requests need more. That leaves
+# enough to other gateways, and a gateway that uses a whole limit still makes one round trip per lease.
+LEASES_PER_LIMIT, LEASES_PER_FREE = 20, 4
 REQUESTS, TOKENS, CONCURRENT = "requests", "tokens", "concurrent requests"
 
 locks_table = sa.Table(
@@ -45,7 +45,7 @@ grants_table = sa.Table(
     sa.Index("ix_limit_grants_expires_at", "expires_at"),
 )
 
-places_table = sa.Table(
+concurrency_table = sa.Table(
     "limit_places",
     metadata,
     sa.Column("kind", sa.String(8), primary_key=True),
@@ -58,7 +58,7 @@ places_table = sa.Table(
 
 
 class Bucket(NamedTuple):
-    """One limited thing: a subject's requests, tokens or concurrent requests."""
+    """Names one limit: a subject's requests, tokens or concurrent requests."""
 
     kind: str
     subject: str
@@ -66,7 +66,7 @@ class Bucket(NamedTuple):
 
 
 class LeaseReport(NamedTuple):
-    """What a grant has come to: absolute, so that saying it twice does no harm."""
+    """Reports how much of a grant was spent. The count is absolute, so a repeated report changes nothing."""
 
     id: str
     units: int
@@ -75,7 +75,7 @@ class LeaseReport(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """What the store said about a pot: `free` at `at`, and when more of it will be."""
+    """Records what the store reported about a bucket: `free` at `at`, and when more becomes free."""
 
     at: float
     limit: int
@@ -87,7 +87,7 @@ class Availability:
         return self.free + sum(units for time, units in self.frees if time <= now)
 
     def when(self, units: int) -> float | None:
-        """The earliest time at which `units` are free, if it is known."""
+        """Return the earliest time at which `units` are free, if it is known."""
         free = self.free
         for time, freed in ((self.at, 0), *self.frees):
             free += freed
@@ -98,30 +98,36 @@ class Availability:
 
 @dataclass(slots=True)
 class LeaseReply:
-    """What one trip to the store brought."""
+    """Holds the result of one round trip to the store."""
 
     at: float
     granted: list[bool] = field(default_factory=list)
-    """For each demand: all of it, or nothing of it."""
+    """One per demand: granted wholly, or not at all."""
     availabilities: dict[Bucket, Availability] = field(default_factory=dict)
     grants: dict[Bucket, tuple[str, int]] = field(default_factory=dict)
-    """Grant and units; places have no grant's id."""
+    """(grant id, units); the id is empty for concurrency."""
 
 
 class LeaseStore:
-    """One gateway's dealings with the store. Methods block and raise StoreUnavailable.
+    """Leases and settles limits for one gateway. Methods block and raise StoreUnavailable.
 
-    `gateway` must be another one after every start of a gateway: a dead one's places end with its lease.
+    `gateway` must differ after every start: a dead gateway's concurrency ends with its lease.
     """
 
     def __init__(
-        self, store: Store, gateway: str, clock: Callable[[], float], *, slice_s: float, places_s: float
+        self,
+        store: Store,
+        gateway: str,
+        clock: Callable[[], float],
+        *,
+        lease_s: float,
+        concurrency_lease_s: float,
     ) -> None:
         self._store = store
         self._gateway = gateway
         self._clock = clock
-        self._slice_s = slice_s
-        self._places_s = places_s
+        self._lease_s = lease_s
+        self._concurrency_lease_s = concurrency_lease_s
 
     def exchange(
         self,
@@ -130,48 +136,52 @@ class LeaseStore:
         limits: Mapping[Bucket, int],
         held: Mapping[Bucket, int],
     ) -> LeaseReply:
-        """Report, then lease what `demands` need: one transaction, each demand wholly or not at all.
+        """Report, then lease what `demands` need, in one transaction; each demand wholly or not at all.
 
-        limits: of every pot that a demand names. held: places that the gateway has or uses, per pot.
+        limits: the limit of every bucket that a demand names.
+        held: concurrency that the gateway holds or uses, per bucket.
         """
         buckets = sorted({bucket for demand in demands for bucket in demand})
         with self._store.write() as connection:
-            # In one order everywhere, or two gateways could wait for each other.
+            # Locks are taken in the same order everywhere, or two gateways could deadlock.
             for subject in sorted({bucket[:2] for bucket in buckets}):
                 _lock(connection, *subject)
-            now = self._clock()  # after the lock: times of one subject's grants follow their order
+            now = self._clock()  # after the lock, so the times of one subject's grants follow their order
             _report(connection, reports)
-            answer = LeaseReply(now)
+            reply = LeaseReply(now)
             free = {bucket: self._free(connection, bucket, limits[bucket], held, now) for bucket in buckets}
-            taken = dict.fromkeys(buckets, 0)
+            granted_units = dict.fromkeys(buckets, 0)
             for demand in demands:
-                fits = all(free[bucket] - taken[bucket] >= units for bucket, units in demand.items())
-                answer.granted.append(fits)
+                fits = all(free[bucket] - granted_units[bucket] >= units for bucket, units in demand.items())
+                reply.granted.append(fits)
                 if fits:
                     for bucket, units in demand.items():
-                        taken[bucket] += units
+                        granted_units[bucket] += units
             for bucket in buckets:
-                units = taken[bucket]
+                units = granted_units[bucket]
                 if units:
-                    share = min(limits[bucket] // SLICES_PER_LIMIT, free[bucket] // SLICES_PER_FREE)
+                    share = min(limits[bucket] // LEASES_PER_LIMIT, free[bucket] // LEASES_PER_FREE)
                     units = max(units, share)
-                    answer.grants[bucket] = self._grant(connection, bucket, units, held, now)
-                frees = self._frees(connection, bucket, now) if not all(answer.granted) else ()
-                answer.availabilities[bucket] = Availability(now, limits[bucket], free[bucket] - units, frees)
-        return answer
+                    reply.grants[bucket] = self._grant(connection, bucket, units, held, now)
+                frees = self._frees(connection, bucket, now) if not all(reply.granted) else ()
+                reply.availabilities[bucket] = Availability(now, limits[bucket], free[bucket] - units, frees)
+        return reply
 
     def settle(
-        self, reports: Iterable[LeaseReport], places: Mapping[Bucket, int], *, sweep: bool = False
+        self, reports: Iterable[LeaseReport], concurrency: Mapping[Bucket, int], *, sweep: bool = False
     ) -> float:
-        """Report, set and renew the gateway's places, drop old rows if asked. Returns the time it did."""
+        """Report, then set and renew the gateway's concurrency. Return the time of the transaction.
+
+        `sweep` also deletes old rows.
+        """
         with self._store.write() as connection:
             now = self._clock()
             _report(connection, reports)
-            for bucket in sorted(places):
-                self._set_places(connection, bucket, places[bucket], now)
+            for bucket in sorted(concurrency):
+                self._set_concurrency(connection, bucket, concurrency[bucket], now)
             if sweep:
-                # Long expired only: no gateway reports on those any more, so no two wait for each other.
-                for table in (grants_table, places_table):
+                # Only rows that expired long ago: no gateway reports on those, so no two can deadlock.
+                for table in (grants_table, concurrency_table):
                     connection.execute(table.delete().where(table.c.expires_at < now - WINDOW_S))
         return now
 
@@ -179,7 +189,7 @@ class LeaseStore:
         self, connection: sa.Connection, bucket: Bucket, limit: int, held: Mapping[Bucket, int], now: float
     ) -> int:
         if bucket.what == CONCURRENT:
-            c = places_table.c
+            c = concurrency_table.c
             others = sa.select(sa.func.coalesce(sa.func.sum(c.places), 0)).where(
                 c.kind == bucket.kind,
                 c.subject == bucket.subject,
@@ -187,46 +197,50 @@ class LeaseStore:
                 c.expires_at > now,
             )
             return limit - held.get(bucket, 0) - int(connection.execute(others).scalar_one())
-        spent = sa.select(sa.func.coalesce(sa.func.sum(grants_table.c.units), 0)).where(*_living(bucket, now))
+        spent = sa.select(sa.func.coalesce(sa.func.sum(grants_table.c.units), 0)).where(*_live(bucket, now))
         return limit - int(connection.execute(spent).scalar_one())
 
     def _frees(self, connection: sa.Connection, bucket: Bucket, now: float) -> tuple[tuple[float, int], ...]:
         if bucket.what == CONCURRENT:
             return ()
         c = grants_table.c
-        rows = sa.select(c.expires_at, c.units).where(*_living(bucket, now)).order_by(c.expires_at)
+        rows = sa.select(c.expires_at, c.units).where(*_live(bucket, now)).order_by(c.expires_at)
         return tuple((row.expires_at, row.units) for row in connection.execute(rows))
 
     def _grant(
         self, connection: sa.Connection, bucket: Bucket, units: int, held: Mapping[Bucket, int], now: float
     ) -> tuple[str, int]:
         if bucket.what == CONCURRENT:
-            self._set_places(connection, bucket, held.get(bucket, 0) + units, now)
+            self._set_concurrency(connection, bucket, held.get(bucket, 0) + units, now)
             return "", units
-        made = secrets.token_hex(16)
-        row = bucket._asdict() | {"id": made, "units": units, "expires_at": now + self._slice_s + WINDOW_S}
+        grant_id = secrets.token_hex(16)
+        row = bucket._asdict() | {
+            "id": grant_id,
+            "units": units,
+            "expires_at": now + self._lease_s + WINDOW_S,
+        }
         connection.execute(grants_table.insert().values(row))
-        return made, units
+        return grant_id, units
 
-    def _set_places(self, connection: sa.Connection, bucket: Bucket, places: int, now: float) -> None:
-        c = places_table.c
+    def _set_concurrency(self, connection: sa.Connection, bucket: Bucket, count: int, now: float) -> None:
+        c = concurrency_table.c
         mine = (c.kind == bucket.kind, c.subject == bucket.subject, c.gateway == self._gateway)
-        if places == 0:
-            connection.execute(places_table.delete().where(*mine))
+        if count == 0:
+            connection.execute(concurrency_table.delete().where(*mine))
             return
-        values = {"places": places, "expires_at": now + self._places_s}
-        if connection.execute(places_table.update().where(*mine).values(values)).rowcount == 0:
+        values = {"places": count, "expires_at": now + self._concurrency_lease_s}
+        if connection.execute(concurrency_table.update().where(*mine).values(values)).rowcount == 0:
             row = {"kind": bucket.kind, "subject": bucket.subject, "gateway": self._gateway}
-            connection.execute(places_table.insert().values(row | values))
+            connection.execute(concurrency_table.insert().values(row | values))
 
 
-def _living(bucket: Bucket, now: float) -> tuple[sa.ColumnElement[bool], ...]:
+def _live(bucket: Bucket, now: float) -> tuple[sa.ColumnElement[bool], ...]:
     c = grants_table.c
     return c.kind == bucket.kind, c.subject == bucket.subject, c.what == bucket.what, c.expires_at > now
 
 
 def _lock(connection: sa.Connection, kind: str, subject: str) -> None:
-    """Hold the subject's row until the transaction ends. SQLite has the whole file by now."""
+    """Lock the subject's row until the transaction ends. SQLite has locked the whole file by now."""
     c = locks_table.c
     query = sa.select(c.kind).where(c.kind == kind, c.subject == subject).with_for_update()
     if connection.execute(query).first() is None:

@@ -1,6 +1,6 @@
-"""What a tenant or a key may use at most.
+"""Limits are stored per tenant and key.
 
-Limits are looked up with the key, once a request; `serve.rate_limits` makes them hold across gateways.
+They are read together with the key, once per request. `limiter` enforces them across gateways.
 """
 
 import json
@@ -15,7 +15,7 @@ from serve.storage.database import Store, UtcDateTime, metadata
 
 MODELS_MAX = 64
 MODEL_LENGTH_MAX = 160
-# The highest value of each number: far beyond use, and far inside what the store's integers hold.
+# The highest value of each limit: far above real use, and far below what the store's integers hold.
 HIGHEST = {
     "requests_per_min": 10_000_000,
     "tokens_per_min": 1_000_000_000_000,
@@ -40,7 +40,7 @@ limits_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a subject may use at most; None: no limit of its own."""
+    """Holds a subject's limits. None means no limit of its own."""
 
     requests_per_min: int | None = None
     tokens_per_min: int | None = None
@@ -50,7 +50,7 @@ class Limits:
     """Exact names, or prefixes that end in '*', like 'acme/*'."""
 
     def allows(self, model: str) -> bool:
-        """Whether `model` is among `models`."""
+        """Return whether `models` permits `model`."""
         if self.models is None:
             return True
         return any(
@@ -73,7 +73,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Whom limits bind: a request is bound by those of its tenant and those of its key."""
+    """Names the tenant or key that limits apply to. Both a request's tenant and its key limit it."""
 
     kind: Literal["tenant", "key"]
     id: str
@@ -81,13 +81,13 @@ class Subject:
 
 
 class LimitStore:
-    """The limits of one store. Its methods run inside the caller's transaction."""
+    """Reads and writes the limits of one store, inside the caller's transaction."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def of(self, connection: sa.Connection, kind: Literal["tenant", "key"], subject: str) -> Limits:
-        """The limits that were set, or none at all."""
+        """Return the subject's limits; all None if none were set."""
         c = limits_table.c
         row = connection.execute(sa.select(limits_table).where(c.kind == kind, c.subject == subject)).first()
         if row is None:
@@ -106,7 +106,7 @@ class LimitStore:
         *,
         at: datetime,
     ) -> None:
-        """Replace the subject's limits. Gateways follow with the next request that looks them up.
+        """Replace the subject's limits. Gateways apply them from the next key look-up.
 
         Raises InvalidRequest, naming the field; then nothing changes.
         """
@@ -124,7 +124,7 @@ class LimitStore:
 
 
 def _validate_models(models: tuple[str, ...]) -> None:
-    # An empty list would shut the subject out, which revoking says better.
+    # An empty list would lock the subject out; revoking its keys does that more clearly.
     if not 1 <= len(models) <= MODELS_MAX:
         raise InvalidRequest(
             f"'models' must have 1 to {MODELS_MAX} entries, or be null for no limit.",

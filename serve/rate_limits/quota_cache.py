@@ -1,9 +1,8 @@
-"""What one gateway holds of everybody's limits, what it knows of the rest, and what it says of both.
+"""Caches the parts of limits that one gateway has leased and may spend without a round trip.
 
-The gateway's side of limits: what it has leased and may spend without asking.
-
-A slice of a window is spent until its lease ends, and then closed: the store is told what was spent and
-when for the last time. Places are one number for each subject, with one lease.
+A lease of a window is spent until it ends. It is then closed: the next round trip reports to the store
+how much was spent, and when the last request started. Concurrency is one number per subject, with one
+lease. The cache also computes the refusals and the rate limit headers from the store's last report.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +12,8 @@ from math import ceil
 from serve.errors import RateLimited
 from serve.rate_limits.leases import (
     CONCURRENT,
+    LEASES_PER_LIMIT,
     REQUESTS,
-    SLICES_PER_LIMIT,
     TOKENS,
     WINDOW_S,
     Availability,
@@ -25,45 +24,45 @@ from serve.rate_limits.limits import Subject
 
 
 class Lease:
-    """A grant of the store, partly spent. `ends`: the first instant at which it may not be spent."""
+    """Spends one grant of the store. `ends_at` is the first instant at which it may not be spent."""
 
-    __slots__ = ("bucket", "closed", "ends", "id", "last_start", "left", "spent")
+    __slots__ = ("bucket", "closed", "ends_at", "id", "last_started_at", "left", "spent")
 
-    def __init__(self, pot: Bucket, grant: str, units: int, ends: float) -> None:
-        self.bucket = pot
-        self.id = grant
+    def __init__(self, bucket: Bucket, grant_id: str, units: int, ends_at: float) -> None:
+        self.bucket = bucket
+        self.id = grant_id
         self.left = units
         self.spent = 0
-        self.ends = ends
-        self.last_start = 0.0
+        self.ends_at = ends_at
+        self.last_started_at = 0.0
         self.closed = False
 
     def draw(self, units: int, now: float) -> None:
         self.left -= units
         self.spent += units
-        self.last_start = max(self.last_start, now)
+        self.last_started_at = max(self.last_started_at, now)
 
-    def restart(self, now: float) -> bool:
-        """Make `now` the start of what was drawn for a request that waited; False: it came too late."""
-        self.last_start = max(self.last_start, now)
-        return not self.closed and now < self.ends
+    def mark_started(self, now: float) -> bool:
+        """Set the start of a request that waited to `now`. False if the lease has ended by then."""
+        self.last_started_at = max(self.last_started_at, now)
+        return not self.closed and now < self.ends_at
 
-    def put_back(self, units: int) -> bool:
-        """Take back what was drawn; True if the store must be told, because the slice is closed."""
+    def give_back(self, units: int) -> bool:
+        """Return drawn units. True if the lease is closed, so the store needs a new report."""
         self.spent -= units
         self.left += units
         return self.closed
 
     def counts(self, now: float) -> bool:
-        """Whether the store still counts it."""
-        return not self.closed or now < self.last_start + WINDOW_S
+        """Return whether the store still counts this grant."""
+        return not self.closed or now < self.last_started_at + WINDOW_S
 
     def report(self) -> LeaseReport:
-        return LeaseReport(self.id, self.spent, self.last_start + WINDOW_S if self.spent else 0.0)
+        return LeaseReport(self.id, self.spent, self.last_started_at + WINDOW_S if self.spent else 0.0)
 
 
 class RateWindow:
-    """One subject's slices of one window."""
+    """Holds one subject's leases of one window."""
 
     __slots__ = ("_dirty", "availability", "leases")
 
@@ -73,46 +72,47 @@ class RateWindow:
         self._dirty: set[Lease] = set()
 
     def left(self, now: float) -> int:
-        return sum(one.left for one in self.leases if now < one.ends)
+        return sum(lease.left for lease in self.leases if now < lease.ends_at)
 
     def unspent(self, now: float) -> int:
-        """`left`, and what has lapsed but not gone back to the store."""
-        return sum(one.left for one in self.leases)
+        """Return `left` plus what has lapsed and was not yet returned to the store."""
+        return sum(lease.left for lease in self.leases)
 
-    def draw(self, units: int, now: float) -> "list[Part]":
-        """Take `units`, of which there must be so many left, from the slices that end first."""
-        parts: list[Part] = []
-        for one in self.leases:
-            taken = min(one.left, units) if now < one.ends else 0
+    def draw(self, units: int, now: float) -> "list[Allocation]":
+        """Take `units` from the leases that end first. At least `units` must be left."""
+        parts: list[Allocation] = []
+        for lease in self.leases:
+            taken = min(lease.left, units) if now < lease.ends_at else 0
             if taken:
-                one.draw(taken, now)
-                parts.append((one, taken))
+                lease.draw(taken, now)
+                parts.append((lease, taken))
                 units -= taken
         return parts
 
     def close(self, now: float, *, used: bool = False, everything: bool = False) -> list[Lease]:
-        """Close slices whose lease has ended; returns all that the store must be told of.
+        """Close leases that have ended. Return all leases that must be reported to the store.
 
-        used: also those of which nothing is left, so that they count no longer than they must.
+        used: also close fully spent leases, so they count no longer than necessary.
+        everything: close all leases.
         """
-        told = [one for one in self._dirty if one.counts(now)]
+        reportable = [lease for lease in self._dirty if lease.counts(now)]
         self._dirty.clear()
-        for one in self.leases:
-            # What is left of tokens may grow again, at a release.
-            spent = used and one.left == 0 and one.bucket.what == REQUESTS
-            if everything or spent or one.ends <= now:
-                one.closed = True
-                told.append(one)
-        self.leases = [one for one in self.leases if not one.closed]
-        return told
+        for lease in self.leases:
+            # A release may return tokens to a lease, so only request leases count as fully spent.
+            spent = used and lease.left == 0 and lease.bucket.what == REQUESTS
+            if everything or spent or lease.ends_at <= now:
+                lease.closed = True
+                reportable.append(lease)
+        self.leases = [lease for lease in self.leases if not lease.closed]
+        return reportable
 
-    def tell(self, closed: Lease) -> None:
-        """Have `closed` among what the next `close` returns."""
+    def report_later(self, closed: Lease) -> None:
+        """Include `closed` in what the next `close` returns."""
         self._dirty.add(closed)
-        self.outdate()
+        self.expire_availability()
 
-    def outdate(self) -> None:
-        """What the store said is not to be refused by any more: it has been given something back."""
+    def expire_availability(self) -> None:
+        """Stop refusing by the store's last report: units were returned to the store since."""
         if self.availability:
             self.availability = replace(self.availability, at=0.0)
 
@@ -125,58 +125,58 @@ class RateWindow:
 
 
 class ConcurrencyLease:
-    """One subject's places for concurrent requests: `held` until `ends`, of which some are `in_use`."""
+    """Holds one subject's leased concurrency: `held` until `ends_at`, of which `in_use` are running."""
 
-    __slots__ = ("_stale", "availability", "ends", "held", "in_use", "last_use", "limit")
+    __slots__ = ("_stale", "availability", "ends_at", "held", "in_use", "last_used_at", "limit")
 
     def __init__(self) -> None:
         self.held = 0
         self.in_use = 0
-        self.ends = 0.0
-        self.last_use = 0.0
+        self.ends_at = 0.0
+        self.last_used_at = 0.0
         self.limit = 0
         self.availability: Availability | None = None
         self._stale = False
 
     def left(self, now: float) -> int:
-        return max(self.held - self.in_use, 0) if now < self.ends else 0
+        return max(self.held - self.in_use, 0) if now < self.ends_at else 0
 
     def unspent(self, now: float) -> int:
         return self.left(now)
 
-    def draw(self, units: int, now: float) -> "list[Part]":
+    def draw(self, units: int, now: float) -> "list[Allocation]":
         self.in_use += units
-        self.last_use = now
+        self.last_used_at = now
         return [(self, units)] if units else []
 
-    def restart(self, now: float) -> bool:
-        return now < self.ends
+    def mark_started(self, now: float) -> bool:
+        return now < self.ends_at
 
-    def put_back(self, units: int) -> None:
+    def give_back(self, units: int) -> None:
         self.in_use -= units
 
-    def claimed(self, now: float) -> int:
-        """What the store must count: after a lost lease only what is in use, which nobody can take back."""
-        return max(self.held, self.in_use) if now < self.ends else self.in_use
+    def counted(self, now: float) -> int:
+        """Return what the store must count. After a lost lease that is only what is in use."""
+        return max(self.held, self.in_use) if now < self.ends_at else self.in_use
 
-    def lease(self, held: int, ends: float) -> None:
+    def renew(self, held: int, ends_at: float) -> None:
         self.held = held
-        self.ends = ends
+        self.ends_at = ends_at
         self._stale = False
 
-    def kept(self, now: float, idle_s: float) -> int:
-        """Places worth keeping: those in use and, until `idle_s` after the last request, a few more."""
-        spare = self.limit // SLICES_PER_LIMIT if now - self.last_use < idle_s else 0
-        return min(self.claimed(now), self.in_use + spare)
+    def target(self, now: float, idle_s: float) -> int:
+        """Return how much to hold: what is in use and, until `idle_s` after the last request, a few spare."""
+        spare = self.limit // LEASES_PER_LIMIT if now - self.last_used_at < idle_s else 0
+        return min(self.counted(now), self.in_use + spare)
 
     def due(self, now: float, idle_s: float, renew_at: float) -> bool:
-        """Whether the store must be told: something to give back, or a lease that ends before `renew_at`."""
-        renew = self.claimed(now) > 0 and self.ends < renew_at
-        return self._stale or renew or self.kept(now, idle_s) != self.held
+        """Return whether a round trip is needed: to return units, or to renew a lease."""
+        renew = self.counted(now) > 0 and self.ends_at < renew_at
+        return self._stale or renew or self.target(now, idle_s) != self.held
 
     def shrink(self, now: float, idle_s: float) -> int:
-        """Stop using what is not worth keeping, before the store is told. Returns what is kept."""
-        self.held = self.kept(now, idle_s)
+        """Stop using surplus units before the store is told. Return how much stays held."""
+        self.held = self.target(now, idle_s)
         self._stale = True
         return self.held
 
@@ -184,16 +184,16 @@ class ConcurrencyLease:
         return not (self.held or self.in_use or self._stale)
 
 
-Part = tuple[Lease | ConcurrencyLease, int]
-
+Allocation = tuple[Lease | ConcurrencyLease, int]
+"""The units of a request that were drawn from one lease."""
 
 Needs = Mapping[Bucket, tuple[int, int]]
-"""What a request takes of each limited pot: (units, limit)."""
+"""The units that a request needs from each limited bucket: (units, limit)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """One limit as its user sees it; `reset_s`: until the window is empty if no more is sent."""
+    """Shows one limit to its user. `reset_s` is the time until the window is empty if no more is sent."""
 
     limit: int
     remaining: int
@@ -202,9 +202,9 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class RateLimitStatus:
-    """What is left after a request, of the tightest subject; None: no such limit.
+    """Shows what is left after a request, for the tightest subject. None means no such limit.
 
-    `remaining` is what this gateway knows: as of its last trip to the store, less what it has spent since.
+    `remaining` is as of this gateway's last round trip to the store, less what it has spent since.
     """
 
     requests: Quota | None
@@ -212,7 +212,7 @@ class RateLimitStatus:
 
 
 def needs_of(subjects: Sequence[Subject], tokens: int) -> Needs:
-    """What a request takes of each limited pot: (units, limit)."""
+    """Return the units that a request needs from each limited bucket: (units, limit)."""
     needs = {}
     for subject in subjects:
         limits = subject.limits
@@ -227,84 +227,92 @@ def needs_of(subjects: Sequence[Subject], tokens: int) -> Needs:
 
 
 class QuotaCache:
-    """Windows and places by pot. Changes by its slices' and places' own methods, on one event loop."""
+    """Holds the windows and concurrency leases by bucket. One event loop uses it."""
 
     def __init__(self, lease_s: float, refusal_s: float) -> None:
         self.windows: dict[Bucket, RateWindow] = {}
-        self.places: dict[Bucket, ConcurrencyLease] = {}
+        self.concurrency: dict[Bucket, ConcurrencyLease] = {}
         self._lease_s = lease_s
         self._refusal_s = refusal_s
 
-    def source(self, pot: Bucket, limit: int) -> RateWindow | ConcurrencyLease:
-        """Where `pot` is drawn from; made if it is not there."""
-        if pot.what == CONCURRENT:
-            places = self.places.get(pot)
-            if places is None:
-                places = self.places[pot] = ConcurrencyLease()
-            places.limit = limit
-            return places
-        window = self.windows.get(pot)
+    def source(self, bucket: Bucket, limit: int) -> RateWindow | ConcurrencyLease:
+        """Return the leases that `bucket` is drawn from; created if missing."""
+        if bucket.what == CONCURRENT:
+            concurrency = self.concurrency.get(bucket)
+            if concurrency is None:
+                concurrency = self.concurrency[bucket] = ConcurrencyLease()
+            concurrency.limit = limit
+            return concurrency
+        window = self.windows.get(bucket)
         if window is None:
-            window = self.windows[pot] = RateWindow()
+            window = self.windows[bucket] = RateWindow()
         return window
 
-    def tell(self, closed: Sequence[Lease]) -> None:
-        """Have the next trip tell the store what `closed` slices have come to."""
-        for one in closed:
-            self.windows.setdefault(one.bucket, RateWindow()).tell(one)
+    def report_later(self, closed: Sequence[Lease]) -> None:
+        """Report `closed` leases with the next round trip."""
+        for lease in closed:
+            self.windows.setdefault(lease.bucket, RateWindow()).report_later(lease)
 
     def close(self, now: float, *, everything: bool) -> list[Lease]:
-        """Close what has ended. Returns what the store must be told of."""
-        return [one for window in self.windows.values() for one in window.close(now, everything=everything)]
+        """Close leases that have ended. Return what must be reported to the store."""
+        return [
+            lease for window in self.windows.values() for lease in window.close(now, everything=everything)
+        ]
 
     def close_used(self, buckets: Iterable[Bucket], now: float) -> list[Lease]:
-        """As `close`, of `pots` only, and what is used up."""
-        windows = [self.windows[pot] for pot in buckets if pot in self.windows]
-        return [one for window in windows for one in window.close(now, used=True)]
+        """Like `close`, for `buckets` only, and including fully spent leases."""
+        windows = [self.windows[bucket] for bucket in buckets if bucket in self.windows]
+        return [lease for window in windows for lease in window.close(now, used=True)]
 
     def prune(self, now: float) -> None:
-        self.windows = {pot: one for pot, one in self.windows.items() if not one.idle(now - self._lease_s)}
-        self.places = {pot: one for pot, one in self.places.items() if not one.idle()}
+        self.windows = {
+            bucket: one for bucket, one in self.windows.items() if not one.idle(now - self._lease_s)
+        }
+        self.concurrency = {bucket: one for bucket, one in self.concurrency.items() if not one.idle()}
 
     def refuse_if_known(self, needs: Needs, now: float) -> None:
-        """Raises RateLimited if the store has just said that there is not enough.
+        """Raise RateLimited if the store has just reported that there is not enough.
 
-        Without this, a client that runs into its limit would make a transaction of every refusal.
+        Without this, every refusal of a client at its limit would cost a transaction.
         """
         short = {}
-        for pot, (units, limit) in needs.items():
-            source = self.source(pot, limit)
-            room, missing = source.availability, units - source.unspent(now)
-            if room is None or room.limit != limit or not 0 <= now - room.at < self._refusal_s:
+        for bucket, (units, limit) in needs.items():
+            source = self.source(bucket, limit)
+            availability, missing = source.availability, units - source.unspent(now)
+            if (
+                availability is None
+                or availability.limit != limit
+                or not 0 <= now - availability.at < self._refusal_s
+            ):
                 continue
-            tells_when = room.frees or pot.what == CONCURRENT
-            if tells_when and missing > room.free_at(now):
-                short[pot] = missing
+            tells_when = availability.frees or bucket.what == CONCURRENT
+            if tells_when and missing > availability.free_at(now):
+                short[bucket] = missing
         if short:
             raise self.refusal(needs, short, now)
 
     def refusal(self, needs: Needs, short: Mapping[Bucket, int], now: float) -> RateLimited:
-        """The error for the limit that takes longest to have room."""
+        """Return the error for the limit that takes longest to become available."""
         refusals = []
-        for pot, missing in short.items():
-            units, limit = needs[pot]
-            source = self.source(pot, limit)
-            room = source.availability or Availability(now, limit, 0)
-            when = None if pot.what == CONCURRENT else room.when(missing)
-            unknown_s = 1.0 if pot.what == CONCURRENT else WINDOW_S + self._lease_s
+        for bucket, missing in short.items():
+            units, limit = needs[bucket]
+            source = self.source(bucket, limit)
+            availability = source.availability or Availability(now, limit, 0)
+            when = None if bucket.what == CONCURRENT else availability.when(missing)
+            unknown_s = 1.0 if bucket.what == CONCURRENT else WINDOW_S + self._lease_s
             wait_s = max(ceil(unknown_s if when is None else when - now), 1)
-            used = min(max(limit - room.free_at(now) - source.left(now), 0), limit)
-            refusals.append(RateLimited(pot.what, limit, used, units, wait_s))
+            used = min(max(limit - availability.free_at(now) - source.left(now), 0), limit)
+            refusals.append(RateLimited(bucket.what, limit, used, units, wait_s))
         return max(refusals, key=lambda refused: refused.retry_after_s or 0)
 
-    def standing(self, needs: Needs, now: float) -> RateLimitStatus | None:
+    def status(self, needs: Needs, now: float) -> RateLimitStatus | None:
         quotas: dict[str, Quota] = {}
-        for pot, (_, limit) in needs.items():
-            if pot.what == CONCURRENT:
+        for bucket, (_, limit) in needs.items():
+            if bucket.what == CONCURRENT:
                 continue
-            source = self.source(pot, limit)
-            known = source.availability.free_at(now) if source.availability else 0
-            remaining = min(max(known, 0) + source.left(now), limit)
-            if pot.what not in quotas or remaining < quotas[pot.what].remaining:
-                quotas[pot.what] = Quota(limit, remaining, WINDOW_S)
+            source = self.source(bucket, limit)
+            free = source.availability.free_at(now) if source.availability else 0
+            remaining = min(max(free, 0) + source.left(now), limit)
+            if bucket.what not in quotas or remaining < quotas[bucket.what].remaining:
+                quotas[bucket.what] = Quota(limit, remaining, WINDOW_S)
         return RateLimitStatus(quotas.get(REQUESTS), quotas.get(TOKENS)) if quotas else None

@@ -1,1 +1,1 @@
-"""The registry of models: bases, adapters, their versions and aliases."""
+"""Registers models: bases, adapters, their versions and aliases."""

@@ -1,11 +1,11 @@
-"""The catalogue: which models there are, whose they are, and which version a name means now.
+"""Keeps the registry: which models exist, who owns them, and which version a name means now.
 
     smollm2-135m            a base, open to every tenant
     acme/support            an alias of tenant acme: its promoted version
     acme/support@3f9c1a…    an immutable version, named by its content
 
-An adapter enters the catalogue only with a card that agrees with its bytes, whose gate passed, and with
-files that fit its base. It is served once an engine has shown that it takes effect.
+An adapter is registered only with a card that agrees with its bytes and whose gate passed, and with files
+that fit its base. It is served once an engine has shown that it takes effect.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ from serve.tenants.audit import SYSTEM, record
 
 VERSION_PATTERN = re.compile(r"^[0-9a-f]{16}$")
 
-_STANDING = sa.and_(adapters_table.c.state != VersionState.REJECTED, adapters_table.c.retired_at.is_(None))
+_SERVABLE = sa.and_(adapters_table.c.state != VersionState.REJECTED, adapters_table.c.retired_at.is_(None))
 _SERVED = sa.and_(adapters_table.c.state == VersionState.READY, adapters_table.c.retired_at.is_(None))
 
 
 class AdapterRegistry:
-    """The adapters of one store. Methods block."""
+    """Registers, promotes and resolves the adapters of one store. Methods block."""
 
     def __init__(self, store: Store, bases: list[str]) -> None:
         self._store = store
@@ -53,11 +53,11 @@ class AdapterRegistry:
     def register(
         self, directory: Path, *, at: datetime, base_dir: Path, max_rank: int, actor: str = SYSTEM
     ) -> AdapterVersion:
-        """Enter the published adapter in `directory` (`…/<tenant>/<name>/<version>`) as pending.
+        """Registers the published adapter in `directory` (`…/<tenant>/<name>/<version>`) as pending.
 
-        Idempotent: a version that is known stays as it is. Its training is billed if the plan has a price.
+        Idempotent. Its training is billed if the plan has a price.
 
-        Raises CatalogueError if the card and the bytes disagree, the place or the base contradicts the card,
+        Raises RegistryError if the card and the bytes disagree, the place or the base contradicts the card,
         its gate did not pass or its files do not fit the base; UnknownRecord for an unknown tenant.
         """
         card = _verified(directory)
@@ -65,13 +65,13 @@ class AdapterRegistry:
             raise RegistryError(f"{directory.name}: its base is '{card.base}', not '{base_dir.name}'")
         files = inspect(directory, base_dir, max_rank=max_rank)
         row = {"tenant_id": card.tenant, "name": card.adapter, "version": card.version, "base": card.base}
-        found = {"registered_at": at, "rank": files.rank, "bytes": files.bytes}
+        facts = {"registered_at": at, "rank": files.rank, "bytes": files.bytes}
         try:
             with self._change() as connection:
-                known = connection.execute(_select(card.tenant, card.adapter, card.version)).first()
-                if known is not None:
-                    return _ref(known)
-                inserted = connection.execute(adapters_table.insert().values(row | found))
+                existing = connection.execute(_select(card.tenant, card.adapter, card.version)).first()
+                if existing is not None:
+                    return _ref(existing)
+                inserted = connection.execute(adapters_table.insert().values(row | facts))
                 assert inserted.inserted_primary_key is not None
                 adapter = AdapterVersion(
                     inserted.inserted_primary_key[0], card.tenant, card.adapter, card.version
@@ -92,24 +92,24 @@ class AdapterRegistry:
         return adapter
 
     def promote(self, adapter: AdapterVersion, *, at: datetime, actor: str = SYSTEM) -> None:
-        """Let the alias `tenant/name` mean `adapter` from now on; requests in flight keep theirs.
+        """Lets the alias `tenant/name` mean `adapter` from now on. Requests in flight keep their version.
 
         A version that is pending takes over when it becomes ready; until then the alias means what it did.
 
-        Raises CatalogueError if the version is rejected or retired, UnknownRecord for an unknown one.
+        Raises RegistryError if the version is rejected or retired, UnknownRecord for an unknown one.
         """
         with self._change() as connection:
-            _require_standing(_row(connection, adapter), adapter)
+            _require_servable(_row(connection, adapter), adapter)
             connection.execute(promotions_table.insert().values(adapter_id=adapter.id, promoted_at=at))
             revision.count_change(connection)
             _record(connection, "promote", adapter, actor, at)
 
     def mark_ready(self, adapter: AdapterVersion, at: datetime) -> bool:
-        """An engine has shown that `adapter` takes effect. False if its state was decided before."""
+        """Marks `adapter` ready: an engine saw it take effect. False if its state was decided before."""
         return self._decide(adapter, state=VersionState.READY, probed_at=at)
 
     def reject(self, adapter: AdapterVersion, reason: str, at: datetime) -> bool:
-        """An engine has shown that `adapter` must not be served. False if its state was decided before."""
+        """Rejects `adapter`, which an engine found unfit. False if its state was decided before."""
         return self._decide(
             adapter, state=VersionState.REJECTED, reason=reason[:REASON_CHARS_MAX], probed_at=at
         )
@@ -124,22 +124,22 @@ class AdapterRegistry:
         return decided
 
     def pin(self, adapter: AdapterVersion, pinned: bool, *, actor: str = SYSTEM) -> None:
-        """Let every replica keep `adapter` loaded, or no longer. Idempotent.
+        """Lets every replica keep `adapter` loaded, or no longer. Idempotent.
 
-        Raises CatalogueError for pinning a rejected or retired version, UnknownRecord for an unknown one.
+        Raises RegistryError for pinning a rejected or retired version, UnknownRecord for an unknown one.
         """
         with self._change() as connection:
             row = _row(connection, adapter)
             if pinned:
-                _require_standing(row, adapter)
+                _require_servable(row, adapter)
             if row.pinned != pinned:
                 _update(connection, adapter, pinned=pinned)
                 _record(connection, "pin" if pinned else "unpin", adapter, actor)
 
     def retire(self, adapter: AdapterVersion, at: datetime, *, actor: str = SYSTEM) -> None:
-        """Serve `adapter` no longer, for good. Idempotent.
+        """Retires `adapter`: it is not served any more, for good. Idempotent.
 
-        Raises CatalogueError if its alias means it, or will once its probe has passed; UnknownRecord.
+        Raises RegistryError if its alias means it, or will once its probe has passed; UnknownRecord.
         """
         c = adapters_table.c
         with self._change() as connection:
@@ -154,7 +154,7 @@ class AdapterRegistry:
             _record(connection, "retire", adapter, actor, at)
 
     def find(self, tenant: str, name: str, version: str) -> AdapterVersion:
-        """The registered version, whatever its state. Raises UnknownRecord."""
+        """Returns the registered version, whatever its state. Raises UnknownRecord."""
         with self._store.read() as connection:
             row = connection.execute(_select(tenant, name, version)).first()
         if row is None:
@@ -162,51 +162,51 @@ class AdapterRegistry:
         return _ref(row)
 
     def state(self, adapter: AdapterVersion) -> VersionState:
-        """Raises UnknownRecord."""
+        """Returns the version's state. Raises UnknownRecord."""
         with self._store.read() as connection:
             return VersionState(_row(connection, adapter).state)
 
     def entry(self, adapter: AdapterVersion) -> VersionInfo:
-        """Raises UnknownRecord."""
+        """Returns everything stored of the version. Raises UnknownRecord."""
         for entry in self.entries(adapter.tenant):
             if entry.ref == adapter:
                 return entry
         raise _unknown(adapter)
 
     def entries(self, tenant: str | None = None) -> list[VersionInfo]:
-        """Every version ever registered, of one tenant or of all, by tenant, name and age."""
+        """Returns every version ever registered, of one tenant or of all, by tenant, name and age."""
         c = adapters_table.c
-        whose = sa.true() if tenant is None else c.tenant_id == tenant
-        query = sa.select(adapters_table).where(whose).order_by(c.tenant_id, c.name, c.id)
+        owned = sa.true() if tenant is None else c.tenant_id == tenant
+        query = sa.select(adapters_table).where(owned).order_by(c.tenant_id, c.name, c.id)
         with self._store.read() as connection:
             rows = connection.execute(query).all()
-            aliases = _aliases(connection, whose)
+            aliases = _aliases(connection, owned)
         return [_entry(row, aliases.get(row.id)) for row in rows]
 
     def desired(self, base: str) -> list[DesiredVersion]:
-        """What the engines of `base` should have, in the order of registration."""
+        """Returns the versions that the engines of `base` should have, in the order of registration."""
         c = adapters_table.c
-        query = sa.select(adapters_table).where(c.base == base, _STANDING).order_by(c.id)
+        query = sa.select(adapters_table).where(c.base == base, _SERVABLE).order_by(c.id)
         with self._store.read() as connection:
             rows = connection.execute(query).all()
         return [DesiredVersion(_ref(row), VersionState(row.state), row.pinned) for row in rows]
 
     def revision(self) -> int:
-        """A number that grows with every change of the catalogue, visible together with the change."""
+        """Returns a number that grows with every change of the registry, visible together with the change."""
         with self._store.read() as connection:
             return revision.current(connection)
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[sa.Connection]:
-        """A write that no other change of the catalogue overlaps, so that revisions commit in order."""
+        """Writes without overlap with other changes of the registry, so that revisions commit in order."""
         with self._store.write() as connection:
             revision.lock(connection)
             yield connection
 
     def resolve(self, connection: sa.Connection, tenant: str, name: str) -> Model:
-        """What `name` means for `tenant` now: only versions that are ready and not retired.
+        """Returns what `name` means for `tenant` now, among versions that are ready and not retired.
 
-        Raises ModelNotFound, the same for a name nobody has and for one another tenant has.
+        Raises ModelNotFound, the same for a name that does not exist and for one that another tenant has.
         """
         if name in self._bases:
             return Model(name, name, None)
@@ -227,7 +227,7 @@ class AdapterRegistry:
         return Model(name, row.base, _ref(row), row.registered_at)
 
     def models(self, tenant: str) -> list[Model]:
-        """The bases, then the tenant's own aliases and versions."""
+        """Returns the bases, then the tenant's own aliases and versions."""
         c = adapters_table.c
         query = sa.select(adapters_table).where(c.tenant_id == tenant, c.base.in_(self._bases), _SERVED)
         promoted = sa.select(c.name).join(promotions_table).where(c.tenant_id == tenant).distinct()
@@ -242,7 +242,7 @@ class AdapterRegistry:
 
 
 def newest_published(adapters_dir: Path, tenant: str, name: str) -> Path:
-    """The directory of the most recently published version of `tenant/name`.
+    """Returns the directory of the most recently published version of `tenant/name`.
 
     Raises InvalidName for a bad name, UnknownRecord if nothing is published under it.
     """
@@ -292,7 +292,7 @@ def _record(
     record(connection, f"adapter.{verb}", adapter.model, actor=actor, tenant=adapter.tenant, at=at)
 
 
-def _require_standing(row: sa.Row[Any], adapter: AdapterVersion) -> None:
+def _require_servable(row: sa.Row[Any], adapter: AdapterVersion) -> None:
     if row.retired_at is not None:
         raise RegistryError(f"{adapter.model} is retired.")
     if row.state == VersionState.REJECTED:
@@ -300,10 +300,10 @@ def _require_standing(row: sa.Row[Any], adapter: AdapterVersion) -> None:
 
 
 def _aliases(connection: sa.Connection, *where: sa.ColumnElement[bool]) -> dict[int, Alias]:
-    """By id, the versions that aliases mean now, and those that they will mean once a probe has passed."""
+    """Returns by id the versions that aliases mean now, and will mean once a probe has passed."""
     c = adapters_table.c
     key = (c.id, c.tenant_id, c.name, c.state)
-    query = sa.select(*key).join(promotions_table).where(_STANDING, *where).group_by(*key)
+    query = sa.select(*key).join(promotions_table).where(_SERVABLE, *where).group_by(*key)
     now: dict[tuple[str, str], int] = {}
     coming: dict[tuple[str, str], int] = {}
     for row in connection.execute(query.order_by(sa.func.max(promotions_table.c.id).desc())):

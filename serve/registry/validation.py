@@ -1,7 +1,7 @@
-"""The files of a LoRA adapter: what must be true of them before the adapter may become visible.
+"""Validates the files of a LoRA adapter before the adapter is registered.
 
-An engine that finds no layer for a weight serves the base's answers without a word, and one that cannot load
-a file fails its tenant's first request. So the bytes are judged before any engine sees them.
+An engine that finds no layer for a weight silently serves the base's answers. One that cannot load a file
+fails the tenant's first request. So the bytes are checked before any engine sees them.
 
 Sources: PEFT's LoRA configuration reference; the safetensors format; vLLM's `PEFTHelper` and issue 34186.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import regex  # type: ignore[import-untyped]  # unlike re, it can be told when to stop
+import regex  # type: ignore[import-untyped]  # unlike re, it takes a time-out
 
 from finetune.card import ADAPTER_CONFIG_NAME, WEIGHTS_NAME
 from serve.errors import RegistryError
@@ -55,7 +55,7 @@ _Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class LoraFiles:
-    """What an adapter's files hold: full paths of modules, sorted; the bytes of the weights file."""
+    """Describes an adapter's files. `modules` are full paths, sorted; `bytes` is the size of the weights."""
 
     rank: int
     alpha: float
@@ -66,6 +66,8 @@ class LoraFiles:
 
 
 class _Tensor(NamedTuple):
+    """Locates one tensor of a safetensors file."""
+
     begin: int  # from the start of the file
     bytes: int
     dtype: str
@@ -73,12 +75,12 @@ class _Tensor(NamedTuple):
 
 
 def inspect(directory: Path, base_dir: Path, *, max_rank: int) -> LoraFiles:
-    """What the adapter in `directory` holds, once it is known to fit the base in `base_dir`.
+    """Validates the adapter in `directory` against the base in `base_dir`, and describes it.
 
     Per module, lora_A is (rank, in) and lora_B is (out, rank), where the base's weight is (out, in).
     Reads headers of the base and every byte of the adapter, in bounded memory.
 
-    Raises CatalogueError, which names the file, field or tensor, what was found and what is needed.
+    Raises RegistryError, which names the file, field or tensor, its value and what is needed.
     """
     try:
         _require_plain_files(directory)
@@ -100,11 +102,11 @@ def inspect(directory: Path, base_dir: Path, *, max_rank: int) -> LoraFiles:
 
 
 def decoder_linears(base_dir: Path) -> dict[str, tuple[int, int]]:
-    """The (out, in) of every linear layer in the base's decoder layers by module path, plain or quantized.
+    """Returns (out, in) of each linear layer of the decoder layers by module path, plain or quantized.
 
     compressed-tensors keeps a packed weight's shape in `weight_shape`, bitsandbytes in its quant state.
 
-    Raises CatalogueError if there are none or a file is broken, OSError if one cannot be read.
+    Raises RegistryError if there are none or a file is broken, OSError if one cannot be read.
     """
     linears: dict[str, tuple[int, int]] = {}
     for path in base_dir.glob("model*.safetensors"):
@@ -128,34 +130,34 @@ def decoder_linears(base_dir: Path) -> dict[str, tuple[int, int]]:
 
 
 def target_suffixes(base_dir: Path) -> list[str]:
-    """The last names in the paths of `decoder_linears`, each once, sorted: what an adapter may target."""
+    """Returns the last names in the paths of `decoder_linears`, sorted: what an adapter may target."""
     return sorted({module.rpartition(".")[2] for module in decoder_linears(base_dir)})
 
 
-def _require(holds: object, where: str, problem: str) -> None:
-    if not holds:
+def _require(condition: object, where: str, problem: str) -> None:
+    if not condition:
         raise RegistryError(f"{where}: {problem}")
 
 
 def _require_plain_files(directory: Path) -> None:
     _require(not directory.is_symlink(), directory.name, "is a symbolic link")
     for entry in directory.iterdir():
-        _require(entry.is_file() and not entry.is_symlink(), _shown(entry.name), "is not a plain file")
+        _require(entry.is_file() and not entry.is_symlink(), _excerpt(entry.name), "is not a plain file")
         suffix = entry.suffix.lower()
         weights = suffix in _PICKLES or (suffix == ".safetensors" and entry.name != WEIGHTS_NAME)
-        _require(not weights, _shown(entry.name), f"weights may only be in {WEIGHTS_NAME}")
+        _require(not weights, _excerpt(entry.name), f"weights may only be in {WEIGHTS_NAME}")
     for name in (ADAPTER_CONFIG_NAME, WEIGHTS_NAME):
         _require((directory / name).exists(), name, "is missing")
 
 
 def _read_config(path: Path, max_rank: int) -> dict[str, Any]:
-    """PEFT's LoraConfig; the fields that change what the adapter computes are known to be served."""
+    """Reads PEFT's LoraConfig, and refuses fields that change the computation and are not served."""
     size = path.stat().st_size
     _require(size <= _CONFIG_BYTES_MAX, path.name, f"{size} bytes, at most {_CONFIG_BYTES_MAX} are allowed")
     config = _json_object(path.read_bytes(), path.name)
 
-    def need(field: str, holds: bool, expected: str) -> None:
-        _require(holds, path.name, f"{field} is {_shown(config.get(field))}, expected {expected}")
+    def need(field: str, condition: bool, expected: str) -> None:
+        _require(condition, path.name, f"{field} is {_excerpt(config.get(field))}, expected {expected}")
 
     need("peft_type", config.get("peft_type") == "LORA", "'LORA'")
     need("task_type", config.get("task_type") in (None, "CAUSAL_LM"), "'CAUSAL_LM' or nothing")
@@ -171,7 +173,7 @@ def _read_config(path: Path, max_rank: int) -> dict[str, Any]:
 
 
 def _read_header(file: BinaryIO, where: str, bytes_max: int) -> dict[str, _Tensor]:
-    """The tensors of a safetensors file: an 8-byte length, a JSON header, then the tensors without gaps."""
+    """Reads the header of a safetensors file: an 8-byte length, JSON, then the tensors without gaps."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     sane = size >= 8 and length <= min(bytes_max, size - 8)
@@ -182,9 +184,9 @@ def _read_header(file: BinaryIO, where: str, bytes_max: int) -> dict[str, _Tenso
     texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     _require(texts, where, "__metadata__ must hold only texts")
     end = 8 + length
-    tensors = {name: _tensor(entry, f"{where}: {_shown(name)}", end) for name, entry in header.items()}
+    tensors = {name: _tensor(entry, f"{where}: {_excerpt(name)}", end) for name, entry in header.items()}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1]):
-        _require(tensor.begin == end, where, f"{_shown(name)} begins at {tensor.begin}, expected {end}")
+        _require(tensor.begin == end, where, f"{_excerpt(name)} begins at {tensor.begin}, expected {end}")
         end += tensor.bytes
     _require(end == size, where, f"its tensors end at byte {end}, the file at {size}")
     return tensors
@@ -194,24 +196,24 @@ def _tensor(entry: Any, where: str, data_begin: int) -> _Tensor:
     keys = {"dtype", "shape", "data_offsets"}
     _require(isinstance(entry, dict) and set(entry) == keys, where, f"expected {', '.join(sorted(keys))}")
     dtype, shape, offsets = str(entry["dtype"]), entry["shape"], entry["data_offsets"]
-    _require(dtype in _BITS, where, f"dtype {_shown(dtype)} is unknown")
+    _require(dtype in _BITS, where, f"dtype {_excerpt(dtype)} is unknown")
     sizes = _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
     fills = sizes and (offsets[1] - offsets[0]) * 8 == math.prod(shape) * _BITS[dtype]
-    _require(fills, where, f"{dtype} of shape {_shown(shape)} does not fill the bytes {_shown(offsets)}")
+    _require(fills, where, f"{dtype} of shape {_excerpt(shape)} does not fill the bytes {_excerpt(offsets)}")
     return _Tensor(data_begin + offsets[0], offsets[1] - offsets[0], dtype, tuple(shape))
 
 
 def _require_fitting_pairs(
     tensors: dict[str, _Tensor], linears: dict[str, tuple[int, int]], rank: int
 ) -> list[str]:
-    """The module paths: each a linear layer of the base, with both halves in the shapes that it needs."""
+    """Returns the modules' paths: each is a linear layer of the base, and both halves have its shapes."""
     modules = set()
     for name, tensor in tensors.items():
         if _NOT_ADAPTABLE.search(name):
-            raise RegistryError(f"{_shown(name)}: only linear layers of the decoder layers may be adapted")
+            raise RegistryError(f"{_excerpt(name)}: only linear layers of the decoder layers may be adapted")
         key = _KEY.fullmatch(name)
         if key is None:
-            raise RegistryError(f"{_shown(name)}: expected {_name('<module>', 'A')} or lora_B.weight")
+            raise RegistryError(f"{_excerpt(name)}: expected {_name('<module>', 'A')} or lora_B.weight")
         module, half = key.groups()
         _require(module in linears, name, f"the base has no linear layer {module}")
         other = _name(module, "B" if half == "A" else "A")
@@ -226,24 +228,24 @@ def _require_fitting_pairs(
 
 
 def _require_targets(config: dict[str, Any], modules: list[str]) -> None:
-    """The configuration names the modules and the layers that have weights, by PEFT's rules of matching."""
+    """Requires that the configuration names the modules and layers with weights, by PEFT's matching rules."""
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
-    where, field = ADAPTER_CONFIG_NAME, f"target_modules is {_shown(targets)}"
+    where, field = ADAPTER_CONFIG_NAME, f"target_modules is {_excerpt(targets)}"
     if isinstance(targets, str):
         _require_match(targets, modules, f"{where}: {field}")
     else:
         names = isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
         _require(names, where, f"{field}, expected names or a regular expression")
-        wanted = unused = frozenset(targets or ())
+        targeted = unused = frozenset(targets or ())
         for module in modules:
             suffixes = {module.split(".", dots)[-1] for dots in range(module.count(".") + 1)}
-            _require(suffixes & wanted, _name(module, "A"), f"{module} is not in target_modules")
+            _require(suffixes & targeted, _name(module, "A"), f"{module} is not in target_modules")
             unused -= suffixes
-        _require(not unused, where, f"target_modules: there are no weights for {_shown(sorted(unused))}")
+        _require(not unused, where, f"target_modules: there are no weights for {_excerpt(sorted(unused))}")
     present = {int(layer[1]) for module in modules if (layer := _LAYER.search(module))}
     numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
     agree = not numbers or (all(type(number) is int for number in numbers) and present == set(numbers))
-    _require(agree, where, f"layers_to_transform is {_shown(layers)}, expected {_shown(sorted(present))}")
+    _require(agree, where, f"layers_to_transform is {_excerpt(layers)}, expected {_excerpt(sorted(present))}")
 
 
 def _require_match(pattern: str, modules: list[str], where: str) -> None:
@@ -266,8 +268,8 @@ def _require_finite_effect(file: BinaryIO, tensors: dict[str, _Tensor], modules:
 def _has_nonzero(file: BinaryIO, name: str, tensor: _Tensor) -> bool:
     word, exponent = _FLOATS[tensor.dtype]
     nonzero = False
-    for done in range(0, tensor.bytes, _CHUNK_BYTES):
-        chunk = _read(file, tensor.begin + done, min(_CHUNK_BYTES, tensor.bytes - done))
+    for offset in range(0, tensor.bytes, _CHUNK_BYTES):
+        chunk = _read(file, tensor.begin + offset, min(_CHUNK_BYTES, tensor.bytes - offset))
         bits = np.frombuffer(chunk, dtype=word)
         _require(((bits & exponent) != exponent).all(), name, "holds NaN or Inf, expected finite numbers")
         nonzero |= bool((bits << 1).any())  # without the sign: -0.0 is zero
@@ -275,7 +277,7 @@ def _has_nonzero(file: BinaryIO, name: str, tensor: _Tensor) -> bool:
 
 
 def _read(file: BinaryIO, begin: int, count: int) -> bytes:
-    # Not a memory map: a file that shrinks meanwhile is an error here and kills the process there.
+    # Not a memory map: if a file shrinks meanwhile, this raises, and a memory map kills the process.
     file.seek(begin)
     data = file.read(count)
     _require(len(data) == count, file.name, f"{len(data)} of {count} bytes at {begin}: it was shortened")
@@ -284,7 +286,7 @@ def _read(file: BinaryIO, begin: int, count: int) -> bytes:
 
 def _json_object(raw: bytes, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # Of two equal keys one reader takes the first, another the last: the judged one must be the served.
+        # Readers differ in which of two equal keys they take. The checked one must be the served one.
         _require(len(dict(pairs)) == len(pairs), where, "a key occurs twice")
         return dict(pairs)
 
@@ -305,5 +307,5 @@ def _name(module: str, half: str) -> str:
     return f"base_model.model.{module}.lora_{half}.weight"
 
 
-def _shown(value: object) -> str:
-    return ascii(value)[:200]  # what a file holds may be control characters, and as long as the file
+def _excerpt(value: object) -> str:
+    return ascii(value)[:200]  # a file may hold control characters, and very long values

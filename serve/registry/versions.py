@@ -1,4 +1,4 @@
-"""Adapter versions: what the catalogue keeps of each, and what it tells of it."""
+"""Defines adapter versions: their tables, and the types that the registry returns."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +14,7 @@ REASON_CHARS_MAX = 1000
 
 
 class VersionState(StrEnum):
-    """What is known of a version; it leaves PENDING once, for good."""
+    """Names the state of a version, which leaves PENDING once, for good."""
 
     PENDING = "pending"  # its files fit its base; no engine has probed it yet
     READY = "ready"  # an engine saw it change the logits, and the base's come back without it
@@ -54,7 +54,7 @@ Alias = Literal["now", "next"]
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """One immutable adapter version; `id` is unique in the catalogue for ever, so in every engine."""
+    """Identifies one immutable adapter version. `id` is never used again, so it is unique in every engine."""
 
     id: int
     tenant: str
@@ -66,13 +66,13 @@ class AdapterVersion:
         return f"{self.tenant}/{self.name}@{self.version}"
 
     def path(self, adapters_dir: Path) -> Path:
-        """Where its files lie. The parts were validated when it was registered."""
+        """Returns the directory of its files. The parts were validated when it was registered."""
         return adapters_dir / self.tenant / self.name / self.version
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a model name means for one tenant at one moment."""
+    """Holds what a model name means for one tenant at one moment."""
 
     name: str
     base: str
@@ -82,7 +82,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class DesiredVersion:
-    """A version that the engines of its base should have: to probe it, to keep it loaded, or to serve it."""
+    """Names a version that the engines of its base should have: to probe, to keep loaded, or to serve."""
 
     ref: AdapterVersion
     state: VersionState

@@ -1,13 +1,11 @@
-"""The store: engine, transactions, migrations.
+"""Store: connects to the database, runs transactions and migrates the schema.
 
-SQLite in WAL mode by default, PostgreSQL by URL; the code above is the same for both. Every
-transaction is either `read`, which sees one moment of the store, or `write`. On SQLite a write
-takes the lock at its start (BEGIN IMMEDIATE): a transaction that reads first and upgrades later
-can fail with SQLITE_BUSY at once, whatever the busy timeout (https://www.sqlite.org/isolation.html).
-On PostgreSQL writes run side by side and each statement sees what was committed before it: who
-decides by what it has read locks it (`with_for_update`), or writes under a condition.
-
-INSERT that knows ON CONFLICT, which SQLAlchemy spells by dialect.
+SQLite in WAL mode is the default, PostgreSQL is chosen by URL; callers use the same code for both. Every
+transaction is either `read`, which sees one snapshot of the store, or `write`. On SQLite a write takes the
+lock at its start (BEGIN IMMEDIATE): a transaction that reads first and upgrades later can fail with
+SQLITE_BUSY at once, whatever the busy timeout (https://www.sqlite.org/isolation.html). On PostgreSQL writes
+run concurrently, and each statement sees what was committed before it. A write that depends on a read must
+lock the row (`with_for_update`) or be conditional.
 """
 
 import contextlib
@@ -29,6 +27,7 @@ from serve.storage import postgresql
 
 
 def insert(connection: sa.Connection, table: sa.Table) -> Any:
+    """Return an INSERT that supports ON CONFLICT, which SQLAlchemy implements per dialect."""
     return (sqlite if connection.dialect.name == "sqlite" else postgresql_dialect).insert(table)
 
 
@@ -45,13 +44,13 @@ metadata = sa.MetaData(
 )
 
 
-# For rows that are added for ever: 2³¹ of them are twelve days at 1,000 requests a second. SQLite numbers
-# rows by itself, with 64 bits, only if the column's type is INTEGER.
+# Ids of tables that grow with each request: 2³¹ rows, two per request, last twelve days at 1,000 requests a
+# second. SQLite assigns 64-bit row ids only if the column's type is INTEGER.
 RowId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 class UtcDateTime(sa.types.TypeDecorator[datetime]):
-    """A point in time, always timezone-aware UTC in Python; SQLite keeps no zone of its own."""
+    """Stores a point in time: always timezone-aware UTC in Python. SQLite stores no time zone."""
 
     impl = sa.DateTime(timezone=True)
     cache_ok = True
@@ -70,8 +69,8 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-class _InTurn:
-    """A lock that others wait for, but not for ever: then `with` raises StoreUnavailable."""
+class _TimedLock:
+    """Locks with a time-out: `with` raises StoreUnavailable after `timeout_s`."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -86,13 +85,13 @@ class _InTurn:
 
 
 class Store:
-    """A handle on the database. Its methods block: async code calls them in a thread."""
+    """Gives access to the database. Its methods block: async code calls them in a thread."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         parsed = sa.make_url(url)
         self._postgresql = parsed.get_backend_name() in ("postgresql", "postgres")
-        # Parameters are what clients sent and digests of keys: an error that is logged does not show them.
+        # Parameters hold clients' data and digests of keys, so logged errors do not show them.
         self._engine = sa.create_engine(
             postgresql.url_of(parsed) if self._postgresql else parsed,
             pool_size=8,
@@ -100,13 +99,13 @@ class Store:
             pool_timeout=5,
             hide_parameters=True,
         )
-        self._writing: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        self._write_lock: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self._postgresql:
             postgresql.prepare(self._engine)
         else:
-            # One writer of this process at a time: SQLite's own waiting is a lottery that polls, and among
-            # many threads of many gateways some would draw no ticket in its five seconds.
-            self._writing = _InTurn(WRITER_TIMEOUT_S)
+            # One writer of this process at a time: SQLite waits by polling, without order. Among many threads
+            # of many gateways, some would not get the lock within its five seconds.
+            self._write_lock = _TimedLock(WRITER_TIMEOUT_S)
             sa.event.listen(self._engine, "connect", _configure_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
 
@@ -115,25 +114,25 @@ class Store:
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """A read-only transaction. Raises StoreUnavailable if the database cannot be reached."""
+        """Run a read-only transaction. Raises StoreUnavailable if the database cannot be reached."""
         with self._transaction(write=False) as connection:
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """A transaction that commits on exit and rolls back on any exception.
+        """Run a transaction that commits on exit and rolls back on any exception.
 
         Raises StoreUnavailable if the database cannot be reached or stays locked.
         """
-        with self._writing, self._transaction(write=True) as connection:
+        with self._write_lock, self._transaction(write=True) as connection:
             yield connection
 
     @contextmanager
     def _transaction(self, *, write: bool) -> Iterator[sa.Connection]:
         try:
-            with self._begun(write=write) as connection:
+            with self._begin_reconnecting(write=write) as connection:
                 yield connection
-                connection.commit()  # what leaves earlier is rolled back
+                connection.commit()  # not reached if the block raises: then closing rolls back
         except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
             raise StoreUnavailable() from error
         except sa.exc.DBAPIError as error:
@@ -141,12 +140,11 @@ class Store:
                 raise StoreUnavailable() from error
             raise
 
-    def _begun(self, *, write: bool) -> sa.Connection:
-        """A connection in a new transaction.
+    def _begin_reconnecting(self, *, write: bool) -> sa.Connection:
+        """Return a connection in a new transaction.
 
-        The pool's may have died while nobody used it. The database is told to begin anyway, so that is the
-        ping, and costs no round trip of its own. One that is dead takes the pool's others with it: the second
-        is new.
+        A pooled connection may have died while it was idle. BEGIN serves as the ping, so there is no extra
+        round trip. A dead connection invalidates the whole pool, so the second try gets a new one.
         """
         try:
             return self._begin(write=write)
@@ -165,12 +163,14 @@ class Store:
         return connection
 
     def migrate(self) -> None:
-        """Bring the schema to the newest revision; safe to run again, and by several processes."""
+        """Migrate the schema to the newest revision. Safe to repeat, and in several processes at a time."""
         if not self._postgresql and self._engine.url.database:
             Path(self._engine.url.database).parent.mkdir(parents=True, exist_ok=True)
         with self.write() as connection:
-            turn = postgresql.migrating(connection) if self._postgresql else contextlib.nullcontext()
-            with turn:
+            migration_lock = (
+                postgresql.migrating(connection) if self._postgresql else contextlib.nullcontext()
+            )
+            with migration_lock:
                 command.upgrade(_alembic_config(connection), "head")
 
     def close(self) -> None:
@@ -185,7 +185,7 @@ def _alembic_config(connection: sa.Connection) -> Config:
 
 
 def _configure_sqlite(dbapi_connection: Any, _record: Any) -> None:
-    dbapi_connection.isolation_level = None  # we say BEGIN ourselves, see `_begin_sqlite`
+    dbapi_connection.isolation_level = None  # `_begin_sqlite` sends BEGIN
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
         dbapi_connection.execute(f"PRAGMA {pragma}")
 

@@ -1,4 +1,4 @@
-"""Lists in pages, as OpenAI's API has them: oldest or newest first, behind a given id."""
+"""Pages through lists as OpenAI's API does: oldest or newest first, behind a given id."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[Item]):
-    """Part of a list; `has_more` says that there are items behind the last one."""
+    """Holds part of a list. `has_more` is true if there are items behind the last one."""
 
     items: Sequence[Item]
     has_more: bool
@@ -27,15 +27,15 @@ def page(
     limit: int | None,
     newest_first: bool = False,
 ) -> Page[sa.Row[Any]]:
-    """The rows of `table` behind the row whose id is `after`, by creation; all of them without a limit.
+    """Return the rows of `table` behind the row with the id `after`, in order of creation.
 
-    Raises InvalidRequest if none of the rows in question has that id.
+    Without `limit`, all rows are returned. Raises InvalidRequest if no selected row has that id.
     """
     c = table.c
     query = sa.select(table).where(*where)
     if after is not None:
-        found = sa.select(c.created_at).where(c.id == after, *where)
-        cursor = connection.execute(found).first() if after.isprintable() else None
+        cursor_query = sa.select(c.created_at).where(c.id == after, *where)
+        cursor = connection.execute(cursor_query).first() if after.isprintable() else None
         if cursor is None:
             raise InvalidRequest("'after' is not the id of an item of this list.", "after", "invalid_value")
         at = cursor.created_at

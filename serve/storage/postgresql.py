@@ -1,7 +1,7 @@
-"""PostgreSQL as the store: how it is reached, how long it is waited for, how its transactions begin.
+"""Connects to PostgreSQL: sets the driver, the time-outs and how transactions begin.
 
-Nothing here waits for ever. The server ends a statement or a wait for a lock that takes too long; of a server
-that says nothing at all (frozen, its disk gone, a network that swallows packets) the client takes its leave.
+Every wait has a time-out. The server ends a statement or a lock wait that takes too long. The client gives
+up on a server that sends nothing at all (frozen, its disk gone, a network that drops packets).
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ CONNECT_TIMEOUT_S = 5
 LOCK_TIMEOUT_S = 5
 STATEMENT_TIMEOUT_S = 10
 SILENCE_TIMEOUT_S = 15.0
-# A gateway that stands still in mid-transaction must not keep its tenants' rows locked.
+# A gateway that stops within a transaction must not keep its tenants' rows locked.
 IDLE_IN_TRANSACTION_TIMEOUT_S = 60
 MIGRATION_TIMEOUT_S = 600
 
-# A read sees one moment of the store, as on SQLite, however many queries it asks. It can fail neither for a
-# lock nor for another's write.
+# A read sees one snapshot of the store for all its queries, as on SQLite. It cannot fail because of a lock or
+# a concurrent write.
 BEGIN_READ = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 BEGIN_WRITE = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
@@ -35,15 +35,17 @@ _RV = TypeVar("_RV")
 
 
 class _Text(StrDumperUnknown):
-    """Texts of PostgreSQL have no NUL, clients may. They then ask for what is not there, as on SQLite,
-    or have a name with a replacement character in it."""
+    """Replaces NUL in text, which PostgreSQL cannot store but clients may send.
+
+    Such a look-up then finds nothing, as on SQLite, and such a name is stored with a replacement character.
+    """
 
     def dump(self, obj: str) -> Buffer | None:
         return super().dump(obj.replace("\0", "\ufffd"))
 
 
 class _Connection(psycopg.Connection[Any]):
-    """Is not waited for longer than `silence_timeout_s` at a time, and is of no more use after that."""
+    """Closes the connection if the server sends nothing for `silence_timeout_s`."""
 
     silence_timeout_s = SILENCE_TIMEOUT_S
 
@@ -56,7 +58,7 @@ class _Connection(psycopg.Connection[Any]):
 
 
 def url_of(url: sa.URL) -> sa.URL:
-    """With our driver and our time-outs; what the URL says itself comes first."""
+    """Return the URL with our driver and time-outs. Options in the URL take precedence."""
     server = {
         "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
         "lock_timeout": f"{LOCK_TIMEOUT_S}s",
@@ -64,7 +66,7 @@ def url_of(url: sa.URL) -> sa.URL:
     }
     options = [f"-c {name}={value}" for name, value in server.items()]
     if "options" in url.query:
-        options.append(str(url.query["options"]))  # the last word is theirs
+        options.append(str(url.query["options"]))  # last, so the URL's options win
     client = {
         "connect_timeout": str(CONNECT_TIMEOUT_S),
         "application_name": "bespoke",
@@ -84,10 +86,10 @@ def prepare(engine: sa.Engine) -> None:
 def _connect(
     _dialect: sa.Dialect, _record: Any, arguments: list[Any], options: dict[str, Any]
 ) -> _Connection:
-    # We say BEGIN ourselves, see `_begin`.
+    # `_begin` sends BEGIN.
     connection = _Connection.connect(*arguments, autocommit=True, **options)
     connection.adapters.register_dumper(str, _Text)
-    # What a sum of integers is here. The store has whole numbers only, and Decimal is neither money nor JSON.
+    # PostgreSQL sums integers to `numeric`. The store has only whole numbers, so they are read as int.
     connection.adapters.register_loader("numeric", IntLoader)
     return connection
 
@@ -98,21 +100,23 @@ def _begin(connection: sa.Connection) -> None:
 
 
 def takes_no_writes(error: sa.exc.DBAPIError) -> bool:
-    """Whether a write that failed says that the server takes none: a standby, or one whose disk ran full and
-    that its operator, or the cloud, has made read-only."""
+    """Return whether a write failed because the server is read-only.
+
+    That is a standby, or a server that was made read-only after its disk ran full.
+    """
     return getattr(error.orig, "sqlstate", None) == _READ_ONLY_SQL_TRANSACTION
 
 
 @contextmanager
 def migrating(connection: sa.Connection) -> Iterator[None]:
-    """One process at a time, the others wait; statements may take as long as a large table needs."""
+    """Let one process migrate at a time. Statements may take as long as a large table needs."""
     dbapi_connection: Any = connection.connection.dbapi_connection
     dbapi_connection.silence_timeout_s = MIGRATION_TIMEOUT_S
     try:
         for name in ("statement_timeout", "lock_timeout"):
             connection.exec_driver_sql(f"SET LOCAL {name} = '{MIGRATION_TIMEOUT_S}s'")
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-        # Whoever waits for a table has everyone else wait behind: not for long.
+        # A wait for a table lock blocks all later statements on that table, so it must be short.
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT_S}s'")
         yield
     finally:

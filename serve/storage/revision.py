@@ -1,7 +1,7 @@
-"""One number that grows with each change of what gateways and replicas may remember.
+"""Counts changes to what gateways and replicas cache, in one revision number.
 
-Versions, aliases and who pays which plan: whoever remembers them remembers the number that they were read
-at, and compares. It is visible together with the change.
+Adapter versions, aliases and plan subscriptions are cached together with the revision at which they were
+read; a different current revision invalidates them. The new revision commits together with the change.
 """
 
 import sqlalchemy as sa
@@ -22,7 +22,7 @@ def current(connection: sa.Connection) -> int:
 
 
 def lock(connection: sa.Connection) -> None:
-    """No other change overlaps what this transaction does now, so revisions commit in order."""
+    """Lock the revision until the transaction ends, so that revisions commit in order."""
     connection.execute(sa.select(revision_table.c.revision).with_for_update())
 
 

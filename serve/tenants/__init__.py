@@ -1,4 +1,4 @@
-"""Tenants, their projects and keys; the operator's platform keys; who is asking."""
+"""Tenants, their projects and keys, the operator's platform keys, and authentication."""
 
 from serve.tenants.key_hash import server_secret
 from serve.tenants.keys import KEY_PREFIX, SCOPES, ApiKey, Keys, Principal

@@ -1,8 +1,8 @@
-"""The audit log: who did what to which tenant, key, price or adapter.
+"""Audit log: records who changed which tenant, key, price or adapter.
 
-A row is written in the transaction of the action, so there is none without the other. Rows are only
-ever added: triggers in the store refuse to change or delete them (migration 0004). `details` hold what
-was asked for, never a key's secret.
+A row is written in the transaction of the action, so neither exists without the other. Rows are only
+added: triggers in the store refuse to change or delete them (migration 0004). `details` hold the
+parameters of the action, never a key's secret.
 
 Actors: `platform:<key id>` and `key:<key id>` over HTTP, `command:<user>` for `bespoke …`, `system` for
 the service itself.
@@ -38,7 +38,7 @@ audit_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """One thing that was done. `tenant` is None for what concerns all of them, a price plan say."""
+    """Describes one action. `tenant` is None for an action that concerns all, such as a new price plan."""
 
     id: int
     at: datetime
@@ -59,14 +59,14 @@ def record(
     tenant: str | None = None,
     at: datetime | None = None,
 ) -> None:
-    """Write down, in the caller's transaction, that `actor` did `action` (`key.create`) to `subject`."""
+    """Record in the caller's transaction that `actor` did `action` (such as `key.create`) to `subject`."""
     row = {"actor": actor[:128], "action": action, "tenant_id": tenant, "subject": subject}
-    document = json.dumps(details or {}, sort_keys=True, default=_plain)
+    document = json.dumps(details or {}, sort_keys=True, default=_json_value)
     connection.execute(audit_table.insert().values(**row, at=at or datetime.now(UTC), details=document))
 
 
 class Audit:
-    """The log of one store, for reading. Methods block."""
+    """Reads the audit log of one store. Methods block."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -79,7 +79,7 @@ class Audit:
         before: int | None = None,
         limit: int = 20,
     ) -> list[AuditEntry]:
-        """At most `limit` entries older than the entry `before`, newest first."""
+        """Return at most `limit` entries older than the entry `before`, newest first."""
         c = audit_table.c
         query = sa.select(audit_table).order_by(c.id.desc()).limit(limit)
         if tenant is not None:
@@ -93,14 +93,14 @@ class Audit:
 
 
 def command_actor() -> str:
-    """Who types `bespoke …` here: the operating system's user."""
+    """Return the actor of a `bespoke …` command: the operating system's user."""
     try:
         return f"command:{getpass.getuser()}"
     except (KeyError, OSError):  # a container's user may have no name
         return f"command:{os.getuid()}"
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, set | frozenset):

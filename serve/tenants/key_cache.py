@@ -1,9 +1,8 @@
-"""The door of one gateway: who a key belongs to, remembered for a second.
+"""Caches the owners of API keys in one gateway, for one second.
 
-Nothing that was remembered is used longer than `REMEMBERED_S` after the store was asked, so a key that was
-revoked, a tenant that was suspended and limits that were changed are seen by every gateway within that
-time and one look-up. Refusals are not remembered. When a key was last used is noted in memory and written
-in batches by `flush`, off the path of requests.
+An entry is used for at most `CACHE_TTL_S` after its look-up. A revoked key, a suspended tenant and changed
+limits therefore reach every gateway within that time and one look-up. Refusals are not cached. The time of
+a key's last use is kept in memory and written in batches by `flush`, off the path of requests.
 """
 
 import asyncio
@@ -13,8 +12,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, TypeVar
 
-REMEMBERED_S = 1.0
-REMEMBERED_MAX = 10_000
+CACHE_TTL_S = 1.0
+CACHED_KEYS_MAX = 10_000
 
 
 class Keyed(Protocol):
@@ -22,91 +21,95 @@ class Keyed(Protocol):
     def key_id(self) -> str: ...
 
 
-Who = TypeVar("Who", bound=Keyed)
-Found = TypeVar("Found", bound=Keyed, covariant=True)
+PrincipalT = TypeVar("PrincipalT", bound=Keyed)
+FoundT = TypeVar("FoundT", bound=Keyed, covariant=True)
 
 
-class KeyStore(Protocol[Found]):
-    """Where the keys are written down."""
+class KeyStore(Protocol[FoundT]):
+    """Stores keys by their digest."""
 
     def digest(self, key: str) -> str:
-        """Raises Unauthenticated for what cannot be a key."""
+        """Return the key's digest. Raises Unauthenticated if it cannot be a key."""
 
-    def find(self, digest: str, at: datetime) -> Found:
+    def find(self, digest: str, at: datetime) -> FoundT:
         """Raises Unauthenticated, TenantSuspended, StoreUnavailable."""
 
     def note_used(self, used: Mapping[str, datetime]) -> None:
-        """Write down, by key id, when keys were last used."""
+        """Store when keys were last used, by key id."""
 
 
 def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class KeyCache(Generic[Who]):
-    """Thread-safe, but for `shared`, which is for one event loop. `known` never blocks; the others do."""
+class KeyCache(Generic[PrincipalT]):
+    """Caches principals by key digest. Thread-safe, except `shared`, which is for one event loop.
+
+    `cached` never blocks; the other methods do.
+    """
 
     def __init__(
         self,
-        book: KeyStore[Who],
+        key_store: KeyStore[PrincipalT],
         *,
         clock_s: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
-        self._store = book
+        self._store = key_store
         self._clock_s = clock_s
         self._now = now
         self._lock = threading.Lock()
-        self._remembered: dict[str, tuple[float, Who]] = {}  # by digest, the longest known first
-        self._used: dict[str, datetime] = {}
-        self._asking: dict[str, asyncio.Task[Who]] = {}
+        self._cached: dict[str, tuple[float, PrincipalT]] = {}  # by digest, oldest entry first
+        self._last_used: dict[str, datetime] = {}
+        self._lookups: dict[str, asyncio.Task[PrincipalT]] = {}
 
-    def known(self, key: str) -> Who | None:
-        """Whose key it is, if that is remembered. Raises Unauthenticated for what cannot be a key."""
+    def cached(self, key: str) -> PrincipalT | None:
+        """Return the key's principal if it is cached. Raises Unauthenticated if it cannot be a key."""
         digest = self._store.digest(key)
         with self._lock:
-            asked_s, who = self._remembered.get(digest, (0.0, None))
-            if who is None or self._clock_s() - asked_s >= REMEMBERED_S:
+            looked_up_s, principal = self._cached.get(digest, (0.0, None))
+            if principal is None or self._clock_s() - looked_up_s >= CACHE_TTL_S:
                 return None
-            self._used[who.key_id] = self._now()
-            return who
+            self._last_used[principal.key_id] = self._now()
+            return principal
 
-    def authenticate(self, key: str) -> Who:
-        """Ask the store whose key it is; raises what `Book.find` raises."""
+    def authenticate(self, key: str) -> PrincipalT:
+        """Look the key up in the store. Raises what `KeyStore.find` raises."""
         digest = self._store.digest(key)
-        asked_s, at = self._clock_s(), self._now()  # before the look-up: what it misses must not live longer
-        who = self._store.find(digest, at)
+        # Read before the look-up: a change that it misses must not live longer.
+        looked_up_s, at = self._clock_s(), self._now()
+        principal = self._store.find(digest, at)
         with self._lock:
-            self._remembered.pop(digest, None)
-            if len(self._remembered) >= REMEMBERED_MAX:
-                del self._remembered[next(iter(self._remembered))]
-            self._remembered[digest] = (asked_s, who)
-            self._used[who.key_id] = at
-        return who
+            self._cached.pop(digest, None)
+            if len(self._cached) >= CACHED_KEYS_MAX:
+                del self._cached[next(iter(self._cached))]
+            self._cached[digest] = (looked_up_s, principal)
+            self._last_used[principal.key_id] = at
+        return principal
 
-    async def shared(self, key: str, ask: Callable[[], Coroutine[Any, Any, Who]]) -> Who:
-        """What `ask` answers, for all of an event loop who want to know it meanwhile."""
+    async def shared(self, key: str, look_up: Callable[[], Coroutine[Any, Any, PrincipalT]]) -> PrincipalT:
+        """Return the result of `look_up`, which concurrent callers of one event loop share."""
         digest = self._store.digest(key)
-        asking = self._asking.get(digest)
-        if asking is None:
-            asking = self._asking[digest] = asyncio.create_task(ask())
-            asking.add_done_callback(lambda done: self._asked(digest, done))
-        return await asyncio.shield(asking)
+        lookup = self._lookups.get(digest)
+        if lookup is None:
+            lookup = self._lookups[digest] = asyncio.create_task(look_up())
+            lookup.add_done_callback(lambda task: self._finish_lookup(digest, task))
+        return await asyncio.shield(lookup)
 
-    def _asked(self, digest: str, done: "asyncio.Task[Who]") -> None:
-        del self._asking[digest]
-        if not done.cancelled():
-            done.exception()  # retrieved: whoever asked may be gone
+    def _finish_lookup(self, digest: str, lookup: "asyncio.Task[PrincipalT]") -> None:
+        del self._lookups[digest]
+        if not lookup.cancelled():
+            lookup.exception()  # retrieved, because every caller may be gone
 
     def flush(self) -> None:
-        """Write down when keys were last used. Raises StoreUnavailable, and keeps them for the next time."""
+        """Store when keys were last used. Raises StoreUnavailable, and keeps them for the next time."""
         with self._lock:
-            used, self._used = self._used, {}
-        if not used:
+            last_used, self._last_used = self._last_used, {}
+        if not last_used:
             return
         try:
-            self._store.note_used(used)
+            self._store.note_used(last_used)
         except BaseException:
             with self._lock:
-                self._used = used | self._used
+                self._last_used = last_used | self._last_used
             raise

@@ -1,4 +1,4 @@
-"""Tenants' API keys: what each may do, until when, and what comes after it."""
+"""Tenants' API keys: creates, changes, rotates and revokes them, and authenticates by them."""
 
 import secrets
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who is asking: the outcome of a successful authentication."""
+    """Identifies an authenticated caller: its tenant, key, scopes and limits."""
 
     tenant: str
     key_id: str
@@ -41,7 +41,7 @@ class Principal:
 
     @property
     def subjects(self) -> tuple[Subject, Subject]:
-        """Whose limits a request must keep: its tenant's and its key's."""
+        """The tenant and the key, whose limits both apply to a request."""
         return (
             Subject("tenant", self.tenant, self.tenant_limits),
             Subject("key", self.key_id, self.key_limits),
@@ -53,9 +53,9 @@ class Principal:
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key as it can be shown again: `hint` is its last four characters.
+    """Describes a key without its secret. `hint` is the key's last four characters.
 
-    `successor` is the key that a rotation made to follow it.
+    `successor` is the key that replaced it in a rotation.
     """
 
     id: str
@@ -73,14 +73,14 @@ class ApiKey:
 
 
 class Keys:
-    """The tenants' keys of one store. Methods block; they raise StoreUnavailable if the store is away.
+    """Manages the tenants' keys of one store. Methods block and raise StoreUnavailable.
 
-    A method that is given a tenant finds that tenant's keys only.
+    A method that takes a tenant finds only that tenant's keys.
     """
 
     def __init__(self, store: Store, secret: bytes) -> None:
         self._store = store
-        self._mint = KeyHasher(KEY_PREFIX, secret)
+        self._hasher = KeyHasher(KEY_PREFIX, secret)
         self._limits = LimitStore(store)
 
     def create(
@@ -95,11 +95,11 @@ class Keys:
         limits: Mapping[str, Any] | None = None,
         actor: str = SYSTEM,
     ) -> tuple[ApiKey, str]:
-        """A new key and its secret; the secret is not kept and cannot be shown again.
+        """Create a key. Return it and its secret, which is not stored and cannot be shown again.
 
-        Raises UnknownRecord for an unknown tenant or project, ValueError for an unknown scope, Conflict for
-        an archived project, InvalidRequest for a scope that the tenant may not have, for an expired key and
-        for an admin of a project: there is no such thing, a key that administers does so for its tenant.
+        Raises UnknownRecord for an unknown tenant or project, ValueError for an unknown scope, and Conflict
+        for an archived project. Raises InvalidRequest for a scope that the tenant may not have, for an
+        expired key, and for the scope admin on a project's key: admin keys act for the whole tenant.
         """
         if unknown := scopes - SCOPES:
             raise ValueError(f"unknown scopes: {', '.join(sorted(unknown))}")
@@ -115,7 +115,7 @@ class Keys:
                 f"key_{secrets.token_hex(8)}", tenant, "", scopes, at, None, name, project, expires_at
             )
             key, secret = self._insert(connection, replace(key, limits=Limits(**(limits or {}))))
-            record(connection, "key.create", key.id, _said(key), actor=actor, tenant=tenant, at=at)
+            record(connection, "key.create", key.id, _audit_details(key), actor=actor, tenant=tenant, at=at)
         return key, secret
 
     def change(
@@ -128,7 +128,7 @@ class Keys:
         limits: Mapping[str, Any] | None = None,
         actor: str = SYSTEM,
     ) -> ApiKey:
-        """Rename a key, or change those of its limits that are named; None lifts one.
+        """Rename a key, or change the limits that are named. A limit of None is removed.
 
         Raises UnknownRecord.
         """
@@ -138,10 +138,10 @@ class Keys:
                 self._update(connection, key_id, name=name)
                 record(connection, "key.rename", key_id, {"name": name}, actor=actor, tenant=tenant, at=at)
             if limits:
-                wanted = replace(key.limits, **limits)
-                self._limits.set(connection, "key", key_id, wanted, at=at)
-                said = asdict(wanted)
-                record(connection, "key.limits", key_id, said, actor=actor, tenant=tenant, at=at)
+                changed_limits = replace(key.limits, **limits)
+                self._limits.set(connection, "key", key_id, changed_limits, at=at)
+                audit_details = asdict(changed_limits)
+                record(connection, "key.limits", key_id, audit_details, actor=actor, tenant=tenant, at=at)
             return self._get(connection, key_id, tenant)
 
     def rotate(
@@ -153,11 +153,11 @@ class Keys:
         tenant: str | None = None,
         actor: str = SYSTEM,
     ) -> tuple[ApiKey, str]:
-        """A key that follows `key_id`, which works for `overlap` more; and the new one's secret.
+        """Replace `key_id`, which works for `overlap` more. Return the new key and its secret.
 
-        The new key has the old one's name, scopes, project and limits, and lives as long as that was made
-        to. Raises UnknownRecord, InvalidRequest for an overlap out of bounds, Conflict if the key works no
-        longer or has a successor already: a rotation happens once, whoever tries.
+        The new key has the old one's name, scopes, project, limits and original lifetime. Raises
+        UnknownRecord, and InvalidRequest for an overlap out of bounds. Raises Conflict if the key works no
+        longer or has a successor: a key is rotated once.
         """
         if not timedelta(0) <= overlap <= OVERLAP_MAX:
             most = int(OVERLAP_MAX.total_seconds())
@@ -168,18 +168,20 @@ class Keys:
                 raise Conflict(f"The key '{key_id}' works no longer.")
             if old.successor is not None:
                 raise Conflict(f"The key '{key_id}' was rotated already, to '{old.successor}'.")
-            new_id, ends = f"key_{secrets.token_hex(8)}", at + overlap
+            new_id, overlap_ends_at = f"key_{secrets.token_hex(8)}", at + overlap
             expires_at = None if old.expires_at is None else at + (old.expires_at - old.created_at)
             new = replace(old, id=new_id, created_at=at, expires_at=expires_at, last_used_at=None)
             new, secret = self._insert(connection, new)
-            last = ends if old.expires_at is None else min(ends, old.expires_at)
-            self._update(connection, key_id, expires_at=last, successor_id=new_id)
-            said = {"successor": new_id, "old_expires_at": last}
-            record(connection, "key.rotate", key_id, said, actor=actor, tenant=old.tenant, at=at)
+            old_expires_at = (
+                overlap_ends_at if old.expires_at is None else min(overlap_ends_at, old.expires_at)
+            )
+            self._update(connection, key_id, expires_at=old_expires_at, successor_id=new_id)
+            audit_details = {"successor": new_id, "old_expires_at": old_expires_at}
+            record(connection, "key.rotate", key_id, audit_details, actor=actor, tenant=old.tenant, at=at)
         return new, secret
 
     def revoke(self, key_id: str, *, at: datetime, tenant: str | None = None, actor: str = SYSTEM) -> ApiKey:
-        """Raises UnknownRecord if there is no such key; revoking twice keeps the first time."""
+        """Revoke a key. Revoking twice keeps the first time. Raises UnknownRecord."""
         with self._store.write() as connection:
             key = self._get(connection, key_id, tenant, for_update=True)
             if key.revoked_at is None:
@@ -193,17 +195,17 @@ class Keys:
             return self._get(connection, key_id, tenant)
 
     def page(self, tenant: str, *, after: str | None = None, limit: int | None = None) -> Page[ApiKey]:
-        """Oldest first; raises InvalidRequest if `after` is none of them."""
+        """Return the tenant's keys, oldest first. Raises InvalidRequest if `after` is none of them."""
         with self._store.read() as connection:
             whose = keys_table.c.tenant_id == tenant
             rows = page(connection, keys_table, whose, after=after, limit=limit)
             return Page([self._key(connection, row) for row in rows.items], rows.has_more)
 
     def digest(self, key: str) -> str:
-        return self._mint.digest(key)
+        return self._hasher.digest(key)
 
     def find(self, digest: str, at: datetime) -> Principal:
-        """Raises Unauthenticated for anything but a live key, TenantSuspended if its tenant is."""
+        """Return the principal of a key. Raises Unauthenticated unless it is live, or TenantSuspended."""
         k, t, p = keys_table.c, tenants_table.c, projects_table.c
         query = (
             sa.select(keys_table, t.suspended_at, t.scopes.label("tenant_scopes"), p.archived_at)
@@ -231,7 +233,7 @@ class Keys:
             note_used(connection, keys_table, used)
 
     def _insert(self, connection: sa.Connection, key: ApiKey) -> tuple[ApiKey, str]:
-        secret, columns = self._mint.new()
+        secret, columns = self._hasher.new()
         row = {
             "id": key.id,
             "tenant_id": key.tenant,
@@ -278,7 +280,7 @@ class Keys:
 
 
 def read_scopes(column: str | None) -> frozenset[str]:
-    """The scopes in a column; a tenant that was never narrowed may have all."""
+    """Return the scopes in a column. NULL means all, for a tenant that was never restricted."""
     return SCOPES if column is None else frozenset(column.split())
 
 
@@ -291,8 +293,8 @@ def _require_allowed(connection: sa.Connection, tenant: str, scopes: frozenset[s
         raise InvalidRequest(f"Keys of '{tenant}' may not have: {names}.", "scopes", "scope_not_allowed")
 
 
-def _said(key: ApiKey) -> dict[str, Any]:
-    """What the audit log says of a new key; never its secret, and no digest of it."""
+def _audit_details(key: ApiKey) -> dict[str, Any]:
+    """Return the audit log's details of a new key: neither its secret nor a digest of it."""
     return {
         "name": key.name,
         "scopes": key.scopes,

@@ -1,4 +1,4 @@
-"""Platform keys: the operator's own. They belong to no tenant and open nothing but the admin API."""
+"""Platform keys belong to the operator, not to a tenant. They give access only to the admin API."""
 
 import secrets
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ PLATFORM_PREFIX = "bsp-"
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """Who is asking with a platform key."""
+    """Identifies a caller that authenticated with a platform key."""
 
     key_id: str
 
@@ -31,7 +31,7 @@ class Operator:
 
 @dataclass(frozen=True, slots=True)
 class PlatformKey:
-    """A platform key as it can be shown again: `hint` is its last four characters."""
+    """Describes a platform key without its secret. `hint` is the key's last four characters."""
 
     id: str
     name: str
@@ -43,51 +43,51 @@ class PlatformKey:
 
 
 class PlatformKeys:
-    """The platform keys of one store. Methods block."""
+    """Manages the platform keys of one store. Methods block."""
 
     def __init__(self, store: Store, secret: bytes) -> None:
         self._store = store
-        self._mint = KeyHasher(PLATFORM_PREFIX, secret)
+        self._hasher = KeyHasher(PLATFORM_PREFIX, secret)
 
     def create(
         self, name: str, *, at: datetime, expires_at: datetime | None = None, actor: str = SYSTEM
     ) -> tuple[PlatformKey, str]:
-        """A new key and its secret, which is not kept. Raises InvalidRequest if it would be expired."""
+        """Create a key. Return it and its secret, which is not stored. Raises InvalidRequest if expired."""
         if expires_at is not None and expires_at <= at:
             raise InvalidRequest("'expires_at' must be in the future.", "expires_at", "invalid_value")
-        secret, columns = self._mint.new()
+        secret, columns = self._hasher.new()
         key = PlatformKey(f"pkey_{secrets.token_hex(8)}", name, columns["hint"], at, expires_at)
         row = {"id": key.id, "name": name, "created_at": at, "expires_at": expires_at, **columns}
         with self._store.write() as connection:
             connection.execute(platform_keys_table.insert().values(row))
-            said = {"name": name, "expires_at": expires_at}
-            record(connection, "platform_key.create", key.id, said, actor=actor, at=at)
+            audit_details = {"name": name, "expires_at": expires_at}
+            record(connection, "platform_key.create", key.id, audit_details, actor=actor, at=at)
         return key, secret
 
     def revoke(self, key_id: str, *, at: datetime, actor: str = SYSTEM) -> PlatformKey:
-        """Raises UnknownRecord if there is no such key; revoking twice keeps the first time."""
+        """Revoke a key. Revoking twice keeps the first time. Raises UnknownRecord."""
         c = platform_keys_table.c
-        known = sa.select(platform_keys_table).where(c.id == key_id)
+        query = sa.select(platform_keys_table).where(c.id == key_id)
         with self._store.write() as connection:
-            row = connection.execute(known.with_for_update()).first()
+            row = connection.execute(query.with_for_update()).first()
             if row is None:
                 raise UnknownRecord(f"There is no platform key '{key_id}'.")
             if row.revoked_at is None:
                 connection.execute(platform_keys_table.update().where(c.id == key_id).values(revoked_at=at))
                 record(connection, "platform_key.revoke", key_id, actor=actor, at=at)
-            return _key(connection.execute(known).one())
+            return _key(connection.execute(query).one())
 
     def page(self, *, after: str | None = None, limit: int | None = None) -> Page[PlatformKey]:
-        """Oldest first; raises InvalidRequest if `after` is none of them."""
+        """Return the keys, oldest first. Raises InvalidRequest if `after` is none of them."""
         with self._store.read() as connection:
             rows = page(connection, platform_keys_table, after=after, limit=limit)
         return Page([_key(row) for row in rows.items], rows.has_more)
 
     def digest(self, key: str) -> str:
-        return self._mint.digest(key)
+        return self._hasher.digest(key)
 
     def find(self, digest: str, at: datetime) -> Operator:
-        """Raises Unauthenticated for anything but a live key."""
+        """Return the key's operator. Raises Unauthenticated unless the key is live."""
         query = sa.select(platform_keys_table).where(platform_keys_table.c.digest == digest)
         with self._store.read() as connection:
             row = connection.execute(query).first()
@@ -105,11 +105,11 @@ def is_live(expires_at: datetime | None, at: datetime) -> bool:
 
 
 def note_used(connection: sa.Connection, table: sa.Table, used: Mapping[str, datetime]) -> None:
-    """Move `last_used_at` forward, in one statement; several gateways may see the same key."""
+    """Move `last_used_at` forward in one statement. Several gateways may see the same key."""
     c, at = table.c, sa.bindparam("used_at", type_=table.c.last_used_at.type)
     newer = sa.or_(c.last_used_at.is_(None), c.last_used_at < at)
     statement = table.update().where(c.id == sa.bindparam("key"), newer).values(last_used_at=at)
-    # In one order, so that two gateways that write the same keys cannot wait for each other.
+    # Sorted, so that two gateways that write the same keys cannot deadlock.
     connection.execute(statement, [{"key": key, "used_at": used[key]} for key in sorted(used)])
 
 

@@ -1,4 +1,4 @@
-"""Projects: a tenant's own division of its keys. A key needs none; archiving one ends its keys."""
+"""Projects group a tenant's keys. A key needs no project; archiving a project ends its keys."""
 
 import secrets
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ class Project:
 
 
 class Projects:
-    """The projects of one store. Methods block."""
+    """Manages the projects of one store. Methods block."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def create(self, tenant: str, name: str, *, at: datetime, actor: str = SYSTEM) -> Project:
-        """Raises InvalidName, UnknownRecord for an unknown tenant, AlreadyExists for a taken name."""
+        """Create a project. Raises InvalidName, UnknownRecord for an unknown tenant, or AlreadyExists."""
         project = Project(f"proj_{secrets.token_hex(8)}", tenant, validate_name(name), at)
         row = {"id": project.id, "tenant_id": tenant, "name": name, "created_at": at}
         try:
@@ -53,7 +53,7 @@ class Projects:
         return project
 
     def archive(self, tenant: str, project: str, *, at: datetime, actor: str = SYSTEM) -> Project:
-        """Let the project's keys work no longer, for good. Again, it keeps the first time.
+        """End the project's keys permanently. Archiving twice keeps the first time.
 
         Raises UnknownRecord if the tenant has no such project.
         """
@@ -66,17 +66,17 @@ class Projects:
             return _project(project_row(connection, tenant, project))
 
     def page(self, tenant: str, *, after: str | None = None, limit: int | None = None) -> Page[Project]:
-        """Oldest first; raises InvalidRequest if `after` is none of them."""
+        """Return the tenant's projects, oldest first. Raises InvalidRequest if `after` is none of them."""
         with self._store.read() as connection:
-            whose = projects_table.c.tenant_id == tenant
-            rows = page(connection, projects_table, whose, after=after, limit=limit)
+            owned = projects_table.c.tenant_id == tenant
+            rows = page(connection, projects_table, owned, after=after, limit=limit)
         return Page([_project(row) for row in rows.items], rows.has_more)
 
 
 def project_row(
     connection: sa.Connection, tenant: str, project: str, *, for_update: bool = False
 ) -> sa.Row[Any]:
-    """Raises UnknownRecord, the same for another tenant's project."""
+    """Return the project's row. Raises UnknownRecord, also for another tenant's project."""
     c = projects_table.c
     query = sa.select(projects_table).where(c.id == project, c.tenant_id == tenant)
     row = connection.execute(query.with_for_update() if for_update else query).first()

@@ -1,4 +1,4 @@
-"""The tables of tenants, projects and keys."""
+"""Declares the tables of tenants, projects and keys."""
 
 import sqlalchemy as sa
 

@@ -1,4 +1,4 @@
-"""Who may use the service: tenants, and through them their projects and keys."""
+"""Tenants are the service's customers. Their projects and keys are reached through them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from serve.tenants.tables import tenants_table
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """`scopes` are all that its keys may have."""
+    """Describes a tenant. `scopes` are the most that its keys may have."""
 
     id: str
     created_at: datetime
@@ -33,9 +33,9 @@ class Tenant:
 
 
 class Tenants:
-    """The tenants of one store. Methods block; they raise StoreUnavailable if the store is away.
+    """Manages the tenants of one store. Methods block and raise StoreUnavailable.
 
-    `door` and `platform_door` say who a key belongs to, from memory for a second; see `door.py`.
+    `key_cache` and `platform_key_cache` cache the owners of keys for a second; see `key_cache.py`.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Tenants:
         self.keys = Keys(store, secret)
         self.platform_keys = PlatformKeys(store, secret)
         self.key_cache: KeyCache[Principal] = KeyCache(self.keys, clock_s=clock_s, now=now)
-        self.platform_door: KeyCache[Operator] = KeyCache(self.platform_keys, clock_s=clock_s, now=now)
+        self.platform_key_cache: KeyCache[Operator] = KeyCache(self.platform_keys, clock_s=clock_s, now=now)
 
     def create(self, tenant: str, *, at: datetime, actor: str = SYSTEM) -> None:
-        """Raises InvalidName for a bad name, AlreadyExists for a taken one."""
+        """Create a tenant. Raises InvalidName for a bad name, AlreadyExists for a taken one."""
         validate_name(tenant)
         try:
             with self._store.write() as connection:
@@ -74,13 +74,13 @@ class Tenants:
             return self._get(connection, tenant)
 
     def page(self, *, after: str | None = None, limit: int | None = None) -> Page[Tenant]:
-        """Oldest first; raises InvalidRequest if `after` is none of them."""
+        """Return the tenants, oldest first. Raises InvalidRequest if `after` is none of them."""
         with self._store.read() as connection:
             rows = page(connection, tenants_table, after=after, limit=limit)
             return Page([self._tenant(connection, row) for row in rows.items], rows.has_more)
 
     def suspend(self, tenant: str, suspended: bool, *, at: datetime, actor: str = SYSTEM) -> Tenant:
-        """Refuse all of a tenant's keys, or no longer. Idempotent. Raises UnknownRecord."""
+        """Suspend a tenant, which refuses all its keys, or resume it. Idempotent. Raises UnknownRecord."""
         return self.change(tenant, at=at, actor=actor, suspended=suspended)
 
     def change(
@@ -93,41 +93,40 @@ class Tenants:
         limits: Mapping[str, Any] | None = None,
         actor: str = SYSTEM,
     ) -> Tenant:
-        """Suspend or resume a tenant, say which scopes its keys may have, change the limits that are named.
+        """Suspend or resume a tenant, set the scopes its keys may have, and change the limits that are named.
 
-        All of it or nothing; a limit of None is lifted.
-
-        Raises UnknownRecord, ValueError for an unknown scope.
+        All changes happen in one transaction. A limit of None is removed. Raises UnknownRecord, or
+        ValueError for an unknown scope.
         """
         if unknown := (scopes or frozenset()) - SCOPES:
             raise ValueError(f"unknown scopes: {', '.join(sorted(unknown))}")
-        mine = tenants_table.update().where(tenants_table.c.id == tenant)
+        update = tenants_table.update().where(tenants_table.c.id == tenant)
         with self._store.write() as connection:
 
-            def note(action: str, details: Mapping[str, Any] | None = None) -> None:
+            def record_change(action: str, details: Mapping[str, Any] | None = None) -> None:
                 record(connection, action, tenant, details, actor=actor, tenant=tenant, at=at)
 
             before = self._get(connection, tenant, for_update=True)
             if suspended is not None and suspended != (before.suspended_at is not None):
-                connection.execute(mine.values(suspended_at=at if suspended else None))
-                note("tenant.suspend" if suspended else "tenant.resume")
+                connection.execute(update.values(suspended_at=at if suspended else None))
+                record_change("tenant.suspend" if suspended else "tenant.resume")
             if scopes is not None and scopes != before.scopes:
-                connection.execute(mine.values(scopes=" ".join(sorted(scopes))))
-                note("tenant.scopes", {"scopes": scopes})
+                connection.execute(update.values(scopes=" ".join(sorted(scopes))))
+                record_change("tenant.scopes", {"scopes": scopes})
             if limits:
-                wanted = replace(before.limits, **limits)
-                self._limits.set(connection, "tenant", tenant, wanted, at=at)
-                note("tenant.limits", asdict(wanted))
+                changed_limits = replace(before.limits, **limits)
+                self._limits.set(connection, "tenant", tenant, changed_limits, at=at)
+                record_change("tenant.limits", asdict(changed_limits))
             return self._get(connection, tenant)
 
     def create_key(
         self, tenant: str, *, at: datetime, scopes: frozenset[str] = frozenset({"inference"})
     ) -> tuple[ApiKey, str]:
-        """A plain key and its secret; see `Keys.create`."""
+        """Create a key without a name or limits; see `Keys.create`."""
         return self.keys.create(tenant, at=at, scopes=scopes)
 
     def revoke_key(self, key_id: str, *, at: datetime) -> None:
-        """See `Keys.revoke`."""
+        """Revoke a key; see `Keys.revoke`."""
         self.keys.revoke(key_id, at=at)
 
     def _get(self, connection: sa.Connection, tenant: str, *, for_update: bool = False) -> Tenant:

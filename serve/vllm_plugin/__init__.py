@@ -1,4 +1,4 @@
-"""Repairs to vLLM, installed by its own plugin entry point (`vllm.general_plugins`).
+"""Repairs vLLM from within: a plugin of its entry point group `vllm.general_plugins`.
 
 vLLM calls `register` in every process it starts, before the model is built.
 """
@@ -10,21 +10,22 @@ import threading
 
 
 def register() -> None:
-    """Install the repairs that the installed vLLM still needs. Safe to call more than once."""
+    """Installs the repairs that the installed vLLM still needs. Safe to call more than once."""
     from serve.observability import logs
-    from serve.vllm_plugin import cpu_lora, kernel_hub, w8a8
+    from serve.vllm_plugin import cpu_lora, cpu_slots, kernel_hub, w8a8
 
     logs.install_as_child()
     kernel_hub.install()
-    cpu_lora.install()
+    if cpu_lora.install():
+        cpu_slots.install()
     w8a8.install()
     end_with_parent()
 
 
 def end_with_parent() -> None:
-    """In a process that multiprocessing has started: vLLM's core, and its workers.
+    """Ends this process with its parent, if multiprocessing has started it: vLLM's core, and its workers.
 
-    vLLM's core outlives a replica that is killed, and with it the model's memory: nobody tells it.
+    vLLM's core would outlive a replica that is killed, and keep the model's memory.
     """
     parent, name = multiprocessing.parent_process(), "parent-watch"
     if parent is None or any(thread.name == name for thread in threading.enumerate()):

@@ -1,4 +1,4 @@
-"""The rows of one engine step, grouped by adapter slot, and the LoRA product over them."""
+"""Groups the rows of one engine step by adapter slot, and computes the LoRA product over them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ MANY_ROWS = 48
 
 
 class Batch:
-    """Which rows of a step belong to which slot. Make it once per step with `of`.
+    """Holds which rows of a step belong to which slot. Make it once per step with `of`.
 
     Slots with many rows are `runs` of (slot, rank, rows), a matrix product each, where rows is a slice or
     an index tensor. All others share one call of the kernel: `few` are int64 tensors (row, slot, rank).
@@ -24,29 +24,31 @@ class Batch:
 
     @classmethod
     def of(cls, slots: Any, ranks: dict[int, int], *, compiled: bool) -> "Batch":
-        """Group `slots`, an int64 tensor (tokens,): each row's slot, or −1 for none.
+        """Groups `slots`, an int64 tensor (tokens,): each row's slot, or −1 for none.
 
-        `ranks` are those of the slots' adapters; a slot that is not named counts with all its rank, which
-        is slower, not wrong. `compiled` says whether the kernel is there for the dtype in use.
+        `ranks` are those of the slots' adapters. A slot without one counts with its full rank, which is
+        slower, not wrong. `compiled` says whether the kernel exists for the dtype in use.
         """
         rows: dict[int, list[int]] = {}
         for row, slot in enumerate(slots.tolist()):
             if slot >= 0:
                 rows.setdefault(slot, []).append(row)
         runs, few = [], []
-        for slot, where in sorted(rows.items()):
+        for slot, slot_rows in sorted(rows.items()):
             rank = ranks.get(slot, 0)
-            if compiled and len(where) < MANY_ROWS:
-                few += [(row, slot, rank) for row in where]
+            if compiled and len(slot_rows) < MANY_ROWS:
+                few += [(row, slot, rank) for row in slot_rows]
             else:
-                runs.append((slot, rank, _index(where, slots)))
+                runs.append((slot, rank, _index(slot_rows, slots)))
         if not few:
             return cls(frozenset(rows), runs, None)
-        number, slot_of, rank_of = (slots.new_tensor(column) for column in zip(*few, strict=True))
-        return cls(frozenset(rows), runs, (number, slot_of, rank_of))
+        row_numbers, slot_numbers, rank_numbers = (
+            slots.new_tensor(column) for column in zip(*few, strict=True)
+        )
+        return cls(frozenset(rows), runs, (row_numbers, slot_numbers, rank_numbers))
 
     def add(self, y: Any, x: Any, a: Any, b: Any, widths: tuple[int, ...], scale: float) -> None:
-        """y (rows, Σ widths) += scale · x (rows, in) Aᵀ Bᵀ, where the slices of y have `widths`.
+        """Adds scale · x (rows, in) Aᵀ Bᵀ to y (rows, Σ widths), whose slices have `widths`.
 
         a is (slots, rank, slices, in), b is (slots, rank, Σ widths); see `cpu_lora.Stack`.
         """
@@ -64,7 +66,7 @@ class Batch:
 
 
 def _expand(y: Any, hidden: Any, b: Any, widths: tuple[int, ...], scale: float) -> None:
-    """y (rows, Σ widths) += scale · hidden (rows, rank · slices) b (rank, Σ widths), slice by slice."""
+    """Adds scale · hidden (rows, rank · slices) b (rank, Σ widths) to y (rows, Σ widths), slice by slice."""
     slices, left = len(widths), 0
     for i, width in enumerate(widths):
         y[:, left : left + width].addmm_(hidden[:, i::slices], b[:, left : left + width], alpha=scale)
@@ -72,7 +74,7 @@ def _expand(y: Any, hidden: Any, b: Any, widths: tuple[int, ...], scale: float) 
 
 
 def _index(rows: list[int], like: Any) -> Any:
-    """`rows` as a slice if they are neighbours, which needs no copy, else as a tensor."""
+    """Returns `rows` as a slice if they are neighbours, which needs no copy, else as a tensor."""
     if rows[-1] - rows[0] == len(rows) - 1:
         return slice(rows[0], rows[-1] + 1)
     return like.new_tensor(rows)

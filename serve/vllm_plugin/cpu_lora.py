@@ -1,54 +1,28 @@
-"""CPU LoRA: one matrix product per adapter in the batch, and none for tokens without an adapter.
+"""Computes LoRA on CPUs: one matrix product per adapter in the batch, none for tokens without an adapter.
 
-Answers vLLM issue 48421: `lora/ops/torch_ops/lora_ops.py` indexes the stacked weights with −1 for
-tokens that have no adapter, which Python reads as "the last slot", so in a mixed batch a request for
-the bare base gets some customer's adapter. The same code also copies a whole LoRA matrix per token.
+It repairs vLLM issue 48421. `lora/ops/torch_ops/lora_ops.py` indexes the stacked weights with −1 for tokens
+without an adapter, which Python reads as "the last slot". So in a mixed batch a request for the bare base
+gets some customer's adapter. The same code also copies a whole LoRA matrix per token.
 
-Here `y += (x Aᵀ) Bᵀ` (Hu et al. 2021, LoRA, eq. 3) is done per adapter on the rows that the step's
-`Batch` names; rows of slot −1 are in no group, and neither are freed slots. q, k and v (gate and up) share
-one product for their Aᵀ; only the rank that a slot's adapter has is computed, and only in layers it has.
+Here `y += (x Aᵀ) Bᵀ` (Hu et al. 2021, LoRA, eq. 3) is computed per adapter, on the rows that the step's
+`Batch` names. Rows of slot −1 are in no group, and neither are freed slots. q, k and v (gate and up) share
+one product for their Aᵀ. Only the rank of a slot's adapter is computed, and only in layers that it adapts.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.vllm_plugin import kernel
+from serve.vllm_plugin import kernel, upstream
 from serve.vllm_plugin.batch import Batch
 
 
-def needed() -> bool:
-    """Whether the installed vLLM still gives adapterless tokens the last slot's delta."""
-    import torch
-    from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_shrink
-
-    hidden = torch.zeros(1, 1)
-    output = torch.zeros(1, 1)
-    nobody = torch.tensor([-1])
-    bgmv_shrink(torch.ones(1, 1), torch.ones(1, 1, 1, 1), hidden, nobody, 1.0)
-    bgmv_expand(hidden, torch.ones(1, 1, 1, 1), output, nobody)
-    return bool(output.any())
-
-
-def install() -> None:
-    """Replace PunicaWrapperCPU's linear path and mask its remaining operators."""
-    from vllm.lora.punica_wrapper import punica_cpu
-
-    from serve.vllm_plugin import cpu_slots
-
-    wrapper = punica_cpu.PunicaWrapperCPU
-    if getattr(wrapper, "bespoke_repaired", False) or not needed():
-        return
-    wrapper.bespoke_repaired = True
-    wrapper.update_metadata = _update_metadata
-    wrapper.add_lora_linear = _add_lora_linear
-    for name in ("bgmv_shrink", "bgmv_expand"):  # logits and embeddings still use these
-        setattr(punica_cpu, name, _masked(getattr(punica_cpu, name)))
-    wrapper._expand_prefill = wrapper._expand_decode  # the prefill form hides the indices; same result
-    cpu_slots.install()
+def install() -> bool:
+    """Replaces PunicaWrapperCPU's linear path and masks its other operators; False if vLLM needs neither."""
+    return upstream.replace_cpu_lora(_update_metadata, _add_lora_linear, _masked)
 
 
 class Stack(tuple[Any, ...]):
-    """vLLM's tuple of one weight per slice, each of them a view of one tensor, `whole`.
+    """Holds vLLM's tuple of one weight per slice, each a view of one tensor, `whole`.
 
     whole of A: (slots, rank, slices, in), so that the first r ranks of all slices are one matrix;
     whole of B: (slots, rank, out), each of whose rows is read from start to end.
@@ -60,7 +34,7 @@ class Stack(tuple[Any, ...]):
 
 
 def stack(lora_a: tuple[Any, ...], lora_b: tuple[Any, ...]) -> tuple[Stack, Stack]:
-    """The same shapes as vLLM's A (slots, 1, rank, in) and B (slots, 1, out, rank) per slice, zero."""
+    """Makes zero stacks with the shapes of vLLM's A (slots, 1, rank, in) and B (slots, 1, out, rank)."""
     slots, _, rank, width = lora_a[0].shape
     outs = [b.shape[2] for b in lora_b]
     whole_a = lora_a[0].new_zeros(slots, rank, len(lora_a), width)
@@ -74,25 +48,23 @@ def stack(lora_a: tuple[Any, ...], lora_b: tuple[Any, ...]) -> tuple[Stack, Stac
 
 @dataclass
 class State:
-    """What a punica wrapper does not know itself: its slots' ranks and its layers' dtype."""
+    """Holds what a punica wrapper does not know itself: its slots' ranks and its layers' dtype."""
 
     ranks: dict[int, int] = field(default_factory=dict)
     dtype: Any = None
 
 
 def state(wrapper: Any) -> State:
-    """The state of `wrapper`, made on first use."""
-    kept: State = wrapper.__dict__.setdefault("bespoke_state", State())
-    return kept
+    """Returns the state of `wrapper`, made on first use."""
+    wrapper_state: State = wrapper.__dict__.setdefault("bespoke_state", State())
+    return wrapper_state
 
 
 def _update_metadata(self: Any, mapping: Any, *args: Any, **kwargs: Any) -> None:
-    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
-
-    PunicaWrapperBase.update_metadata(self, mapping, *args, **kwargs)
-    known = state(self)
-    compiled = kernel.entry(known.dtype) is not None
-    self.bespoke_batch = Batch.of(self.token_lora_indices, known.ranks, compiled=compiled)
+    upstream.base_update_metadata(self, mapping, *args, **kwargs)
+    wrapper_state = state(self)
+    compiled = kernel.entry(wrapper_state.dtype) is not None
+    self.bespoke_batch = Batch.of(self.token_lora_indices, wrapper_state.ranks, compiled=compiled)
 
 
 def _add_lora_linear(
@@ -107,15 +79,15 @@ def _add_lora_linear(
     buffer: Any = None,
     **kwargs: Any,
 ) -> None:
-    """y (tokens, out) += scale · x (tokens, in) Aᵀ Bᵀ for each adapter in the batch."""
+    """Adds scale · x (tokens, in) Aᵀ Bᵀ to y (tokens, out) for each adapter in the batch."""
     batch: Batch = self.bespoke_batch
     if not batch.slots:
         return
     if not isinstance(lora_a_stacked, Stack) or not isinstance(lora_b_stacked, Stack):
-        # A layer that was not registered, or of a kind with unlike slices.
+        # A layer that was not registered, or one whose slices differ.
         lora_a_stacked, lora_b_stacked = _stacked(lora_a_stacked, lora_b_stacked)
     elif batch.slots.isdisjoint(lora_a_stacked.used):
-        return  # nobody in this batch adapts this layer
+        return  # no adapter in this batch has this layer
     batch.add(
         y.view(-1, y.shape[-1]),
         x.view(-1, x.shape[-1]),
@@ -135,7 +107,7 @@ def _stacked(lora_a: tuple[Any, ...], lora_b: tuple[Any, ...]) -> tuple[Stack, S
 
 
 def _masked(operator: Any) -> Any:
-    """`operator` with zero input for rows whose slot is −1, so that they get a zero delta."""
+    """Wraps `operator`: rows whose slot is −1 get zero input, so they get a zero delta."""
 
     def masked(inputs: Any, weights: Any, output: Any, indices: Any, *args: Any, **kwargs: Any) -> None:
         has_adapter = (indices >= 0).to(inputs.dtype).unsqueeze(1)

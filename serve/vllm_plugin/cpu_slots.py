@@ -1,7 +1,8 @@
-"""The slots of vLLM's CPU LoRA: how adapters get into them, and that nothing stays behind in them.
+"""Loads adapters into the slots of vLLM's CPU LoRA, and empties slots when adapters leave them.
 
-Patches of `vllm.lora.model_manager` and `worker_manager`, installed with `cpu_lora`. An adapter whose path is
-that of a packed one (`packed.py`) is mapped and copied; any other goes vLLM's own way.
+It wraps methods of `vllm.lora.model_manager` and `worker_manager`, and is installed with `cpu_lora`. An
+adapter whose path is that of a packed one (`packed.py`) is mapped and copied. Any other is loaded by vLLM
+itself.
 """
 
 import time
@@ -9,13 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.vllm_plugin import upstream
 from serve.vllm_plugin.cpu_lora import Stack, stack, state
 from serve.vllm_plugin.packed import INDEX_NAME, Layer, Layout, Packed
 
 
 @dataclass
 class Traffic:
-    """What went through the slots of one worker since it started."""
+    """Counts loads and evictions of one worker's slots since it started."""
 
     activations: int = 0
     evictions: int = 0
@@ -23,33 +25,29 @@ class Traffic:
 
 
 def install() -> None:
-    """Patch the managers, once."""
-    from vllm.lora import model_manager, worker_manager
-
-    manager = model_manager.LoRAModelManager
-    if getattr(manager, "bespoke_slots", False):
-        return
-    manager.bespoke_slots = True
-    manager.register_module = _register_module(manager.register_module)
-    manager.activate_adapter = _activate_adapter(manager.activate_adapter)
-    manager._deactivate_adapter = _deactivate_adapter(manager._deactivate_adapter)
-    manager._add_adapter = _add_adapter(manager._add_adapter)
-    manager.remove_all_adapters = _remove_all_adapters(manager.remove_all_adapters)
-    workers = worker_manager.WorkerLoRAManager
-    workers._load_adapter = _load_adapter(workers._load_adapter)
+    """Wraps the managers' methods, once."""
+    upstream.replace_slot_handling(
+        {
+            "register_module": _register_module,
+            "activate_adapter": _activate_adapter,
+            "_deactivate_adapter": _deactivate_adapter,
+            "_add_adapter": _add_adapter,
+            "remove_all_adapters": _remove_all_adapters,
+        },
+        _load_adapter,
+    )
 
 
 def layout(manager: Any) -> Layout | None:
-    """The layers of a LoRAModelManager in its order, or None where packing is not known to be right."""
+    """Returns the layers of a LoRAModelManager in its order, or None where packing may be wrong."""
     if not hasattr(manager, "bespoke_layout"):
         manager.bespoke_layout = _layout(manager)
-    known: Layout | None = manager.bespoke_layout
-    return known
+    worker_layout: Layout | None = manager.bespoke_layout
+    return worker_layout
 
 
 def _layout(manager: Any) -> Layout | None:
-    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
-    rename = mapper.get_rename_mapper()._map_name if mapper is not None else str
+    rename = upstream.module_renaming(manager.model)
     layers, dtypes = [], set()
     for name, module in manager.modules.items():
         a, b = getattr(module, "lora_a_stacked", None), getattr(module, "lora_b_stacked", None)
@@ -65,12 +63,12 @@ def _layout(manager: Any) -> Layout | None:
 
 
 def traffic(manager: Any) -> Traffic:
-    kept: Traffic = manager.__dict__.setdefault("bespoke_traffic", Traffic())
-    return kept
+    totals: Traffic = manager.__dict__.setdefault("bespoke_traffic", Traffic())
+    return totals
 
 
 def residency(manager: Any) -> dict[str, Any]:
-    """Ids in slots and in the worker's memory, and the traffic so far; plain values, to be sent."""
+    """Returns ids in slots and in the worker's memory, and the traffic so far, as plain values to be sent."""
     return {
         "slots": [lora_id for lora_id in manager.lora_index_to_id if lora_id is not None],
         "memory": sorted(manager.list_adapters()),
@@ -91,13 +89,11 @@ def _register_module(original: Any) -> Any:
 
 def _load_adapter(original: Any) -> Any:
     def _load_adapter(self: Any, lora_request: Any) -> Any:
-        from vllm.lora.lora_model import LoRAModel
-
-        path, known = Path(lora_request.lora_path), layout(self._adapter_manager)
-        if known is None or not (path / INDEX_NAME).exists():
+        path, worker_layout = Path(lora_request.lora_path), layout(self._adapter_manager)
+        if worker_layout is None or not (path / INDEX_NAME).exists():
             return original(self, lora_request)
-        packed = Packed.open(path, known)
-        model = LoRAModel(lora_request.lora_int_id, packed.rank, {})
+        packed = Packed.open(path, worker_layout)
+        model = upstream.loaded_model(lora_request.lora_int_id, packed.rank)
         model.bespoke_packed = packed
         return model
 
@@ -107,7 +103,7 @@ def _load_adapter(original: Any) -> Any:
 def _add_adapter(original: Any) -> Any:
     def _add_adapter(self: Any, lora: Any) -> None:
         if hasattr(lora, "bespoke_packed"):
-            self._registered_adapters[lora.id] = lora  # nothing is left to be joined or scaled
+            self._registered_adapters[lora.id] = lora  # it is joined and scaled already
         else:
             original(self, lora)
 
@@ -135,16 +131,16 @@ def _activate_adapter(original: Any) -> Any:
             _fill(list(self.modules.values()), slot, packed)
         for wrapper in self.punica_wrapper_mapping.values():
             state(wrapper).ranks[slot] = lora.rank
-        kept = traffic(self)
-        kept.activations += 1
-        kept.seconds += time.perf_counter() - started_s
+        totals = traffic(self)
+        totals.activations += 1
+        totals.seconds += time.perf_counter() - started_s
         return True
 
     return activate_adapter
 
 
 def _fill(modules: list[Any], slot: int, packed: Packed) -> None:
-    # The slot is zero, see `_deactivate_adapter`: what the adapter does not have need not be written.
+    # The slot is zero, see `_deactivate_adapter`. Layers that the adapter lacks need not be written.
     for number, (a, b) in packed.weights.items():
         module = modules[number]
         module.lora_a_stacked.whole[slot, : packed.rank] = a
@@ -153,7 +149,7 @@ def _fill(modules: list[Any], slot: int, packed: Packed) -> None:
 
 
 def _deactivate_adapter(original: Any) -> Any:
-    """A freed slot holds nothing: no later mistake can serve what is no longer there."""
+    """Empties a freed slot, so that no later mistake can serve its adapter."""
 
     def _deactivate_adapter(self: Any, lora_id: int) -> None:
         if lora_id in self.lora_index_to_id:
@@ -183,4 +179,8 @@ def _empty(manager: Any, slot: int) -> None:
 
 
 def _stacked(manager: Any) -> list[Any]:
-    return [m for m in manager.modules.values() if isinstance(getattr(m, "lora_a_stacked", None), Stack)]
+    return [
+        module
+        for module in manager.modules.values()
+        if isinstance(getattr(module, "lora_a_stacked", None), Stack)
+    ]

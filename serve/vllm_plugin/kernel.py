@@ -1,7 +1,7 @@
-"""`kernel.cpp`, compiled once per machine with the C++ compiler that is there, and called through ctypes.
+"""Compiles `kernel.cpp` once per machine with its C++ compiler, and calls it through ctypes.
 
 vLLM's own CPU path needs the same compiler (torch.compile). Without one, or for another dtype, the caller
-does the same sums with PyTorch's operators: slower for many adapters with few rows each.
+computes the same with PyTorch's operators, which is slower for many adapters with few rows each.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class _Shape(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where there is no compiler. Builds it the first time (2 s)."""
+    """Returns the compiled kernel, or None where there is no compiler. Builds it the first time (2 s)."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         log.warning("no C++ compiler: CPU LoRA uses PyTorch's operators, slower with many adapters at once")
@@ -44,9 +44,9 @@ def library() -> ctypes.CDLL | None:
 
 
 def _build(compiler: str) -> Path:
-    # -march=native: what one processor built, another may not run.
-    made_of = (compiler.encode(), repr(FLAGS).encode(), SOURCE.read_bytes(), _processor())
-    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:24]
+    # -march=native: a library may not run on another processor.
+    inputs = (compiler.encode(), repr(FLAGS).encode(), SOURCE.read_bytes(), _processor())
+    name = hashlib.sha256(b"\0".join(inputs)).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bespoke"
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     built = cache / f"lora-{name}.so"
@@ -83,7 +83,7 @@ def _entry(dtype: str) -> Any:
 
 
 def entry(dtype: Any) -> Any:
-    """The compiled function for tensors of `dtype`, or None."""
+    """Returns the compiled function for tensors of `dtype`, or None."""
     return _entry({"torch.float32": "f32", "torch.bfloat16": "bf16"}.get(str(dtype), ""))
 
 
@@ -97,7 +97,7 @@ def add(
     widths: tuple[int, ...],
     scale: float,
 ) -> None:
-    """y[row] += scale · x[row] Aᵀ B, A and B those of the row's slot, up to the slot's rank.
+    """Adds scale · x[row] Aᵀ B to y[row], with A and B of the row's slot, up to the slot's rank.
 
     y (tokens, Σ widths), x (tokens, in); a (slots, rank, slices, in) and b (slots, rank, Σ widths), both
     contiguous; rows = int64 tensors (row, slot, rank), slots ascending.

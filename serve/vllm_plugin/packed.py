@@ -1,8 +1,8 @@
-"""A packed adapter: its layers' A and B as an engine's slots hold them, one behind another in one file.
+"""Packs an adapter into one file: its layers' A and B one after another, as an engine's slots hold them.
 
-vLLM reads an adapter's files within the engine's step: 420 tensors, their names parsed, q, k and v joined and
-B scaled, during which no other request gets a token (80 ms for rank 8 on every layer of a 135M model).
-A replica packs them beforehand in a thread; what is left for the step is to map a file and to copy.
+vLLM reads an adapter's files within the engine's step. It parses the names of 420 tensors, joins q, k and v,
+and scales B, and no other request gets a token meanwhile (80 ms for rank 8 on every layer of a 135M model).
+A replica packs adapters beforehand in a thread. The step then only maps a file and copies.
 
     index.json   {"rank": r, "dtype": "float32", "layers": [numbers of the layers that it adapts]}
     weights.bin  for each of these layers: A (rank, slices, in), then B (rank, out), scaled by alpha / rank
@@ -19,7 +19,7 @@ INDEX_NAME, WEIGHTS_NAME = "index.json", "weights.bin"
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """An adaptable layer of a worker: the checkpoint's modules that it joins, and their sizes."""
+    """Describes an adaptable layer of a worker: the checkpoint's modules that it joins, and their sizes."""
 
     parts: tuple[str, ...]
     width_in: int
@@ -28,18 +28,18 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All adaptable layers of a worker, in its order."""
+    """Lists all adaptable layers of a worker, in its order."""
 
     layers: tuple[Layer, ...]
     dtype: str
 
 
 class Unpackable(Exception):
-    """The adapter has weights for which the worker has no layer, or of another size."""
+    """Says that an adapter has weights for which the worker has no layer, or of another size."""
 
 
 def pack(tensors: dict[str, Any], *, rank: int, scaling: float, layout: Layout, directory: Path) -> None:
-    """Write `tensors`, a PEFT checkpoint's, packed into the existing `directory`.
+    """Packs `tensors`, those of a PEFT checkpoint, into the existing `directory`.
 
     Raises Unpackable, before anything is written.
     """
@@ -100,14 +100,17 @@ def _views(flat: Any, numbers: list[int], rank: int, layout: Layout) -> dict[int
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A packed adapter, mapped into memory: (A, B) by the number of the layer."""
+    """Holds a packed adapter, mapped into memory: (A, B) by the number of the layer."""
 
     rank: int
     weights: dict[int, tuple[Any, Any]]
 
     @classmethod
     def open(cls, directory: Path, layout: Layout) -> "Packed":
-        """Raises OSError, ValueError or KeyError for what `pack` did not write for this layout."""
+        """Maps a packed adapter.
+
+        Raises OSError, ValueError or KeyError if `pack` did not write it for `layout`.
+        """
         import torch
 
         index = json.loads((directory / INDEX_NAME).read_text())

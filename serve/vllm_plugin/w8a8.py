@@ -1,31 +1,26 @@
-"""W8A8 bases start with LoRA on.
+"""Lets W8A8 bases start with LoRA on.
 
-Answers no numbered vLLM issue that we found: on CPU, oneDNN packs an INT8 layer's weight away and leaves
-`weight` None, and `lora/layers/utils.py:_get_lora_device` then fails on `weight.device` at start.
+We found no numbered vLLM issue for it. On CPU, oneDNN packs an INT8 layer's weight away and leaves `weight`
+None. `lora/layers/utils.py:_get_lora_device` then fails on `weight.device` at start.
 """
 
 from typing import Any
 
+from serve.vllm_plugin import upstream
+
 
 def needed() -> bool:
-    """Whether the installed vLLM still fails for a layer whose weight was packed away."""
-    from vllm.lora.layers import utils
-
-    try:
-        utils._get_lora_device(_packed_layer())
-    except AttributeError:
-        return True
-    return False
+    """Finds out whether the installed vLLM still fails for a layer whose weight was packed away."""
+    return upstream.device_lookup_fails(_packed_layer())
 
 
 def install() -> None:
-    """Give LoRA tensors of packed layers the device of the layer's other tensors."""
-    from vllm.lora.layers import base_linear, utils
+    """Gives LoRA tensors of packed layers the device of the layer's other tensors."""
+    if needed():
+        upstream.replace_device_lookup(_finding_packed_layers)
 
-    if not needed():
-        return
-    original = utils._get_lora_device
 
+def _finding_packed_layers(original: Any) -> Any:
     def device_of(base_layer: Any) -> Any:
         import torch
 
@@ -34,8 +29,7 @@ def install() -> None:
         tensors = (*base_layer.parameters(), *base_layer.buffers())
         return tensors[0].device if tensors else torch.device("cpu")
 
-    # base_linear has imported the name; other layer kinds (embeddings, experts) are not packed so.
-    utils._get_lora_device = base_linear._get_lora_device = device_of
+    return device_of
 
 
 def _packed_layer() -> Any:

@@ -359,6 +359,6 @@ def test_a_gateway_process_loads_neither_torch_nor_vllm(live: LiveService) -> No
 
 
 def test_the_ledger_agrees_with_the_engines_own_counters(live: LiveService) -> None:
-    """Invariant 2, over everything that the tests before this one did."""
+    """Invariant 2 holds over the requests of all tests before this one."""
     live.wait_idle()
     live.assert_reconciled()

@@ -1,4 +1,4 @@
-"""Invariant 7 on three real gateways: what is limited is limited in sum, wherever the requests arrive."""
+"""Invariant 7 on three real gateways: a limit holds in sum, wherever the requests arrive."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ def burst(live: LiveService, secret: str, size: int, tokens: int = 1) -> list[ht
 
 
 def test_200_parallel_requests_on_three_gateways_never_pass_the_limit(live: LiveService) -> None:
-    """The bound on overshoot is 0; what slices strand in other gateways is bounded too (docs/limits.md)."""
+    """Overshoot is 0; quota that other gateways hold in leases is bounded too (docs/limits.md)."""
     assert len(live.running_pids("gateway")) == 3
     limit = 60
     key, secret = limited(live, Limits(requests_per_min=limit))

@@ -1,4 +1,4 @@
-"""Batches over an engine that repeats its prompt, with workers that die on request."""
+"""Runs batches over an engine that repeats its prompt, with workers that die on request."""
 
 import asyncio
 import json
@@ -57,11 +57,11 @@ INPUT = InputBounds(lines=50, body_bytes=10_000, fields=FIELDS)
 
 
 class Died(BaseException):
-    """The process is gone."""
+    """The process has died."""
 
 
 class MortalStore(Store):
-    """Its process dies at the `death_at`-th write transaction: before it, or right after its commit."""
+    """Lets its process die at the `death_at`-th write transaction: before it, or right after its commit."""
 
     def __init__(self, url: str, death_at: int, *, after: bool) -> None:
         super().__init__(url)
@@ -93,16 +93,16 @@ class MortalStore(Store):
 
 
 class EchoEngine:
-    """Answers with the last message. `faults` are raised instead, one each time a text is asked for.
+    """Answers with the last message. `faults` are raised instead, one per attempt at a text.
 
-    `gate` is what answers wait for; at the text `breaks_at` it breaks in the middle of its answer.
+    `gate`: answers wait for it. `breaks_at`: the text whose answer breaks off in the middle.
     """
 
     context_tokens_max = 1000
 
     def __init__(self, faults: dict[str, list[BaseException]] | None = None) -> None:
         self.faults = faults or {}
-        self.asked: Counter[str] = Counter()
+        self.attempts: Counter[str] = Counter()
         self.running = self.running_max = 0
         self.gate: asyncio.Event | None = None
         self.breaks_at: str | None = None
@@ -115,7 +115,7 @@ class EchoEngine:
         last = request.prompt[-1] if isinstance(request.prompt, tuple) else None
         assert isinstance(last, Message)
         text = last.content or ""
-        self.asked[text] += 1
+        self.attempts[text] += 1
         self.running += 1
         self.running_max = max(self.running, self.running_max)
         try:
@@ -141,8 +141,8 @@ class EchoEngine:
         return []
 
 
-class Floor:
-    """A home and a store with the tenants acme and rival; `worker` makes processes on it."""
+class BatchFixture:
+    """Holds a home and a store with the tenants acme and rival; `worker` starts a process on them."""
 
     def __init__(self, home: Path, url: str) -> None:
         self.home = home
@@ -211,22 +211,22 @@ class Floor:
         )
 
     def work(self) -> None:
-        """A healthy process takes batches until there are none."""
+        """Run batches in a healthy process until there are none."""
 
-        async def all_of_them() -> None:
+        async def run_all() -> None:
             worker = self.worker()
-            while await worker.work():
+            while await worker.run_one():
                 pass
 
-        asyncio.run(all_of_them())
+        asyncio.run(run_all())
 
     def work_and_die(self, death_at: int, *, after: bool, requests_in_flight: int = 2) -> bool:
-        """A process works until it dies. False if it came to the end before that."""
+        """Run a process until it dies. False if it finished before that."""
 
         async def mortal() -> bool:
             store = MortalStore(self.url, death_at, after=after)
             worker = self.worker(store, requests_in_flight=requests_in_flight)
-            working = asyncio.create_task(worker.work())
+            working = asyncio.create_task(worker.run_one())
             dying = asyncio.create_task(store.died.wait())
             await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
             rest = asyncio.all_tasks() - {asyncio.current_task()}
@@ -258,9 +258,9 @@ class Floor:
 
 
 def line(custom_id: str, *, url: str = CHAT, **body: Any) -> Json:
-    said = {"model": TINY, "messages": [{"role": "user", "content": custom_id}], "max_tokens": 5}
-    return {"custom_id": custom_id, "method": "POST", "url": url, "body": said | body}
+    defaults = {"model": TINY, "messages": [{"role": "user", "content": custom_id}], "max_tokens": 5}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": defaults | body}
 
 
 def jsonl(*lines: Json) -> bytes:
-    return b"".join(json.dumps(one).encode() + b"\n" for one in lines)
+    return b"".join(json.dumps(entry).encode() + b"\n" for entry in lines)

@@ -16,7 +16,7 @@ from tests.support.waiting import wait_until
 
 @dataclass(frozen=True)
 class Received:
-    """One span, as it came."""
+    """A span, as it was received."""
 
     service: str
     name: str
@@ -75,11 +75,11 @@ class Collector:
         request = ExportTraceServiceRequest.FromString(body)
         self.bodies.append(body)
         for resource in request.resource_spans:
-            of = {one.key: value(one.value) for one in resource.resource.attributes}
+            resource_attributes = {entry.key: value(entry.value) for entry in resource.resource.attributes}
             for scope in resource.scope_spans:
                 self.spans += [
                     Received(
-                        of["service.name"],
+                        resource_attributes["service.name"],
                         span.name,
                         span.kind,
                         span.trace_id.hex(),
@@ -89,18 +89,18 @@ class Collector:
                         span.end_time_unix_nano,
                         span.status.code == 2,
                         span.status.message,
-                        {one.key: value(one.value) for one in span.attributes},
+                        {entry.key: value(entry.value) for entry in span.attributes},
                     )
                     for span in scope.spans
                 ]
 
-    def wait_for(self, found: Callable[[Received], bool], timeout_s: float = 30) -> Received:
-        """The first such span, which may still be on its way."""
-        wait_until(lambda: any(found(one) for one in self.spans), timeout_s)
-        return next(one for one in self.spans if found(one))
+    def wait_for(self, matches: Callable[[Received], bool], timeout_s: float = 30) -> Received:
+        """The first span that matches; waits for it."""
+        wait_until(lambda: any(matches(span) for span in self.spans), timeout_s)
+        return next(span for span in self.spans if matches(span))
 
 
 def value(of: Any) -> Any:
     """A protobuf AnyValue in Python's terms."""
     kind = of.WhichOneof("value")
-    return [value(one) for one in of.array_value.values] if kind == "array_value" else getattr(of, kind)
+    return [value(entry) for entry in of.array_value.values] if kind == "array_value" else getattr(of, kind)

@@ -1,4 +1,4 @@
-"""A disk that is soon full: a tmpfs of a few kilobytes, or a bound on how large this process's files grow."""
+"""Makes a small disk: a tmpfs of a few kilobytes, or a limit on the size of this process's files."""
 
 import resource
 import subprocess
@@ -11,7 +11,7 @@ SIZE_BYTES = 256 << 10
 
 @contextmanager
 def small_disk(folder: Path, size_bytes: int = SIZE_BYTES) -> Iterator[Path]:
-    """A folder into which `size_bytes` go, or, where tmpfs may not be mounted, files of this size."""
+    """A folder of `size_bytes`; where tmpfs may not be mounted, each file has this limit instead."""
     folder.mkdir()
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)], capture_output=True

@@ -47,7 +47,7 @@ _numbers = itertools.count(1)
 
 
 class EventLoopThread:
-    """An event loop in a thread of its own: an engine belongs to the loop that it was started on."""
+    """Runs an event loop in a thread: an engine belongs to the loop that it was started on."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -65,7 +65,7 @@ class EventLoopThread:
 
 
 async def events_of(engine: VllmEngine, request: GenerationRequest) -> AsyncIterator[list[Event]]:
-    """Yields the batches of events that the engine pushes. Closing it ends the request."""
+    """Yields the engine's batches one after another. Closing it ends the request."""
     batches: asyncio.Queue[list[Event]] = asyncio.Queue()
     generating = asyncio.create_task(engine.generate(request, batches.put_nowait))
     try:
@@ -83,7 +83,7 @@ async def events_of(engine: VllmEngine, request: GenerationRequest) -> AsyncIter
 
 @dataclass
 class EngineHost:
-    """A running engine, and adapters for it under ids that no other test uses."""
+    """Holds a running engine, and publishes adapters for it under ids that no other test uses."""
 
     engine: VllmEngine
     loop: EventLoopThread
@@ -127,7 +127,7 @@ class EngineHost:
         return self.run(self.answer(adapter, prompt, tokens, salt=salt))
 
     async def sure(self, adapter: AdapterVersion | None, prompt: str, tokens: int) -> tuple[str, float]:
-        """What `adapter` answers when it is alone, and the least lead of a token over the second best."""
+        """Returns what `adapter` answers alone, and the least lead of a token over the second best."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         number = f"sure-{next(_numbers)}"
@@ -145,15 +145,15 @@ class EngineHost:
     def references(
         self, adapter: AdapterVersion | None, candidates: list[Prompt], count: int
     ) -> dict[Prompt, str]:
-        """The first `count` candidates that `adapter`, alone, answers with sure tokens; and the answers."""
-        found: dict[Prompt, str] = {}
+        """Returns the first `count` candidates that `adapter` alone answers with sure tokens, and answers."""
+        answers: dict[Prompt, str] = {}
         for prompt, tokens in candidates:
             text, lead = self.run(self.sure(adapter, prompt, tokens))
             if lead > LEAD_MIN:
-                found[prompt, tokens] = text
-            if len(found) == count:
-                return found
-        raise AssertionError(f"only {len(found)} of {len(candidates)} prompts have answers that are sure")
+                answers[prompt, tokens] = text
+            if len(answers) == count:
+                return answers
+        raise AssertionError(f"only {len(answers)} of {len(candidates)} prompts have answers that are sure")
 
     def counters(self) -> Counters:
         return self.run(self.engine.counters())
@@ -167,7 +167,7 @@ class Answer:
 
 
 async def collect(stream: AsyncIterator[list[Event]]) -> Answer:
-    """What is left of a stream: its text and its tokens."""
+    """Reads the rest of a stream: its text and its tokens."""
     text, tokens = "", 0
     async for batch in stream:
         for event in batch:

@@ -1,14 +1,14 @@
-"""What /metrics can say at most: each metric that the code declares, with its labels."""
+"""Lists each metric that the code declares, with its labels: everything that /metrics can contain."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.billing.budgets.alerts import BudgetFigures
+from serve.billing.budgets.alerts import BudgetMetrics
 from serve.billing.metering.reconciliation import EngineCount, reconcile
 from serve.billing.pricing.plans import Tokens
-from serve.billing.webhooks.outbox import NoticeFigures
+from serve.billing.webhooks.outbox import OutboxMetrics
 from serve.engine.metrics import render_engines
 from serve.engine.protocol import Counters, Delta
 from serve.errors import RateLimited
@@ -26,20 +26,20 @@ Names = Mapping[str, frozenset[str]]
 
 
 def names(text: str) -> Names:
-    """Each series' name, with all the labels that it bears anywhere in an exposition."""
-    found: dict[str, set[str]] = defaultdict(set)
+    """Each series' name, with all labels that it has anywhere in the exposition."""
+    labels_of: dict[str, set[str]] = defaultdict(set)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            found[sample.name] |= sample.labels.keys()
-    return {name: frozenset(labels) for name, labels in found.items()}
+            labels_of[sample.name] |= sample.labels.keys()
+    return {name: frozenset(labels) for name, labels in labels_of.items()}
 
 
 def busy() -> Metrics:
-    """A gateway to which everything has happened that it counts."""
+    """The metrics of a gateway that has counted every kind of event."""
     metrics = Metrics(adapters_max=1, gateway="busy")
-    pace = TokenLatency(1)
+    token_latency = TokenLatency(1)
     for _ in range(2):
-        pace.note([Delta(0, "x", 1)])
+        token_latency.note([Delta(0, "x", 1)])
     metrics.request("/v1/chat/completions", 429, 0.1)
     metrics.refused(RateLimited("requests", 1, 1, 1, 1), "requests", "rate_limit_exceeded")
     metrics.broken("/v1/chat/completions", "server_error", "engine_failed")
@@ -47,7 +47,7 @@ def busy() -> Metrics:
     metrics.tokens("tiny", "acme/support@1", Tokens(3, 1, 2))
     metrics.billed("tiny", 1_000)
     metrics.ttft("tiny", "acme/support@1", 0.2)
-    metrics.token_latency("tiny", "acme/support@1", pace)
+    metrics.token_latency("tiny", "acme/support@1", token_latency)
     return metrics
 
 
@@ -57,15 +57,15 @@ def measured() -> StewardStatus:
         drift=tuple(reconcile([count], {})),
         drift_at=1.0,
         jobs={"recover": 1.0},
-        budgets=BudgetFigures((("bud_1", "tenant", "month", 0.5),), 1),
+        budgets=BudgetMetrics((("bud_1", "tenant", "month", 0.5),), 1),
         intervals={"recover": 1.0},
         failures={"recover": 1},
-        notices=NoticeFigures(pending=1),
+        outbox=OutboxMetrics(pending=1),
     )
 
 
 def declared() -> Names:
-    """From an exposition in which nothing is missing."""
+    """The metrics of an exposition that contains every metric."""
     everything: Iterable[bytes] = (
         busy().exposition().text,
         render_aggregate(1, 1, {"tiny": 1}),

@@ -1,4 +1,4 @@
-"""Several gateways on one database, with a clock that tests move."""
+"""Runs several gateways on one database, with a clock that tests move."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -13,7 +13,7 @@ from serve.rate_limits.limits import Limits, Subject
 from serve.storage.database import Store
 
 LEASE_S = 2.0
-PLACES_LEASE_S = 15.0
+CONCURRENCY_LEASE_S = 15.0
 
 
 class Clock:
@@ -25,7 +25,7 @@ class Clock:
 
 
 class CountedStore(Store):
-    """Counts its write transactions; `away` makes it fail as a lost database does."""
+    """Counts its write transactions. `away` makes it fail like an unreachable database."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -42,7 +42,7 @@ class CountedStore(Store):
 
 
 class Gateways:
-    """Several gateways with a store object each on one database, and one clock."""
+    """Holds several rate limiters on one database, each with its own store object, and one clock."""
 
     def __init__(self, url: str, count: int = 3, *, refusal_s: float = 0.05, grace_s: float = 0.01) -> None:
         self.refusal_s = refusal_s
@@ -57,7 +57,7 @@ class Gateways:
             f"g{number}",
             clock=self.clock,
             lease_s=LEASE_S,
-            places_lease_s=PLACES_LEASE_S,
+            concurrency_lease_s=CONCURRENCY_LEASE_S,
             refusal_s=self.refusal_s,
             grace_s=self.grace_s,
         )
@@ -83,7 +83,7 @@ async def attempt(gateway: RateLimiter, subjects: Sequence[Subject], tokens: int
 
 
 async def burst(gateways: Gateways, subjects: Sequence[Subject], count: int, tokens: int = 1) -> list[Permit]:
-    """`count` requests at once, spread evenly; those that passed."""
+    """The permits of `count` requests at once, spread evenly over the gateways."""
     answers = await asyncio.gather(
         *(attempt(gateways.all[number % len(gateways.all)], subjects, tokens) for number in range(count))
     )

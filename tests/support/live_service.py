@@ -6,7 +6,6 @@ from pathlib import Path
 
 import httpx
 import openai
-import psutil
 import sqlalchemy as sa
 
 from serve.billing.ledger.ledger import Ledger
@@ -20,6 +19,7 @@ from serve.settings import Settings
 from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
 from tests.support.constants import CONFIGS, NOON, TENANTS, TINY, TINY_TWO
+from tests.support.serve_details import live_replicas
 from tests.support.waiting import wait_until
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -65,14 +65,10 @@ class LiveService:
 
     def running_pids(self, deployment: str) -> dict[str, int]:
         """The process of each replica of `deployment` that serves, by the replica's id."""
-        from ray.serve.context import _get_global_client
-
-        details = _get_global_client().get_serve_details()
-        replicas = details["applications"]["bespoke"]["deployments"][deployment]["replicas"]
         return {
             replica["replica_id"]: replica["pid"]
-            for replica in replicas
-            if replica["state"] == "RUNNING" and replica["pid"] and psutil.pid_exists(replica["pid"])
+            for replica in live_replicas(deployment)
+            if replica["state"] == "RUNNING"
         }
 
     def assert_reconciled(self) -> None:

@@ -1,4 +1,4 @@
-"""What a service has logged, read back from its files."""
+"""Reads the log files of a service."""
 
 import json
 from functools import cached_property
@@ -9,14 +9,14 @@ Record = dict[str, Any]
 
 
 class LogFiles:
-    """All files of a folder of logs, rotated ones too."""
+    """Holds all files of a log folder, rotated ones included."""
 
     def __init__(self, directory: Path) -> None:
         self._paths = sorted(path for path in directory.iterdir() if ".log" in path.name)
 
     @property
     def files(self) -> list[str]:
-        """Their processes: `gateway-0`."""
+        """The names of their processes, such as `gateway-0`."""
         return sorted({path.name.partition(".")[0] for path in self._paths})
 
     @cached_property

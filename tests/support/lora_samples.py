@@ -1,4 +1,4 @@
-"""Small real bases and adapters, and a state folder with them; made without torch."""
+"""Writes small real bases and adapters, and a state folder with them, without torch."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ def publish_base(home: Path, base: str) -> Path:
 
 
 def publish_sample(home: Path, tenant: str, name: str, *, alpha: int = 4, **card: Any) -> Path:
-    """Another `alpha` makes another version; `card` changes what the card says."""
+    """Publish an adapter. Another `alpha` makes another version; `card` changes the card's fields."""
     staged = home / f"staged-{tenant}-{alpha}"
     staged.parent.mkdir(parents=True, exist_ok=True)
     write_adapter(staged, lora_alpha=alpha)

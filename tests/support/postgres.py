@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests, out of a wheel: no package of the system and no network."""
+"""Runs a real PostgreSQL for tests, from a wheel: without a system package and without network."""
 
 import os
 import pwd
@@ -37,9 +37,9 @@ SETTINGS = {
 
 
 class Postgres:
-    """One server with a data folder and a port of its own, which outlive `kill` and `start`.
+    """Runs one server on its own data folder and port, which survive `kill` and `start`.
 
-    A context: it starts with it and leaves nothing behind.
+    A context manager: it starts the server, and leaves nothing behind.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Postgres:
 
     @property
     def url(self) -> str:
-        """Of the maintenance database."""
+        """The URL of the maintenance database."""
         return self._url("postgres")
 
     def __enter__(self) -> "Postgres":
@@ -72,12 +72,12 @@ class Postgres:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self) -> None:
-        """Returns when the server answers; after a `kill`, when it has recovered."""
+        """Start the server and wait until it answers; after a `kill`, until it has recovered."""
         settings = [f"--{name}={value}" for name, value in SETTINGS.items()]
         command = ("-p", str(self._port), "-k", "", *settings)
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while True:
-            # It gives up at once while sessions of a killed one are still there, so it is started again.
+            # The server exits at once while sessions of a killed one still exist, so it is started again.
             if self._process is None or self._process.poll() is not None:
                 self._process = self._open("postgres", *command)
             try:
@@ -90,15 +90,15 @@ class Postgres:
                 return
 
     def stop(self) -> None:
-        """Orderly, but without waiting for clients to leave."""
+        """Shut down cleanly, without waiting for clients to disconnect."""
         self._end(signal.SIGINT)
 
     def kill(self) -> None:
-        """As the kernel does when memory is short: no word to the clients, nothing flushed."""
+        """Kill the server, as the kernel does when memory is short: nothing is flushed."""
         self._end(signal.SIGKILL)
 
     def freeze(self) -> None:
-        """Everything stands still, as on a machine whose disk does not answer. `thaw` ends it."""
+        """Stop all processes, as on a machine whose disk does not answer. `thaw` continues them."""
         self._signal_all(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -155,8 +155,8 @@ class Postgres:
             )
 
 
-# What a migrated database holds, and how one is put back to that: 15 ms, where to copy one takes 150 to 300.
-# As a replica, or foreign keys and the triggers that make the audit log append-only would forbid it.
+# Saves the content of a migrated database, and restores it: in 15 ms, where a copy takes 150 to 300.
+# It restores as a replica, because foreign keys and the audit log's append-only triggers would forbid it.
 _REMEMBER = """
 CREATE SCHEMA fresh;
 DO $$ DECLARE name text; BEGIN
@@ -181,7 +181,7 @@ END $$
 
 
 class MigratedDatabases:
-    """Databases with the newest schema and nothing in them, used again and again."""
+    """Lends databases with the newest schema and no rows, and reuses them."""
 
     def __init__(self, postgres: Postgres) -> None:
         self._postgres = postgres
@@ -189,7 +189,7 @@ class MigratedDatabases:
 
     @contextmanager
     def borrow(self) -> Iterator[str]:
-        """Its URL. Whoever is still connected at the end is cut off."""
+        """The URL of a database. Connections that are open at the end are closed."""
         url = self._spare.pop() if self._spare else self._create()
         yield url
         with psycopg.connect(url) as connection:
@@ -206,7 +206,7 @@ class MigratedDatabases:
 
 
 def _unprivileged() -> dict[str, Any]:
-    """PostgreSQL does not run as root; it is nobody's then."""
+    """The user to run as: PostgreSQL refuses to run as root, so it runs as nobody then."""
     if os.geteuid() != 0:
         return {}
     nobody = pwd.getpwnam("nobody")
@@ -214,7 +214,7 @@ def _unprivileged() -> dict[str, Any]:
 
 
 def _programs(folder: Path) -> Path:
-    """Where the server's programs are: in the wheel, or in `folder` if nobody could not read them there."""
+    """The folder of the server's programs: in the wheel or, for the user nobody, a copy in `folder`."""
     spec = find_spec(WHEEL)
     assert spec is not None
     assert spec.origin is not None

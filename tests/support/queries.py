@@ -1,4 +1,4 @@
-"""PromQL in dashboards and rules: every query, and what it relies on."""
+"""Reads the PromQL queries of dashboards and rules, and checks the metrics they rely on."""
 
 import json
 import re
@@ -13,14 +13,14 @@ import yaml
 CONFIGS = Path(__file__).parents[2] / "configs"
 DASHBOARDS = sorted((CONFIGS / "dashboards").glob("*.json"))
 RULES = [CONFIGS / "prometheus" / name for name in ("recording.yaml", "alerts.yaml")]
-# Grafana's, by what it puts there.
+# Grafana's variables, with a value for each.
 VARIABLES = {"$__rate_interval": "5m", "$__range": "6h"}
 LABEL_VALUES = re.compile(r"label_values\((?P<series>.+), (?P<label>\w+)\)")
 
 
 @dataclass(frozen=True)
 class Query:
-    """`where` is for people; `record` is the name under which Prometheus keeps the result."""
+    """A query. `where` is for people; `record` is the name under which Prometheus stores its result."""
 
     where: str
     text: str
@@ -35,8 +35,8 @@ class Query:
 
 
 def dashboard(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    board: dict[str, Any] = json.loads(path.read_text())
+    return board
 
 
 def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -55,9 +55,9 @@ def of_dashboard(path: Path) -> Iterator[Query]:
             yield Query(f"{path.name}: annotation {note['name']}", note["expr"])
     for variable in board["templating"]["list"]:
         if variable["type"] == "query":
-            found = LABEL_VALUES.fullmatch(variable["query"]["query"])
-            assert found, variable["query"]
-            text = f"count by ({found['label']}) ({found['series']})"
+            match = LABEL_VALUES.fullmatch(variable["query"]["query"])
+            assert match, variable["query"]
+            text = f"count by ({match['label']}) ({match['series']})"
             yield Query(f"{path.name}: variable {variable['name']}", text)
 
 
@@ -75,7 +75,7 @@ _CHOOSING = {"topk", "bottomk"}  # aggregations that keep the labels of what the
 
 
 def missing(query: Query, known: Labels) -> list[str]:
-    """What the query relies on and nobody has: metrics, and labels of them."""
+    """The metrics and labels that the query needs and no metric has."""
     try:
         _result(query.parsed, known)
     except LookupError as error:
@@ -84,7 +84,7 @@ def missing(query: Query, known: Labels) -> list[str]:
 
 
 def result_labels(query: Query, known: Labels) -> frozenset[str]:
-    """The labels that its result bears, `known` being those of each metric."""
+    """The labels of its result. known: the labels of each metric."""
     return _result(query.parsed, known)
 
 

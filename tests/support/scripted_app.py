@@ -1,4 +1,4 @@
-"""The whole gateway over HTTP with a store of its own, and behind the seam an engine that plays a script."""
+"""Runs the complete gateway over HTTP with its own store, and an engine that plays a script."""
 
 import asyncio
 import json
@@ -38,13 +38,13 @@ LEFT: Script = [[ACCEPTED], [Delta(0, "Hel", 1)], "hang", [Finished(10, 4, 3, ab
 
 def says(*deltas: Delta) -> Script:
     """A script that ends with the last of `deltas`."""
-    return [[ACCEPTED], *([one] for one in deltas[:-1]), [deltas[-1], FINISHED]]
+    return [[ACCEPTED], *([delta] for delta in deltas[:-1]), [deltas[-1], FINISHED]]
 
 
 class ScriptedEngine:
-    """Plays one script per attempt, the last one again and again.
+    """Plays one script per attempt; the last one is repeated.
 
-    An exception in a script is raised, "hang" waits for the abort.
+    An exception in a script is raised; "hang" waits for the abort.
     """
 
     context_tokens_max = 1000
@@ -57,7 +57,7 @@ class ScriptedEngine:
         self.aborted = asyncio.Event()
 
     @property
-    def asked(self) -> list[str]:
+    def request_ids(self) -> list[str]:
         return [request.request_id for request in self.requests]
 
     async def generate(self, request: GenerationRequest, take: Take) -> None:
@@ -66,7 +66,7 @@ class ScriptedEngine:
 
     async def _play(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
         if self.requests:
-            self.aborted = asyncio.Event()  # the one before may be of another loop
+            self.aborted = asyncio.Event()  # the previous event may belong to another loop
         self.requests.append(request)
         for item in self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]:
             if isinstance(item, BaseException):
@@ -113,46 +113,46 @@ class ScriptedApp:
         async def send() -> httpx.Response:
             transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-                who = {"authorization": f"Bearer {self.keys[tenant]}"}
-                return await client.request(method, path, json=body, headers=who | headers)
+                credentials = {"authorization": f"Bearer {self.keys[tenant]}"}
+                return await client.request(method, path, json=body, headers=credentials | headers)
 
         return self.run(send())
 
     def say(self, path: str, body: Json, *, tenant: str = "acme") -> Json:
-        """The answer to a POST that must go well."""
+        """The JSON answer to a POST that must succeed."""
         answer = self.ask("POST", path, body, tenant=tenant)
         assert answer.status_code == 200, answer.text
-        said: Json = answer.json()
-        return said
+        body_json: Json = answer.json()
+        return body_json
 
     def stream(self, path: str, body: Json) -> list[Json]:
-        """The events of a POST that must go well; each line that names an event agrees with its data."""
+        """The events of a POST that must succeed. Each event's name must agree with its data."""
         answer = self.ask("POST", path, body | {"stream": True})
         assert answer.status_code == 200, answer.text
         assert answer.headers["content-type"].startswith("text/event-stream")
         return sse(answer.text)
 
     def leave(self, path: str, body: Json, *, after: bytes = b"") -> bytes:
-        """POST, and go away once the engine hangs and `after` has come. Returns what had come."""
-        came = b""
+        """POST, and disconnect once the engine hangs and `after` was received. Returns the received bytes."""
+        received = b""
         sent = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
 
         async def receive() -> Json:
             if sent:
                 return sent.pop()
-            while not self.engine.hanging.is_set() or after not in came:
+            while not self.engine.hanging.is_set() or after not in received:
                 await asyncio.sleep(0.005)
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
-            nonlocal came
-            came += message.get("body", b"")
+            nonlocal received
+            received += message.get("body", b"")
 
         self.run(self.app(self.scope(path), receive, send))
-        return came
+        return received
 
     def scope(self, path: str) -> Json:
-        """A POST of acme's, as ASGI has it."""
+        """The ASGI scope of a POST by acme."""
         return {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -169,7 +169,7 @@ class ScriptedApp:
         }
 
     def bills(self) -> list[tuple[str, str, int, int, int]]:
-        """Of every usage event: tenant, status, prompt, cached and completion tokens."""
+        """Each usage event's tenant, status, and prompt, cached and completion tokens."""
         c = usage_table.c
         columns = (c.tenant_id, c.status, c.prompt_tokens, c.cached_tokens, c.completion_tokens)
         with self.store.read() as connection:

@@ -1,10 +1,10 @@
-"""A gateway without HTTP, over an engine that plays a script, and what its ledger says afterwards."""
+"""Runs a gateway without HTTP over a scripted engine, and reads its ledger afterwards."""
 
 from dataclasses import replace
 
 import sqlalchemy as sa
 
-from serve.billing.ledger.accounts import CLOSING, transfers_table
+from serve.billing.ledger.accounts import FINAL_PHASE, transfers_table
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import usage_table
 from serve.engine.protocol import Message, Sampling
@@ -23,7 +23,7 @@ from tests.support.scripted_app import Script, ScriptedEngine
 def gateway_of(shop: BillingFixture, engine: ScriptedEngine, **settings: float) -> Gateway:
     return Gateway(
         store=shop.store,
-        catalogue=AdapterRegistry(shop.store, ["tiny"]),
+        registry=AdapterRegistry(shop.store, ["tiny"]),
         engines={"tiny": engine},
         rate_limiter=RateLimiter(shop.store, "test"),
         commit_queue=CommitQueue(shop.ledger),
@@ -35,7 +35,7 @@ def gateway_of(shop: BillingFixture, engine: ScriptedEngine, **settings: float) 
     )
 
 
-def call(model: str = "tiny") -> InferenceRequest:
+def inference_request(model: str = "tiny") -> InferenceRequest:
     hello = (Message("user", "Hello"),)
     return InferenceRequest("req_1", model, hello, Sampling(completion_tokens_max=5), "max_tokens")
 
@@ -51,7 +51,7 @@ def events(store: Store) -> list[dict[str, object]]:
 
 def closings(store: Store) -> list[str]:
     c = transfers_table.c
-    closing = sa.select(c.kind).where(c.phase == CLOSING, c.kind != "grant")
+    closing = sa.select(c.kind).where(c.phase == FINAL_PHASE, c.kind != "grant")
     with store.read() as connection:
         return list(connection.execute(closing).scalars())
 
@@ -63,7 +63,7 @@ def metric(gateway: Gateway, name: str, **labels: str) -> float | None:
 async def play(shop: BillingFixture, script: Script, request_id: str = "req_1") -> str:
     gateway = gateway_of(shop, ScriptedEngine(script))
     try:
-        asked = replace(call(), request_id=request_id)
-        return await collect(await gateway.generate(shop.principal, asked))
+        request = replace(inference_request(), request_id=request_id)
+        return await collect(await gateway.generate(shop.principal, request))
     finally:
         await gateway.drain()

@@ -1,4 +1,4 @@
-"""An event loop whose time is a number: it jumps to the next timer when there is nothing else to do."""
+"""Simulates time in an event loop: it jumps to the next timer when nothing else can run."""
 
 import asyncio
 from collections.abc import Coroutine

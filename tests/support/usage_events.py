@@ -1,4 +1,4 @@
-"""A usage event as a gateway writes it: 10 prompt tokens, 4 of them cached, and 5 completion tokens."""
+"""Makes usage events as a gateway writes them: 10 prompt tokens, 4 of them cached, 5 completion tokens."""
 
 from dataclasses import replace
 from datetime import datetime
@@ -33,5 +33,5 @@ _EVENT = UsageEvent(
 def usage_event(
     request_id: str, *, key_id: str, plan_id: int, at: datetime = NOON, **changes: Any
 ) -> UsageEvent:
-    """A request of acme's to the base, complete at `at`, but for `changes`."""
+    """A request by acme to the base, complete at `at`, with `changes`."""
     return replace(_EVENT, request_id=request_id, key_id=key_id, plan_id=plan_id, created_at=at, **changes)

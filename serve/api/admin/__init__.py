@@ -1,4 +1,4 @@
-"""The admin API, `/admin/v1`: for platform keys, and for a tenant's admin key within its own tenant."""
+"""Serves the admin API, `/admin/v1`: for platform keys, and for a tenant's admin key in its own tenant."""
 
 from fastapi import APIRouter
 

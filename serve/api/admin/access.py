@@ -1,7 +1,8 @@
-"""Who may use which admin route. It is decided before a byte of the body is read.
+"""Guards the admin routes, before a byte of the body is read.
 
-A platform key may use all of them. A tenant's key with the scope `admin` may use those of its own tenant's
-projects and keys; every other tenant, and every other route, looks to it like a tenant that does not exist.
+A platform key may use every route. A tenant's key with the scope `admin` may use the routes of its own
+tenant's projects, keys and budgets. Every other tenant and route answers it like a tenant that does not
+exist.
 """
 
 import re
@@ -11,45 +12,46 @@ from typing import Annotated, Any, ClassVar
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.routing import APIRoute
 
-from serve.api.dependencies import admit, bearer, context
+from serve.api.dependencies import authenticate, bearer_key, context_of
 from serve.api.schemas import KEY_REQUIRED, errors
 from serve.errors import NotFound, PermissionDenied
 from serve.tenants import PLATFORM_PREFIX, Operator, Principal
 
 Caller = Operator | Principal
 
-# All that names and ids consist of; anything else names nothing, and need not reach the store.
+# The characters of names and ids; any other value names nothing and need not reach the store.
 _PLAIN = re.compile(r"[A-Za-z0-9_.@-]{1,160}")
 
 
 class PlatformRoute(APIRoute):
-    """A route for platform keys only."""
+    """Admits platform keys only."""
 
     own_tenant: ClassVar[bool] = False
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        answer, own_tenant = super().get_route_handler(), self.own_tenant
+        handle, own_tenant = super().get_route_handler(), self.own_tenant
 
         async def handler(request: Request) -> Response:
-            request.state.caller = await _caller(request, own_tenant)
-            return await answer(request)
+            request.state.caller = await _admit(request, own_tenant)
+            return await handle(request)
 
         return handler
 
 
 class TenantRoute(PlatformRoute):
-    """A route that the admin keys of the path's `{tenant}` may use, too."""
+    """Admits platform keys, and the admin keys of the path's `{tenant}`."""
 
     own_tenant = True
 
 
-async def _caller(request: Request, own_tenant: bool) -> Caller:
-    tenants, key = context(request).tenants, bearer(request)
+async def _admit(request: Request, own_tenant: bool) -> Caller:
+    """Raises Unauthenticated, TenantSuspended, PermissionDenied, NotFound, StoreUnavailable."""
+    tenants, key = context_of(request).tenants, bearer_key(request)
     caller: Caller
     if key.startswith(PLATFORM_PREFIX):
-        caller = await admit(tenants.platform_door, key)
+        caller = await authenticate(tenants.platform_key_cache, key)
     else:
-        caller = await admit(tenants.key_cache, key)
+        caller = await authenticate(tenants.key_cache, key)
         if "admin" not in caller.scopes:
             raise PermissionDenied("admin")
         if not own_tenant or request.path_params.get("tenant") != caller.tenant:
@@ -59,16 +61,16 @@ async def _caller(request: Request, own_tenant: bool) -> Caller:
     return caller
 
 
-async def _admitted(request: Request) -> Caller:
+async def _caller_of(request: Request) -> Caller:
     caller: Caller = request.state.caller
     return caller
 
 
-By = Annotated[Caller, Depends(_admitted)]
+AdminCaller = Annotated[Caller, Depends(_caller_of)]
 
 
 def router(tag: str, *, own_tenant: bool = False) -> APIRouter:
-    """A router of one resource, with its guard and its errors."""
+    """A router for one resource, with its guard and its errors."""
     return APIRouter(
         prefix="/admin/v1",
         tags=[tag],

@@ -1,11 +1,11 @@
-"""/admin/v1/tenants/{tenant}/adapters: registered versions, and which one an alias means."""
+"""/admin/v1/tenants/{tenant}/adapters: registered versions, and the version that an alias means."""
 
 from typing import Literal
 
 from fastapi import APIRouter
 from pydantic import Field
 
-from serve.api.admin.access import By
+from serve.api.admin.access import AdminCaller
 from serve.api.admin.access import router as admin_router
 from serve.api.dependencies import Context, Ctx
 from serve.api.pagination import (
@@ -47,47 +47,47 @@ class AdapterWire(Identified):
 def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[AdapterWire]:
     """Every version ever registered, by name and age."""
     ctx.tenants.get(tenant)
-    entries = ctx.registry.entries(tenant)
-    return listing(slice_page(entries, lambda entry: entry.ref.model, after, limit), _wire)
+    versions = ctx.registry.entries(tenant)
+    return listing(slice_page(versions, lambda info: info.ref.model, after, limit), wire)
 
 
 @router.post(VERSION + "/promote")
-def promote(tenant: str, name: str, version: str, by: By, ctx: Ctx) -> AdapterWire:
+def promote(tenant: str, name: str, version: str, caller: AdminCaller, ctx: Ctx) -> AdapterWire:
     """Let the alias mean this version from now on, or once it is probed."""
     adapter = ctx.registry.find(tenant, name, version)
-    ctx.registry.promote(adapter, at=now(), actor=by.actor)
+    ctx.registry.promote(adapter, at=now(), actor=caller.actor)
     return _now(ctx, adapter)
 
 
 @router.post(VERSION + "/pin")
-def pin(tenant: str, name: str, version: str, by: By, ctx: Ctx) -> AdapterWire:
+def pin(tenant: str, name: str, version: str, caller: AdminCaller, ctx: Ctx) -> AdapterWire:
     """Let every replica keep it loaded."""
     adapter = ctx.registry.find(tenant, name, version)
-    ctx.registry.pin(adapter, True, actor=by.actor)
+    ctx.registry.pin(adapter, True, actor=caller.actor)
     return _now(ctx, adapter)
 
 
 @router.post(VERSION + "/unpin")
-def unpin(tenant: str, name: str, version: str, by: By, ctx: Ctx) -> AdapterWire:
-    """Let replicas unload it when others need its place."""
+def unpin(tenant: str, name: str, version: str, caller: AdminCaller, ctx: Ctx) -> AdapterWire:
+    """Let replicas unload it when other adapters need its slot."""
     adapter = ctx.registry.find(tenant, name, version)
-    ctx.registry.pin(adapter, False, actor=by.actor)
+    ctx.registry.pin(adapter, False, actor=caller.actor)
     return _now(ctx, adapter)
 
 
 @router.post(VERSION + "/retire")
-def retire(tenant: str, name: str, version: str, by: By, ctx: Ctx) -> AdapterWire:
-    """Serve it no longer, for good. Not while its alias points to it."""
+def retire(tenant: str, name: str, version: str, caller: AdminCaller, ctx: Ctx) -> AdapterWire:
+    """Stop serving it, for good. Refused while its alias points to it."""
     adapter = ctx.registry.find(tenant, name, version)
-    ctx.registry.retire(adapter, now(), actor=by.actor)
+    ctx.registry.retire(adapter, now(), actor=caller.actor)
     return _now(ctx, adapter)
 
 
 def _now(ctx: Context, adapter: AdapterVersion) -> AdapterWire:
-    return _wire(ctx.registry.entry(adapter))
+    return wire(ctx.registry.entry(adapter))
 
 
-def _wire(entry: VersionInfo) -> AdapterWire:
+def wire(entry: VersionInfo) -> AdapterWire:
     return AdapterWire(
         id=entry.ref.model,
         base=entry.base,

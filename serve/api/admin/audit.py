@@ -1,4 +1,4 @@
-"""/admin/v1/audit: who did what, newest first."""
+"""/admin/v1/audit: the audit log, newest first."""
 
 from typing import Annotated, Any, Literal
 
@@ -39,11 +39,11 @@ def index(
     action: Action = None,
 ) -> Listing[AuditWire]:
     before = None if after is None else int(after.removeprefix("audit_"))
-    found = Audit(ctx.store).entries(tenant=tenant, action=action, before=before, limit=limit + 1)
-    return listing(Page(found[:limit], len(found) > limit), _wire)
+    entries = Audit(ctx.store).entries(tenant=tenant, action=action, before=before, limit=limit + 1)
+    return listing(Page(entries[:limit], len(entries) > limit), wire)
 
 
-def _wire(entry: AuditEntry) -> AuditWire:
+def wire(entry: AuditEntry) -> AuditWire:
     return AuditWire(
         id=f"audit_{entry.id}",
         at=seconds(entry.at),

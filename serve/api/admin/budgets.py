@@ -1,7 +1,7 @@
-"""/admin/v1/tenants/{tenant}/budgets.
+"""/admin/v1/tenants/{tenant}/budgets: create, read, change and retire budgets.
 
-A tenant's admin sees all of its budgets and manages those of its projects and keys. Those of the tenant as a
-whole are the platform's, and so is a webhook to the server itself.
+A tenant's admin sees all of its budgets and manages those of its projects and keys. Only the platform manages
+budgets of a whole tenant, and webhooks to the server itself.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from pydantic import Field
 
-from serve.api.admin.access import By, Caller
+from serve.api.admin.access import AdminCaller, Caller
 from serve.api.admin.access import router as admin_router
 from serve.api.dependencies import Ctx
 from serve.api.pagination import (
@@ -52,7 +52,7 @@ WebhookUrl = Annotated[
 
 
 class NewBudget(Body):
-    """Of the project or the key that is named; of the tenant if none is."""
+    """Binds the named project or key, or the tenant if none is named."""
 
     project: Subject | None = None
     key: Subject | None = None
@@ -64,7 +64,7 @@ class NewBudget(Body):
 
 
 class BudgetChange(Body):
-    """What is named is changed. A null webhook_url means none."""
+    """Changes the named fields only. A null webhook_url removes the webhook."""
 
     limit_nanos: LimitNanos | None = None
     hard: Hard | None = None
@@ -72,12 +72,12 @@ class BudgetChange(Body):
     webhook_url: WebhookUrl | None = None
 
     def named(self) -> dict[str, Any]:
-        named = {name: getattr(self, name) for name in self.model_fields_set}
-        return {name: value for name, value in named.items() if value is not None or name == "webhook_url"}
+        fields = {name: getattr(self, name) for name in self.model_fields_set}
+        return {name: value for name, value in fields.items() if value is not None or name == "webhook_url"}
 
 
 class BudgetWire(Identified):
-    """Nano-USD, in UTC periods; what is left is limit − spent − held."""
+    """Nano-USD, in UTC periods; left = limit − spent − held."""
 
     object: Literal["budget"] = "budget"
     tenant: str
@@ -97,8 +97,8 @@ class BudgetWire(Identified):
 
 
 @router.post("/tenants/{tenant}/budgets", status_code=201)
-def create(tenant: str, body: NewBudget, by: By, ctx: Ctx) -> BudgetWire:
-    """A budget that binds from now on, and counts what its period has spent already."""
+def create(tenant: str, body: NewBudget, caller: AdminCaller, ctx: Ctx) -> BudgetWire:
+    """Create a budget. It binds from now on, and counts what its period has spent already."""
     if body.project is not None and body.key is not None:
         raise InvalidRequest("Name a project or a key, not both.", "key", "invalid_value")
     level, subject = "tenant", tenant
@@ -106,8 +106,8 @@ def create(tenant: str, body: NewBudget, by: By, ctx: Ctx) -> BudgetWire:
         level, subject = "project", body.project
     elif body.key is not None:
         level, subject = "key", body.key
-    _require_right(by, level, body.webhook_url)
-    standing = BudgetService(ctx.store).create(
+    _require_right(caller, level, body.webhook_url)
+    usage = BudgetService(ctx.store).create(
         tenant,
         level,
         subject,
@@ -117,42 +117,42 @@ def create(tenant: str, body: NewBudget, by: By, ctx: Ctx) -> BudgetWire:
         hard=body.hard,
         notify_pcts=body.notify_pcts,
         webhook_url=body.webhook_url,
-        actor=by.actor,
+        actor=caller.actor,
     )
-    return _wire(standing)
+    return wire(usage)
 
 
 @router.get("/tenants/{tenant}/budgets")
 def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[BudgetWire]:
     ctx.tenants.get(tenant)
-    return listing(BudgetService(ctx.store).page(tenant, at=now(), after=after, limit=limit), _wire)
+    return listing(BudgetService(ctx.store).page(tenant, at=now(), after=after, limit=limit), wire)
 
 
 @router.get("/tenants/{tenant}/budgets/{budget}")
 def show(tenant: str, budget: str, ctx: Ctx) -> BudgetWire:
-    return _wire(BudgetService(ctx.store).get(tenant, budget, at=now()))
+    return wire(BudgetService(ctx.store).get(tenant, budget, at=now()))
 
 
 @router.patch("/tenants/{tenant}/budgets/{budget}")
-def change(tenant: str, budget: str, body: BudgetChange, by: By, ctx: Ctx) -> BudgetWire:
-    """Change what is named. A lower limit binds the next request; what is held already stays held."""
+def change(tenant: str, budget: str, body: BudgetChange, caller: AdminCaller, ctx: Ctx) -> BudgetWire:
+    """Change the named fields. A lower limit binds the next request; open holds stay."""
     budgets = BudgetService(ctx.store)
     level = budgets.get(tenant, budget, at=now()).budget.scope
-    _require_right(by, level, body.webhook_url)
-    return _wire(budgets.change(tenant, budget, body.named(), at=now(), actor=by.actor))
+    _require_right(caller, level, body.webhook_url)
+    return wire(budgets.change(tenant, budget, body.named(), at=now(), actor=caller.actor))
 
 
 @router.delete("/tenants/{tenant}/budgets/{budget}")
-def retire(tenant: str, budget: str, by: By, ctx: Ctx) -> BudgetWire:
-    """It binds no longer, for good. The record of it stays."""
+def retire(tenant: str, budget: str, caller: AdminCaller, ctx: Ctx) -> BudgetWire:
+    """Retire it for good: it binds no request. Its record stays."""
     budgets = BudgetService(ctx.store)
-    _require_right(by, budgets.get(tenant, budget, at=now()).budget.scope, None)
-    return _wire(budgets.retire(tenant, budget, at=now(), actor=by.actor))
+    _require_right(caller, budgets.get(tenant, budget, at=now()).budget.scope, None)
+    return wire(budgets.retire(tenant, budget, at=now(), actor=caller.actor))
 
 
-def _require_right(by: Caller, level: str, webhook_url: str | None) -> None:
+def _require_right(caller: Caller, level: str, webhook_url: str | None) -> None:
     """Raises PermissionDenied, InvalidRequest."""
-    if isinstance(by, Operator):
+    if isinstance(caller, Operator):
         return
     if level == "tenant":
         raise PermissionDenied("platform")
@@ -162,8 +162,8 @@ def _require_right(by: Caller, level: str, webhook_url: str | None) -> None:
             raise InvalidRequest("'webhook_url' names the server itself.", "webhook_url", "invalid_value")
 
 
-def _wire(standing: BudgetUsage) -> BudgetWire:
-    budget = standing.budget
+def wire(usage: BudgetUsage) -> BudgetWire:
+    budget = usage.budget
     return BudgetWire.model_validate(
         {
             "id": budget.id,
@@ -175,10 +175,10 @@ def _wire(standing: BudgetUsage) -> BudgetWire:
             "hard": budget.hard,
             "notify_pcts": list(budget.notify_pcts),
             "webhook_url": budget.webhook_url,
-            "current_period": standing.span,
-            "spent_nanos": standing.spent_nanos,
-            "held_nanos": standing.held_nanos,
-            "left_nanos": standing.left_nanos,
+            "current_period": usage.span,
+            "spent_nanos": usage.spent_nanos,
+            "held_nanos": usage.held_nanos,
+            "left_nanos": usage.left_nanos,
             "created_at": seconds(budget.created_at),
             "retired_at": maybe_seconds(budget.retired_at),
         }

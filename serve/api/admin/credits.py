@@ -1,11 +1,11 @@
-"""/admin/v1/tenants/{tenant}/grants: credit that a tenant was given, some of which expires."""
+"""/admin/v1/tenants/{tenant}/grants: give a tenant credit, which may expire, and list its grants."""
 
 from typing import Annotated, Literal
 
 from fastapi import APIRouter
 from pydantic import Field, StringConstraints
 
-from serve.api.admin.access import By
+from serve.api.admin.access import AdminCaller
 from serve.api.admin.access import router as admin_router
 from serve.api.dependencies import Ctx
 from serve.api.pagination import (
@@ -21,7 +21,7 @@ from serve.api.pagination import (
     seconds,
 )
 from serve.billing.credits.grants import CREDIT_NANOS_MAX, Credits, Grant
-from serve.billing.invoicing.calculation import credit_left
+from serve.billing.invoicing.calculation import remaining_credit
 
 router: APIRouter = admin_router("credits")
 
@@ -54,27 +54,27 @@ class GrantWire(Identified):
 
 
 @router.post("/tenants/{tenant}/grants", status_code=201)
-def create(tenant: str, body: NewGrant, by: By, ctx: Ctx) -> GrantWire:
-    """Give credit, on top of what the tenant has."""
-    made = Credits(ctx.store).grant(
+def create(tenant: str, body: NewGrant, caller: AdminCaller, ctx: Ctx) -> GrantWire:
+    """Give credit, on top of the tenant's present credit."""
+    new_grant = Credits(ctx.store).grant(
         tenant,
         body.amount_nanos,
         kind=body.kind,
         at=now(),
         expires_at=moment(body.expires_at),
         reason=body.reason,
-        actor=by.actor,
+        actor=caller.actor,
     )
-    return wire(made, made.amount_nanos)
+    return wire(new_grant, new_grant.amount_nanos)
 
 
 @router.get("/tenants/{tenant}/grants")
 def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[GrantWire]:
     ctx.tenants.get(tenant)
-    found = Credits(ctx.store).page(tenant, after=after, limit=limit)
+    grants = Credits(ctx.store).page(tenant, after=after, limit=limit)
     with ctx.store.read() as connection:
-        left = credit_left(connection, tenant)
-    return listing(found, lambda grant: wire(grant, left.get(grant.id, 0)))
+        left_nanos = remaining_credit(connection, tenant)
+    return listing(grants, lambda grant: wire(grant, left_nanos.get(grant.id, 0)))
 
 
 def wire(grant: Grant, left_nanos: int) -> GrantWire:

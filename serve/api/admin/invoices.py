@@ -1,4 +1,4 @@
-"""/admin/v1/invoices: from draft to paid, what is behind their lines, and as files; and who is on them."""
+"""/admin/v1/invoices: draft to paid, the usage behind their lines, files, credit notes, billing details."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field, StringConstraints
 
-from serve.api.admin.access import By
+from serve.api.admin.access import AdminCaller
 from serve.api.admin.access import router as admin_router
 from serve.api.dependencies import Ctx
 from serve.api.pagination import (
@@ -23,7 +23,7 @@ from serve.api.pagination import (
     seconds,
 )
 from serve.billing.invoicing.billing_details import SELLER, BillingDetails
-from serve.billing.invoicing.breakdown import InvoiceUsage, UsageRequest, UsageSum, Within
+from serve.billing.invoicing.breakdown import InvoiceFilter, InvoiceUsage, UsageRequest, UsageSum
 from serve.billing.invoicing.credit_notes import LINES_MAX, CreditNote, CreditNotes
 from serve.billing.invoicing.document import InvoiceDocument, Party
 from serve.billing.invoicing.export import csv_text, json_text
@@ -103,7 +103,7 @@ class CreditNoteWire(Identified):
 
 
 class InvoiceSumWire(Identified):
-    """A day or a key; at list price, as it was charged."""
+    """The sums of one day or one key, at the list price that was charged."""
 
     object: Literal["invoice.sum"] = "invoice.sum"
     requests: int
@@ -133,10 +133,10 @@ class PartyWire(BaseModel):
 
 
 @router.post("/invoices", status_code=201)
-def create(body: NewInvoice, by: By, ctx: Ctx) -> WholeInvoiceWire:
-    """The invoice of a month: what is final as it is, else a draft; a new revision only if it says more."""
+def create(body: NewInvoice, caller: AdminCaller, ctx: Ctx) -> WholeInvoiceWire:
+    """Create or renew a month's draft. A final invoice stays as it is; a new revision needs new amounts."""
     invoices = Invoices(ctx.store)
-    return _whole(invoices, invoices.create(body.tenant, body.period, at=now(), actor=by.actor))
+    return whole_wire(invoices, invoices.create(body.tenant, body.period, at=now(), actor=caller.actor))
 
 
 @router.get("/invoices")
@@ -150,18 +150,18 @@ def index(
 ) -> Listing[InvoiceWire]:
     """Newest first."""
     states = tuple(InvoiceState) if state is None else (state,)
-    found = Invoices(ctx.store).page(tenant=tenant, period=period, states=states, after=after, limit=limit)
-    return listing(found, wire)
+    page = Invoices(ctx.store).page(tenant=tenant, period=period, states=states, after=after, limit=limit)
+    return listing(page, wire)
 
 
 @router.get("/invoices/{invoice}")
 def show(invoice: str, ctx: Ctx) -> WholeInvoiceWire:
     invoices = Invoices(ctx.store)
-    return _whole(invoices, invoices.get(invoice))
+    return whole_wire(invoices, invoices.get(invoice))
 
 
 @router.post("/invoices/{invoice}/transition")
-def transition(invoice: str, body: Transition, by: By, ctx: Ctx) -> WholeInvoiceWire:
+def transition(invoice: str, body: Transition, caller: AdminCaller, ctx: Ctx) -> WholeInvoiceWire:
     """draft → review → finalized → paid, or void; from review back to draft."""
     invoices = Invoices(ctx.store)
     moves = {
@@ -171,7 +171,7 @@ def transition(invoice: str, body: Transition, by: By, ctx: Ctx) -> WholeInvoice
         "paid": invoices.pay,
         "void": invoices.void,
     }
-    return _whole(invoices, moves[body.state](invoice, at=now(), actor=by.actor, reason=body.reason))
+    return whole_wire(invoices, moves[body.state](invoice, at=now(), actor=caller.actor, reason=body.reason))
 
 
 @router.get("/invoices/{invoice}/usage")
@@ -185,9 +185,9 @@ def usage(
     after: After = None,
     limit: Limit = 100,
 ) -> Listing[InvoiceSumWire]:
-    """Its days or keys, or those of one of its lines."""
-    found = InvoiceUsage(ctx.store).sums(_get(ctx, invoice), by, within(line, day, key))
-    rest = [group for group in found if after is None or group.group > after]
+    """Sums by day or by key, of the invoice or of one of its lines."""
+    groups = InvoiceUsage(ctx.store).sums(_get(ctx, invoice), by, within(line, day, key))
+    rest = [group for group in groups if after is None or group.group > after]
     return listing(Page(rest[:limit], len(rest) > limit), sum_wire)
 
 
@@ -201,10 +201,10 @@ def requests(
     after: After = None,
     limit: Limit = 20,
 ) -> Listing[InvoiceRequestWire]:
-    """Its requests, oldest first, or those of a line, a day, a key; on a line of charges, those."""
-    chosen = within(line, day, key)
-    found = InvoiceUsage(ctx.store).requests(_get(ctx, invoice), chosen, after=after, limit=limit)
-    return listing(found, request_wire)
+    """The requests of the invoice, a line, a day or a key, oldest first. A line of charges has charges."""
+    selection = within(line, day, key)
+    page = InvoiceUsage(ctx.store).requests(_get(ctx, invoice), selection, after=after, limit=limit)
+    return listing(page, request_wire)
 
 
 @router.get("/invoices/{invoice}/file", response_class=Response, responses={200: {"content": {"*/*": {}}}})
@@ -212,27 +212,27 @@ async def file(
     invoice: str, ctx: Ctx, format: Annotated[Literal["csv", "json", "pdf"], Query()] = "pdf"
 ) -> Response:
     """The invoice as CSV, JSON or PDF."""
-    found = await asyncio.to_thread(_get, ctx, invoice)
-    return await asyncio.to_thread(file_of, found, format)
+    record = await asyncio.to_thread(_get, ctx, invoice)
+    return await asyncio.to_thread(file_of, record, format)
 
 
 @router.post("/invoices/{invoice}/credit-notes", status_code=201)
-def credit(invoice: str, body: NewCreditNote, by: By, ctx: Ctx) -> CreditNoteWire:
-    """Give part of a final invoice back, or all of it; never more than it is in sum."""
+def credit(invoice: str, body: NewCreditNote, caller: AdminCaller, ctx: Ctx) -> CreditNoteWire:
+    """Credit part or all of a final invoice. All notes together never exceed its total."""
     amounts = [(line.line, line.amount_nanos) for line in body.lines]
-    note = CreditNotes(ctx.store).issue(invoice, amounts, reason=body.reason, at=now(), actor=by.actor)
+    note = CreditNotes(ctx.store).issue(invoice, amounts, reason=body.reason, at=now(), actor=caller.actor)
     return note_wire(note)
 
 
 @router.get("/invoices/{invoice}/credit-notes")
 def credit_notes(invoice: str, ctx: Ctx) -> Listing[CreditNoteWire]:
-    return listing(Page(CreditNotes(ctx.store).of(invoice), False), note_wire)
+    return listing(Page(CreditNotes(ctx.store).for_invoice(invoice), False), note_wire)
 
 
 @router.put("/seller")
-def put_seller(body: Party, by: By, ctx: Ctx) -> PartyWire:
-    """Who sells, on documents from now on."""
-    BillingDetails(ctx.store).put(SELLER, body, actor=by.actor)
+def put_seller(body: Party, caller: AdminCaller, ctx: Ctx) -> PartyWire:
+    """Set the seller on documents from now on."""
+    BillingDetails(ctx.store).put(SELLER, body, actor=caller.actor)
     return PartyWire(details=body)
 
 
@@ -242,9 +242,9 @@ def get_seller(ctx: Ctx) -> PartyWire:
 
 
 @router.put("/tenants/{tenant}/billing-details")
-def put_buyer(tenant: str, body: Party, by: By, ctx: Ctx) -> PartyWire:
-    """Who the tenant is, on documents from now on."""
-    BillingDetails(ctx.store).put(tenant, body, actor=by.actor)
+def put_buyer(tenant: str, body: Party, caller: AdminCaller, ctx: Ctx) -> PartyWire:
+    """Set the tenant's billing details on documents from now on."""
+    BillingDetails(ctx.store).put(tenant, body, actor=caller.actor)
     return PartyWire(details=body)
 
 
@@ -254,17 +254,17 @@ def get_buyer(tenant: str, ctx: Ctx) -> PartyWire:
     return PartyWire(details=BillingDetails(ctx.store).get(tenant))
 
 
-def within(line: int | None, day: str | None, key: str | None) -> Within:
-    """Raises InvalidRequest if `day` is none."""
+def within(line: int | None, day: str | None, key: str | None) -> InvoiceFilter:
+    """The selection of an invoice's usage. Raises InvalidRequest if `day` is not a date."""
     try:
         midnight = None if day is None else datetime.strptime(day, "%Y-%m-%d").replace(tzinfo=UTC)
     except ValueError:
         raise InvalidRequest(f"'{day}' is not a day.", "day", "invalid_value") from None
-    return Within(line, midnight, key)
+    return InvoiceFilter(line, midnight, key)
 
 
 def file_of(invoice: Invoice, format: str) -> Response:
-    """The invoice as "csv", "json" or "pdf", to be saved under its number."""
+    """The invoice as "csv", "json" or "pdf"; the browser saves it under its number."""
     name = {"content-disposition": f'attachment; filename="{invoice.number}.{format}"'}
     if format == "csv":
         return Response(csv_text(invoice), media_type="text/csv; charset=utf-8", headers=name)
@@ -278,15 +278,15 @@ def wire(invoice: Invoice) -> InvoiceWire:
 
 
 def note_wire(note: CreditNote) -> CreditNoteWire:
-    said = note.document
+    document = note.document
     return CreditNoteWire(
         id=note.number,
-        invoice=said.invoice,
-        reason=said.reason,
-        currency=said.currency,
-        amount_nanos=said.amount_nanos,
-        tax_nanos=said.tax_nanos,
-        lines=[NoteAmount(line=line.line, amount_nanos=line.amount_nanos) for line in said.lines],
+        invoice=document.invoice,
+        reason=document.reason,
+        currency=document.currency,
+        amount_nanos=document.amount_nanos,
+        tax_nanos=document.tax_nanos,
+        lines=[NoteAmount(line=line.line, amount_nanos=line.amount_nanos) for line in document.lines],
         issued_at=seconds(note.issued_at),
         sha256=note.sha256,
     )
@@ -303,19 +303,19 @@ def sum_wire(group: UsageSum) -> InvoiceSumWire:
     )
 
 
-def request_wire(one: UsageRequest) -> InvoiceRequestWire:
+def request_wire(request: UsageRequest) -> InvoiceRequestWire:
     return InvoiceRequestWire(
-        id=one.id,
-        at=seconds(one.at),
-        key=one.key_id,
-        model=one.model,
-        tier=one.tier,
-        price=one.price,
-        prompt_tokens=one.prompt_tokens,
-        cached_tokens=one.cached_tokens,
-        completion_tokens=one.completion_tokens,
-        cost_nanos=one.cost_nanos,
-        status=one.status,
+        id=request.id,
+        at=seconds(request.at),
+        key=request.key_id,
+        model=request.model,
+        tier=request.tier,
+        price=request.price,
+        prompt_tokens=request.prompt_tokens,
+        cached_tokens=request.cached_tokens,
+        completion_tokens=request.completion_tokens,
+        cost_nanos=request.cost_nanos,
+        status=request.status,
     )
 
 
@@ -323,7 +323,7 @@ def _get(ctx: Ctx, number: str) -> Invoice:
     return Invoices(ctx.store).get(number)
 
 
-def _whole(invoices: Invoices, invoice: Invoice) -> WholeInvoiceWire:
+def whole_wire(invoices: Invoices, invoice: Invoice) -> WholeInvoiceWire:
     history = [_change(change) for change in invoices.history(invoice.draft_number)]
     return WholeInvoiceWire.model_validate(
         _fields(invoice) | {"document": invoice.document, "history": history}

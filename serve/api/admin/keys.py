@@ -1,4 +1,4 @@
-"""/admin/v1/tenants/{tenant}/keys."""
+"""/admin/v1/tenants/{tenant}/keys: create, change, rotate and revoke API keys."""
 
 from datetime import timedelta
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import Field
 
-from serve.api.admin.access import By
+from serve.api.admin.access import AdminCaller
 from serve.api.admin.access import router as admin_router
 from serve.api.dependencies import Ctx
 from serve.api.pagination import (
@@ -74,7 +74,7 @@ class NewKeyWire(KeyWire):
 
 
 @router.post("/tenants/{tenant}/keys", status_code=201)
-def create(tenant: str, body: NewKey, by: By, ctx: Ctx) -> NewKeyWire:
+def create(tenant: str, body: NewKey, caller: AdminCaller, ctx: Ctx) -> NewKeyWire:
     key, secret = ctx.tenants.keys.create(
         tenant,
         at=now(),
@@ -83,7 +83,7 @@ def create(tenant: str, body: NewKey, by: By, ctx: Ctx) -> NewKeyWire:
         project=body.project,
         expires_at=moment(body.expires_at),
         limits=body.limits.named() if body.limits else None,
-        actor=by.actor,
+        actor=caller.actor,
     )
     return _with_secret(key, secret)
 
@@ -91,33 +91,35 @@ def create(tenant: str, body: NewKey, by: By, ctx: Ctx) -> NewKeyWire:
 @router.get("/tenants/{tenant}/keys")
 def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[KeyWire]:
     ctx.tenants.get(tenant)
-    return listing(ctx.tenants.keys.page(tenant, after=after, limit=limit), _wire)
+    return listing(ctx.tenants.keys.page(tenant, after=after, limit=limit), wire)
 
 
 @router.patch("/tenants/{tenant}/keys/{key}")
-def change(tenant: str, key: str, body: KeyChange, by: By, ctx: Ctx) -> KeyWire:
+def change(tenant: str, key: str, body: KeyChange, caller: AdminCaller, ctx: Ctx) -> KeyWire:
     """Rename a key, or change the limits that are named."""
     limits = body.limits.named() if body.limits else None
-    changed = ctx.tenants.keys.change(tenant, key, at=now(), name=body.name, limits=limits, actor=by.actor)
-    return _wire(changed)
+    changed = ctx.tenants.keys.change(
+        tenant, key, at=now(), name=body.name, limits=limits, actor=caller.actor
+    )
+    return wire(changed)
 
 
 @router.post("/tenants/{tenant}/keys/{key}/rotate", status_code=201)
-def rotate(tenant: str, key: str, body: Rotation, by: By, ctx: Ctx) -> NewKeyWire:
-    """A new key that may do what the old one may, which expires after the overlap."""
+def rotate(tenant: str, key: str, body: Rotation, caller: AdminCaller, ctx: Ctx) -> NewKeyWire:
+    """Create a key with the old key's rights. The old key expires after the overlap."""
     new, secret = ctx.tenants.keys.rotate(
-        key, overlap=timedelta(seconds=body.overlap_s), at=now(), tenant=tenant, actor=by.actor
+        key, overlap=timedelta(seconds=body.overlap_s), at=now(), tenant=tenant, actor=caller.actor
     )
     return _with_secret(new, secret)
 
 
 @router.delete("/tenants/{tenant}/keys/{key}")
-def revoke(tenant: str, key: str, by: By, ctx: Ctx) -> KeyWire:
-    """Every gateway refuses it within two seconds. The record of it stays."""
-    return _wire(ctx.tenants.keys.revoke(key, at=now(), tenant=tenant, actor=by.actor))
+def revoke(tenant: str, key: str, caller: AdminCaller, ctx: Ctx) -> KeyWire:
+    """Revoke it. Every gateway refuses it within two seconds. Its record stays."""
+    return wire(ctx.tenants.keys.revoke(key, at=now(), tenant=tenant, actor=caller.actor))
 
 
-def _wire(key: ApiKey) -> KeyWire:
+def wire(key: ApiKey) -> KeyWire:
     return KeyWire(
         id=key.id,
         tenant=key.tenant,
@@ -135,4 +137,4 @@ def _wire(key: ApiKey) -> KeyWire:
 
 
 def _with_secret(key: ApiKey, secret: str) -> NewKeyWire:
-    return NewKeyWire(**dict(_wire(key)), secret=secret)
+    return NewKeyWire(**dict(wire(key)), secret=secret)

@@ -5,7 +5,7 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import Field
 
-from serve.api.admin.access import By
+from serve.api.admin.access import AdminCaller
 from serve.api.admin.access import router as admin_router
 from serve.api.dependencies import Ctx
 from serve.api.pagination import (
@@ -47,25 +47,25 @@ class NewPlatformKeyWire(PlatformKeyWire):
 
 
 @router.post("/platform-keys", status_code=201)
-def create(body: NewPlatformKey, by: By, ctx: Ctx) -> NewPlatformKeyWire:
+def create(body: NewPlatformKey, caller: AdminCaller, ctx: Ctx) -> NewPlatformKeyWire:
     key, secret = ctx.tenants.platform_keys.create(
-        body.name, at=now(), expires_at=moment(body.expires_at), actor=by.actor
+        body.name, at=now(), expires_at=moment(body.expires_at), actor=caller.actor
     )
-    return NewPlatformKeyWire(**dict(_wire(key)), secret=secret)
+    return NewPlatformKeyWire(**dict(wire(key)), secret=secret)
 
 
 @router.get("/platform-keys")
 def index(ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[PlatformKeyWire]:
-    return listing(ctx.tenants.platform_keys.page(after=after, limit=limit), _wire)
+    return listing(ctx.tenants.platform_keys.page(after=after, limit=limit), wire)
 
 
 @router.delete("/platform-keys/{key}")
-def revoke(key: str, by: By, ctx: Ctx) -> PlatformKeyWire:
-    """Every gateway refuses it within two seconds. The record of it stays."""
-    return _wire(ctx.tenants.platform_keys.revoke(key, at=now(), actor=by.actor))
+def revoke(key: str, caller: AdminCaller, ctx: Ctx) -> PlatformKeyWire:
+    """Revoke it. Every gateway refuses it within two seconds. Its record stays."""
+    return wire(ctx.tenants.platform_keys.revoke(key, at=now(), actor=caller.actor))
 
 
-def _wire(key: PlatformKey) -> PlatformKeyWire:
+def wire(key: PlatformKey) -> PlatformKeyWire:
     return PlatformKeyWire(
         id=key.id,
         name=key.name,

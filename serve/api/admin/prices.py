@@ -1,4 +1,4 @@
-"""/admin/v1/prices, and which of them a tenant pays."""
+"""/admin/v1/prices: publish price plans, and subscribe a tenant to one."""
 
 from datetime import timedelta
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from serve.api.admin.access import By
+from serve.api.admin.access import AdminCaller
 from serve.api.admin.access import router as admin_router
 from serve.api.dependencies import Ctx
 from serve.api.pagination import (
@@ -50,29 +50,29 @@ class SubscriptionWire(BaseModel):
 
 
 @router.post("/prices", status_code=201)
-def publish(body: PricePlan, by: By, ctx: Ctx) -> PriceWire:
-    """Store a plan as a new version; an unchanged plan stays the version it is."""
-    return _wire(Prices(ctx.store).publish(body, at=now(), actor=by.actor))
+def publish(body: PricePlan, caller: AdminCaller, ctx: Ctx) -> PriceWire:
+    """Store a plan as a new version. An unchanged plan keeps its version."""
+    return wire(Prices(ctx.store).publish(body, at=now(), actor=caller.actor))
 
 
 @router.get("/prices")
 def index(ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[PriceWire]:
-    return listing(slice_page(Prices(ctx.store).versions(), _id, after, limit), _wire)
+    return listing(slice_page(Prices(ctx.store).versions(), _id, after, limit), wire)
 
 
 @router.put("/tenants/{tenant}/subscription")
-def subscribe(tenant: str, body: NewSubscription, by: By, ctx: Ctx) -> SubscriptionWire:
-    """Put a tenant on a plan: on its newest version that may be paid by then."""
+def subscribe(tenant: str, body: NewSubscription, caller: AdminCaller, ctx: Ctx) -> SubscriptionWire:
+    """Subscribe a tenant to a plan's newest version that may be in force by then."""
     at = moment(body.effective_at) or now()
     if at < now() - timedelta(seconds=1):
         raise InvalidRequest("What is past keeps its price.", "effective_at", "invalid_value")
-    version = Prices(ctx.store).subscribe(tenant, body.plan, at=at, actor=by.actor)
-    return SubscriptionWire(tenant=tenant, price=_wire(version), effective_at=seconds(at))
+    version = Prices(ctx.store).subscribe(tenant, body.plan, at=at, actor=caller.actor)
+    return SubscriptionWire(tenant=tenant, price=wire(version), effective_at=seconds(at))
 
 
 def _id(version: PriceVersion) -> str:
     return f"{version.plan.name}@{version.version}"
 
 
-def _wire(version: PriceVersion) -> PriceWire:
+def wire(version: PriceVersion) -> PriceWire:
     return PriceWire(id=_id(version), version=version.version, plan=version.plan)

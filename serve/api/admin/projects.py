@@ -1,10 +1,10 @@
-"""/admin/v1/tenants/{tenant}/projects."""
+"""/admin/v1/tenants/{tenant}/projects: create, list and archive projects."""
 
 from typing import Literal
 
 from fastapi import APIRouter
 
-from serve.api.admin.access import By
+from serve.api.admin.access import AdminCaller
 from serve.api.admin.access import router as admin_router
 from serve.api.dependencies import Ctx
 from serve.api.pagination import (
@@ -37,23 +37,23 @@ class ProjectWire(Identified):
 
 
 @router.post("/tenants/{tenant}/projects", status_code=201)
-def create(tenant: str, body: NewProject, by: By, ctx: Ctx) -> ProjectWire:
-    return _wire(ctx.tenants.projects.create(tenant, body.name, at=now(), actor=by.actor))
+def create(tenant: str, body: NewProject, caller: AdminCaller, ctx: Ctx) -> ProjectWire:
+    return wire(ctx.tenants.projects.create(tenant, body.name, at=now(), actor=caller.actor))
 
 
 @router.get("/tenants/{tenant}/projects")
 def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[ProjectWire]:
     ctx.tenants.get(tenant)
-    return listing(ctx.tenants.projects.page(tenant, after=after, limit=limit), _wire)
+    return listing(ctx.tenants.projects.page(tenant, after=after, limit=limit), wire)
 
 
 @router.post("/tenants/{tenant}/projects/{project}/archive")
-def archive(tenant: str, project: str, by: By, ctx: Ctx) -> ProjectWire:
-    """Its keys work no longer, for good."""
-    return _wire(ctx.tenants.projects.archive(tenant, project, at=now(), actor=by.actor))
+def archive(tenant: str, project: str, caller: AdminCaller, ctx: Ctx) -> ProjectWire:
+    """Archive it for good. Its keys stop working."""
+    return wire(ctx.tenants.projects.archive(tenant, project, at=now(), actor=caller.actor))
 
 
-def _wire(project: Project) -> ProjectWire:
+def wire(project: Project) -> ProjectWire:
     return ProjectWire(
         id=project.id,
         tenant=project.tenant,

@@ -1,11 +1,11 @@
-"""/admin/v1/tenants, and the credit of each."""
+"""/admin/v1/tenants: create and change tenants, and set their credit."""
 
 from typing import Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from serve.api.admin.access import By
+from serve.api.admin.access import AdminCaller
 from serve.api.admin.access import router as admin_router
 from serve.api.dependencies import Ctx
 from serve.api.pagination import (
@@ -23,6 +23,7 @@ from serve.api.pagination import (
     now,
     seconds,
 )
+from serve.billing.ledger.accounts import Account
 from serve.billing.ledger.ledger import Ledger
 from serve.tenants import Tenant
 
@@ -55,7 +56,7 @@ class TenantWire(Identified):
 
 
 class AccountWire(BaseModel):
-    """Nano-USD; what is available is credit − spent − held."""
+    """Nano-USD; available = credit − spent − held."""
 
     object: Literal["account"] = "account"
     tenant: str
@@ -66,57 +67,60 @@ class AccountWire(BaseModel):
 
 
 @router.post("/tenants", status_code=201)
-def create(body: NewTenant, by: By, ctx: Ctx) -> TenantWire:
+def create(body: NewTenant, caller: AdminCaller, ctx: Ctx) -> TenantWire:
     """Create a tenant and its account."""
-    ctx.tenants.create(body.name, at=now(), actor=by.actor)
-    Ledger(ctx.store).open_account(body.name, body.credit_nanos, actor=by.actor)
-    return _wire(ctx.tenants.get(body.name))
+    ctx.tenants.create(body.name, at=now(), actor=caller.actor)
+    Ledger(ctx.store).open_account(body.name, body.credit_nanos, actor=caller.actor)
+    return wire(ctx.tenants.get(body.name))
 
 
 @router.get("/tenants")
 def index(ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[TenantWire]:
-    return listing(ctx.tenants.page(after=after, limit=limit), _wire)
+    return listing(ctx.tenants.page(after=after, limit=limit), wire)
 
 
 @router.get("/tenants/{tenant}")
 def show(tenant: str, ctx: Ctx) -> TenantWire:
-    return _wire(ctx.tenants.get(tenant))
+    return wire(ctx.tenants.get(tenant))
 
 
 @router.patch("/tenants/{tenant}")
-def change(tenant: str, body: TenantChange, by: By, ctx: Ctx) -> TenantWire:
-    """Suspend or resume it, say which scopes its keys may have, change the limits that are named."""
+def change(tenant: str, body: TenantChange, caller: AdminCaller, ctx: Ctx) -> TenantWire:
+    """Suspend or resume it, set the scopes its keys may have, change the named limits."""
     changed = ctx.tenants.change(
         tenant,
         at=now(),
         suspended=body.suspended,
         scopes=None if body.scopes is None else frozenset(body.scopes),
         limits=body.limits.named() if body.limits else None,
-        actor=by.actor,
+        actor=caller.actor,
     )
-    return _wire(changed)
+    return wire(changed)
 
 
 @router.put("/tenants/{tenant}/credit")
-def credit(tenant: str, body: Credit, by: By, ctx: Ctx) -> AccountWire:
-    """Set its credit. What it has spent stays."""
+def credit(tenant: str, body: Credit, caller: AdminCaller, ctx: Ctx) -> AccountWire:
+    """Set its credit. Its spending stays."""
     ledger = Ledger(ctx.store)
-    ledger.open_account(tenant, body.credit_nanos, actor=by.actor)
-    account = ledger.account(tenant)
-    return AccountWire(
-        tenant=tenant,
-        credit_nanos=account.credit_nanos,
-        spent_nanos=account.spent_nanos,
-        held_nanos=account.held_nanos,
-        available_nanos=account.available_nanos,
-    )
+    ledger.open_account(tenant, body.credit_nanos, actor=caller.actor)
+    return account_wire(tenant, ledger.account(tenant))
 
 
-def _wire(tenant: Tenant) -> TenantWire:
+def wire(tenant: Tenant) -> TenantWire:
     return TenantWire(
         id=tenant.id,
         created_at=seconds(tenant.created_at),
         suspended_at=maybe_seconds(tenant.suspended_at),
         scopes=sorted(tenant.scopes),
         limits=LimitsWire.of(tenant.limits),
+    )
+
+
+def account_wire(tenant: str, account: Account) -> AccountWire:
+    return AccountWire(
+        tenant=tenant,
+        credit_nanos=account.credit_nanos,
+        spent_nanos=account.spent_nanos,
+        held_nanos=account.held_nanos,
+        available_nanos=account.available_nanos,
     )

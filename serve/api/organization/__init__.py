@@ -1,4 +1,4 @@
-"""`/v1/organization`: usage and costs in OpenAI's shape, the month's forecast, the balance, invoices.
+"""Serves `/v1/organization`: usage and costs in OpenAI's format, the month's forecast, balance, invoices.
 
 For platform keys, which see all tenants, and for a tenant's keys with the scope `billing-read`.
 """

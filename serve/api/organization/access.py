@@ -1,10 +1,10 @@
-"""Who reads what: a platform key all tenants, a tenant's key with `billing-read` its own."""
+"""Guards `/v1/organization`: a platform key reads all tenants, a `billing-read` key its own tenant."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request
 
-from serve.api.dependencies import admit, bearer, context
+from serve.api.dependencies import authenticate, bearer_key, context_of
 from serve.api.pagination import PlainName
 from serve.api.schemas import KEY_REQUIRED, errors
 from serve.errors import InvalidRequest, PermissionDenied
@@ -12,13 +12,13 @@ from serve.tenants import PLATFORM_PREFIX, Operator, Principal
 
 
 async def _reader(request: Request, _documented: Annotated[object, KEY_REQUIRED]) -> Operator | Principal:
-    tenants, key = context(request).tenants, bearer(request)
+    tenants, key = context_of(request).tenants, bearer_key(request)
     if key.startswith(PLATFORM_PREFIX):
-        return await admit(tenants.platform_door, key)
-    who = await admit(tenants.key_cache, key)
-    if "billing-read" not in who.scopes:
+        return await authenticate(tenants.platform_key_cache, key)
+    principal = await authenticate(tenants.key_cache, key)
+    if "billing-read" not in principal.scopes:
         raise PermissionDenied("billing-read")
-    return who
+    return principal
 
 
 Reader = Annotated[Operator | Principal, Depends(_reader)]
@@ -33,20 +33,20 @@ def router() -> APIRouter:
     )
 
 
-def tenants_of(reader: Operator | Principal, asked: tuple[str, ...], *, grouped: bool) -> tuple[str, ...]:
-    """The tenants to be asked about; none: all. Raises InvalidRequest if a tenant's key names any."""
+def tenants_of(reader: Operator | Principal, names: tuple[str, ...], *, grouped: bool) -> tuple[str, ...]:
+    """The tenants that the reader may query; (): all. Raises InvalidRequest if a tenant's key names any."""
     if isinstance(reader, Operator):
-        return asked
-    if asked or grouped:
-        param = "tenant_ids" if asked else "group_by"
+        return names
+    if names or grouped:
+        param = "tenant_ids" if names else "group_by"
         raise InvalidRequest(f"{param}: only platform keys tell tenants apart.", param, "invalid_value")
     return (reader.tenant,)
 
 
-def tenant_of(reader: Operator | Principal, asked: str | None) -> str | None:
-    """The tenant to be asked about; None: all. Raises InvalidRequest if a tenant's key names another."""
+def tenant_of(reader: Operator | Principal, name: str | None) -> str | None:
+    """The tenant to query; None: all. Raises InvalidRequest if a tenant's key names another tenant."""
     if isinstance(reader, Operator):
-        return asked
-    if asked not in (None, reader.tenant):
+        return name
+    if name not in (None, reader.tenant):
         raise InvalidRequest("tenant: this key reads its own tenant only.", "tenant", "invalid_value")
     return reader.tenant

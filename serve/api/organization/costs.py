@@ -1,6 +1,6 @@
-"""GET /v1/organization/costs: what was charged, day by day, at list price.
+"""GET /v1/organization/costs: charges per day, at list price.
 
-Shape: platform.openai.com/docs/api-reference/usage/costs. Ours besides: the exact amount in nano-USD,
+Format: platform.openai.com/docs/api-reference/usage/costs. Our additions: the exact amount in nano-USD,
 `tenant_ids`, and groups by tenant.
 """
 
@@ -37,7 +37,7 @@ class Amount(BaseModel):
 
 
 class CostsResult(BaseModel):
-    """What is not grouped by is null; so is the project of what has none."""
+    """A field that is not grouped by is null; so is the project of costs without one."""
 
     object: Literal["organization.costs.result"] = "organization.costs.result"
     amount: Amount
@@ -54,7 +54,7 @@ def costs(query: Annotated[CostsQuery, Query()], reader: Reader, ctx: Ctx) -> Pa
     groups = query.names("group_by")
     tenants = tenants_of(reader, query.names("tenant_ids"), grouped="tenant" in groups)
     page = span(query, DAY, query.limit, now=now())
-    question = UsageQuery(
+    usage_query = UsageQuery(
         page.start,
         page.end,
         tenants=tenants,
@@ -63,8 +63,8 @@ def costs(query: Annotated[CostsQuery, Query()], reader: Reader, ctx: Ctx) -> Pa
         by=frozenset(BY[group] for group in groups if group in BY),
         groups_max=GROUPS_MAX,
     )
-    found = CostQueries(ctx.store).query(question, line_items="line_item" in groups)
-    data, has_more, next_page = in_buckets(page, DAY, ((cost.bucket, _result(cost)) for cost in found))
+    cost_buckets = CostQueries(ctx.store).query(usage_query, line_items="line_item" in groups)
+    data, has_more, next_page = in_buckets(page, DAY, ((cost.bucket, _result(cost)) for cost in cost_buckets))
     return Page(data=data, has_more=has_more, next_page=next_page)
 
 

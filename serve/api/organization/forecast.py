@@ -1,4 +1,4 @@
-"""GET /v1/organization/forecast and /balance: where the month is heading, and what may still be spent."""
+"""GET /v1/organization/forecast and /balance: the month's projected cost, the credit and the budgets."""
 
 from typing import Any, Literal, cast
 
@@ -11,7 +11,7 @@ from serve.api.organization.access import router as organization_router
 from serve.api.pagination import now, seconds
 from serve.billing.budgets.service import BudgetService, BudgetUsage
 from serve.billing.ledger.ledger import Ledger
-from serve.billing.metering.forecast import Projection, forecast
+from serve.billing.metering.forecast import Forecast, Projection, forecast
 from serve.errors import InvalidRequest
 
 router: APIRouter = organization_router()
@@ -41,7 +41,7 @@ class ForecastWire(BaseModel):
 
 
 class BudgetWire(BaseModel):
-    """Nano-USD, in the current period. What a hard one has left no request can exceed; a soft one tells."""
+    """Nano-USD, in the current period. A hard budget refuses requests beyond it; a soft one notifies."""
 
     id: str
     level: Literal["tenant", "project", "key"] = Field(description="What it binds; `subject` says which one.")
@@ -55,7 +55,7 @@ class BudgetWire(BaseModel):
 
 
 class BalanceWire(BaseModel):
-    """Nano-USD; what is available is credit - spent - held."""
+    """Nano-USD; available = credit - spent - held."""
 
     object: Literal["organization.balance"] = "organization.balance"
     tenant: str
@@ -69,51 +69,54 @@ class BalanceWire(BaseModel):
 
 @router.get("/forecast")
 def month(reader: Reader, ctx: Ctx, tenant: TenantName = None) -> ForecastWire:
-    """What this month will have cost at its end."""
-    who = tenant_of(reader, tenant)
-    made = forecast(ctx.store, tenant=who, at=now())
-    return ForecastWire(
-        tenant=who,
-        start_time=seconds(made.month),
-        end_time=seconds(made.month_end),
-        at=seconds(made.at),
-        basis_days=made.basis_days,
-        total=_projection(made.total),
-        line_items=[_projection(one) for one in made.line_items],
-    )
+    """The projected cost of this month."""
+    tenant = tenant_of(reader, tenant)
+    return forecast_wire(forecast(ctx.store, tenant=tenant, at=now()), tenant)
 
 
 @router.get("/balance")
 def balance(reader: Reader, ctx: Ctx, tenant: TenantName = None) -> BalanceWire:
     """The credit of a tenant, and its budgets in force."""
-    who = tenant_of(reader, tenant)
-    if who is None:
+    tenant = tenant_of(reader, tenant)
+    if tenant is None:
         raise InvalidRequest("tenant: a platform key names one.", "tenant", "missing_required_parameter")
     at = now()
-    account = Ledger(ctx.store).account(who)
-    budgets = BudgetService(ctx.store).page(who, at=at).items
+    account = Ledger(ctx.store).account(tenant)
+    budgets = BudgetService(ctx.store).page(tenant, at=at).items
     return BalanceWire(
-        tenant=who,
+        tenant=tenant,
         credit_nanos=account.credit_nanos,
         spent_nanos=account.spent_nanos,
         held_nanos=account.held_nanos,
         available_nanos=account.available_nanos,
-        budgets=[_budget(standing) for standing in budgets if standing.budget.retired_at is None],
+        budgets=[_budget(usage) for usage in budgets if usage.budget.retired_at is None],
     )
 
 
-def _projection(one: Projection) -> ProjectionWire:
+def forecast_wire(month: Forecast, tenant: str | None) -> ForecastWire:
+    return ForecastWire(
+        tenant=tenant,
+        start_time=seconds(month.month),
+        end_time=seconds(month.month_end),
+        at=seconds(month.at),
+        basis_days=month.basis_days,
+        total=_projection(month.total),
+        line_items=[_projection(line_item) for line_item in month.line_items],
+    )
+
+
+def _projection(projection: Projection) -> ProjectionWire:
     return ProjectionWire(
-        line_item=one.line_item,
-        to_date_nanos=one.to_date_nanos,
-        projected_nanos=one.projected_nanos,
-        low_nanos=one.low_nanos,
-        high_nanos=one.high_nanos,
+        line_item=projection.line_item,
+        to_date_nanos=projection.to_date_nanos,
+        projected_nanos=projection.projected_nanos,
+        low_nanos=projection.low_nanos,
+        high_nanos=projection.high_nanos,
     )
 
 
-def _budget(standing: BudgetUsage) -> BudgetWire:
-    budget = standing.budget
+def _budget(usage: BudgetUsage) -> BudgetWire:
+    budget = usage.budget
     return BudgetWire(
         id=budget.id,
         level=cast(Any, budget.scope),
@@ -121,7 +124,7 @@ def _budget(standing: BudgetUsage) -> BudgetWire:
         period=cast(Any, budget.period),
         hard=budget.hard,
         limit_nanos=budget.limit_nanos,
-        spent_nanos=standing.spent_nanos,
-        held_nanos=standing.held_nanos,
-        left_nanos=standing.left_nanos,
+        spent_nanos=usage.spent_nanos,
+        held_nanos=usage.held_nanos,
+        left_nanos=usage.left_nanos,
     )

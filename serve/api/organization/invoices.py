@@ -1,6 +1,6 @@
-"""GET /v1/organization/invoices: a tenant's issued invoices, what is behind them, and as files.
+"""GET /v1/organization/invoices: a tenant's issued invoices, the usage behind them, and their files.
 
-A draft is the operator's; what is issued (finalized, paid or void) is the customer's to read.
+Drafts are for the operator; the customer reads issued invoices: finalized, paid or void.
 """
 
 import asyncio
@@ -44,8 +44,8 @@ def index(
     reader: Reader, ctx: Ctx, tenant: TenantName = None, after: After = None, limit: Limit = 20
 ) -> Listing[InvoiceWire]:
     """Newest first."""
-    who = tenant_of(reader, tenant)
-    return listing(Invoices(ctx.store).page(tenant=who, states=ISSUED, after=after, limit=limit), wire)
+    tenant = tenant_of(reader, tenant)
+    return listing(Invoices(ctx.store).page(tenant=tenant, states=ISSUED, after=after, limit=limit), wire)
 
 
 @router.get("/invoices/{invoice}")
@@ -61,8 +61,8 @@ async def file(
     tenant: TenantName = None,
     format: Annotated[Literal["csv", "json", "pdf"], Query()] = "pdf",
 ) -> Response:
-    found = await asyncio.to_thread(_issued, ctx, invoice, tenant_of(reader, tenant))
-    return await asyncio.to_thread(file_of, found, format)
+    record = await asyncio.to_thread(_issued, ctx, invoice, tenant_of(reader, tenant))
+    return await asyncio.to_thread(file_of, record, format)
 
 
 @router.get("/invoices/{invoice}/usage")
@@ -78,9 +78,9 @@ def usage(
     after: After = None,
     limit: Limit = 100,
 ) -> Listing[InvoiceSumWire]:
-    """Its days or keys, or those of one of its lines."""
-    found = _issued(ctx, invoice, tenant_of(reader, tenant))
-    groups = InvoiceUsage(ctx.store).sums(found, by, within(line, day, key))
+    """Sums by day or by key, of the invoice or of one of its lines."""
+    record = _issued(ctx, invoice, tenant_of(reader, tenant))
+    groups = InvoiceUsage(ctx.store).sums(record, by, within(line, day, key))
     rest = [group for group in groups if after is None or group.group > after]
     return listing(Page(rest[:limit], len(rest) > limit), sum_wire)
 
@@ -97,9 +97,9 @@ def requests(
     after: After = None,
     limit: Limit = 20,
 ) -> Listing[InvoiceRequestWire]:
-    """Its requests, oldest first, or those of a line, a day, a key; on a line of charges, those."""
-    found = _issued(ctx, invoice, tenant_of(reader, tenant))
-    page = InvoiceUsage(ctx.store).requests(found, within(line, day, key), after=after, limit=limit)
+    """The requests of the invoice, a line, a day or a key, oldest first. A line of charges has charges."""
+    record = _issued(ctx, invoice, tenant_of(reader, tenant))
+    page = InvoiceUsage(ctx.store).requests(record, within(line, day, key), after=after, limit=limit)
     return listing(page, request_wire)
 
 
@@ -107,13 +107,13 @@ def requests(
 def credit_notes(
     invoice: str, reader: Reader, ctx: Ctx, tenant: TenantName = None
 ) -> Listing[CreditNoteWire]:
-    found = _issued(ctx, invoice, tenant_of(reader, tenant))
-    return listing(Page(CreditNotes(ctx.store).of(found.number), False), note_wire)
+    record = _issued(ctx, invoice, tenant_of(reader, tenant))
+    return listing(Page(CreditNotes(ctx.store).for_invoice(record.number), False), note_wire)
 
 
 def _issued(ctx: Ctx, number: str, tenant: str | None) -> Invoice:
-    """Raises UnknownRecord: for another tenant's, and for a draft, as if there were none."""
-    found = Invoices(ctx.store).get(number, tenant=tenant)
-    if found.state not in ISSUED:
+    """An issued invoice. Raises UnknownRecord, also for another tenant's invoice and for a draft."""
+    record = Invoices(ctx.store).get(number, tenant=tenant)
+    if record.state not in ISSUED:
         raise UnknownRecord(f"There is no invoice '{number[:100]}'.")
-    return found
+    return record

@@ -1,6 +1,6 @@
 """GET /v1/organization/usage/completions: tokens and requests over time.
 
-Shape: platform.openai.com/docs/api-reference/usage. Ours besides: `tenant_ids`, and groups by tenant.
+Format: platform.openai.com/docs/api-reference/usage. Our additions: `tenant_ids`, and groups by tenant.
 """
 
 from typing import Annotated, Literal
@@ -51,7 +51,7 @@ class CompletionsUsageParams(Window):
 
 
 class CompletionsResult(BaseModel):
-    """What is not grouped by is null. `input_tokens` include the cached ones."""
+    """A field that is not grouped by is null. `input_tokens` include the cached ones."""
 
     object: Literal["organization.usage.completions.result"] = "organization.usage.completions.result"
     input_tokens: int
@@ -83,7 +83,7 @@ def completions(
     by = frozenset(BY[group] for group in query.names("group_by"))
     tenants = tenants_of(reader, query.names("tenant_ids"), grouped="tenant" in by)
     page = span(query, width, limit, now=now())
-    question = UsageQuery(
+    usage_query = UsageQuery(
         page.start,
         page.end,
         width,
@@ -95,20 +95,22 @@ def completions(
         by=by,
         groups_max=GROUPS_MAX,
     )
-    found = ((used.bucket, _result(used)) for used in UsageQueries(ctx.store).query(question))
-    data, has_more, next_page = in_buckets(page, width, found)
+    usage_buckets = UsageQueries(ctx.store).query(usage_query)
+    data, has_more, next_page = in_buckets(
+        page, width, ((usage.bucket, wire(usage)) for usage in usage_buckets)
+    )
     return Page(data=data, has_more=has_more, next_page=next_page)
 
 
-def _result(used: UsageBucket) -> CompletionsResult:
+def wire(usage: UsageBucket) -> CompletionsResult:
     return CompletionsResult(
-        input_tokens=used.tokens.prompt,
-        input_cached_tokens=used.tokens.cached,
-        output_tokens=used.tokens.completion,
-        num_model_requests=used.requests,
-        tenant=used.tenant,
-        project_id=used.project,
-        api_key_id=used.key,
-        model=used.model,
-        batch=None if used.tier is None else used.tier == "batch",
+        input_tokens=usage.tokens.prompt,
+        input_cached_tokens=usage.tokens.cached,
+        output_tokens=usage.tokens.completion,
+        num_model_requests=usage.requests,
+        tenant=usage.tenant,
+        project_id=usage.project,
+        api_key_id=usage.key,
+        model=usage.model,
+        batch=None if usage.tier is None else usage.tier == "batch",
     )

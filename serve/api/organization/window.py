@@ -1,8 +1,8 @@
-"""The time that a question is about, in buckets and pages, as OpenAI's usage API has them.
+"""Divides a query's time into buckets and pages, as OpenAI's usage API does.
 
-Buckets begin with their UTC day, hour or minute. Only the first is cut short, by a `start_time` within it,
-and the last, by an `end_time` within it. A page holds `limit` buckets, those in which nothing was used among
-them; its cursor names the start of the next one.
+Buckets begin with their UTC day, hour or minute. Only the first may be cut short, by a `start_time` within
+it, and the last, by an `end_time` within it. A page holds `limit` buckets, including those without usage;
+its cursor names the start of the next bucket.
 """
 
 from collections import defaultdict
@@ -30,7 +30,7 @@ Names = Annotated[list[Name], Field(max_length=NAMES_MAX)]
 
 
 def _boolean(value: Any) -> Any:
-    """As the document says it; pydantic knows other words for it."""
+    """Accepts only the document's two words; pydantic accepts others too."""
     if isinstance(value, str) and value not in ("true", "false"):
         raise ValueError("true or false")
     return value
@@ -40,9 +40,9 @@ Boolean = Annotated[bool, BeforeValidator(_boolean)]
 
 
 class Window(BaseModel):
-    """The parameters that all questions share. One that is not known is refused by its name.
+    """Holds the parameters that all queries share. An unknown parameter is refused by name.
 
-    Lists are understood as `models=a&models=b` and, as OpenAI's clients send them, as `models[]=a`.
+    A list may be sent as `models=a&models=b` or, as OpenAI's clients do, as `models[]=a`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,13 +60,13 @@ class Window(BaseModel):
     tenant_ids_: Names = Field([], alias="tenant_ids[]", description="For platform keys.")
 
     def names(self, parameter: str) -> tuple[str, ...]:
-        """What was sent for `parameter`, in either spelling."""
+        """The values of `parameter`, in either spelling."""
         return (*getattr(self, parameter), *getattr(self, f"{parameter}_"))
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The buckets of one page, each [start, end), and the cursor of the next one, if there is one."""
+    """Holds the buckets of one page, each [start, end), and the cursor of the next page, if any."""
 
     buckets: Sequence[tuple[datetime, datetime]]
     next_page: str | None
@@ -81,7 +81,7 @@ class Span:
 
 
 def span(window: Window, width: timedelta, limit: int, *, now: datetime) -> Span:
-    """Raises InvalidRequest if `window` is empty, or its cursor not one of it."""
+    """The buckets of the window's page. Raises InvalidRequest if it is empty or its cursor is not its own."""
     start = datetime.fromtimestamp(window.start_time, UTC)
     if window.end_time is None:
         end = floor(now, width) + width
@@ -98,9 +98,9 @@ def span(window: Window, width: timedelta, limit: int, *, now: datetime) -> Span
         start = at
     buckets: list[tuple[datetime, datetime]] = []
     while start < end and len(buckets) < limit:
-        following = floor(start, width) + width
-        buckets.append((start, min(following, end)))
-        start = following
+        next_start = floor(start, width) + width
+        buckets.append((start, min(next_start, end)))
+        start = next_start
     return Span(buckets, f"page_{int(start.timestamp())}" if start < end else None)
 
 
@@ -121,7 +121,7 @@ class Page(BaseModel, Generic[Result]):
 def in_buckets(
     span: Span, width: timedelta, results: Iterable[tuple[datetime, Result]]
 ) -> tuple[list[TimeBucket[Result]], bool, str | None]:
-    """What `Page` holds: each of `results` in the bucket that it names."""
+    """`Page`'s data, has_more and next_page: each of `results` in the bucket that it names."""
     by_bucket: dict[datetime, list[Result]] = defaultdict(list)
     for bucket, result in results:
         by_bucket[bucket].append(result)

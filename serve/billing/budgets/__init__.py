@@ -1,1 +1,1 @@
-"""Budgets: caps on what a tenant, project or key may spend, and the alerts before they are reached."""
+"""Budgets: limits on what a tenant, project or key may spend, and alerts at thresholds."""

@@ -1,4 +1,4 @@
-"""Thresholds of budgets: told once for each period, by log line, metric and webhook, whoever looks first."""
+"""Budget alerts report that spending reached a threshold, once per period: by log, metric and webhook."""
 
 import json
 import logging
@@ -12,20 +12,20 @@ import sqlalchemy as sa
 
 from serve.billing.budgets.budgets import PERIODS, Budget, budget_of, budgets_table, spend_table
 from serve.billing.webhooks import outbox
-from serve.billing.webhooks.outbox import notices_table
+from serve.billing.webhooks.outbox import webhook_events_table
 from serve.storage.database import Store
 
 log = logging.getLogger(__name__)
 
 KIND = "budget.threshold"
-# What was spent in the last seconds of a period is still told.
-GRACE = timedelta(hours=1)
+# Spending in the last seconds of a period still raises an alert after its end.
+GRACE_PERIOD = timedelta(hours=1)
 SHOWN_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """That `spent_nanos` of the period `span` have reached `threshold_pct` percent of the budget's limit."""
+class ThresholdAlert:
+    """Reports that `spent_nanos` in the period `span` reached `threshold_pct` percent of the limit."""
 
     budget: Budget
     span: str
@@ -34,23 +34,23 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class BudgetFigures:
-    """For /metrics. `used` has the fullest budgets of the current periods: (id, level, period, ratio)."""
+class BudgetMetrics:
+    """Holds figures for /metrics. `used` are the fullest budgets now: (id, level, period, ratio)."""
 
     used: tuple[tuple[str, str, str, float], ...]
-    notices: int
+    alerts: int
 
 
-def send_due_alerts(store: Store, at: datetime) -> list[Told]:
-    """Tell of each budget that has reached a threshold which was not told in this period.
+def send_due_alerts(store: Store, at: datetime) -> list[ThresholdAlert]:
+    """Raise an alert for each budget that reached a new threshold in its period.
 
-    If several were passed at once, of the highest. Two stewards may do it at a time.
+    If it passed several thresholds, only the highest is reported. Two stewards may run this at a time.
     """
-    told = []
+    alerts = []
     for budget_id, span in _candidates(store, at):
-        if one := _tell(store, budget_id, span, at):
-            told.append(one)
-            budget = one.budget
+        if alert := _record_alert(store, budget_id, span, at):
+            alerts.append(alert)
+            budget = alert.budget
             log.warning(
                 "%s budget=%s tenant=%s level=%s subject=%s period=%s threshold_pct=%d spent_nanos=%d "
                 "limit_nanos=%d",
@@ -59,16 +59,16 @@ def send_due_alerts(store: Store, at: datetime) -> list[Told]:
                 budget.tenant,
                 budget.scope,
                 budget.subject,
-                one.span,
-                one.threshold_pct,
-                one.spent_nanos,
+                alert.span,
+                alert.threshold_pct,
+                alert.spent_nanos,
                 budget.limit_nanos,
             )
-    return told
+    return alerts
 
 
-def figures(store: Store, at: datetime) -> BudgetFigures:
-    """The `SHOWN_MAX` fullest budgets, and how many notices were ever written."""
+def read_budget_metrics(store: Store, at: datetime) -> BudgetMetrics:
+    """Return the `SHOWN_MAX` fullest budgets, and the number of alerts ever raised."""
     b, s = budgets_table.c, spend_table.c
     ratio = sa.cast(s.spent_nanos, sa.Float) / sa.cast(b.limit_nanos, sa.Float)
     query = (
@@ -80,18 +80,22 @@ def figures(store: Store, at: datetime) -> BudgetFigures:
     )
     with store.read() as connection:
         used = tuple((row.id, row.scope, row.period, float(row.ratio)) for row in connection.execute(query))
-        written = sa.select(sa.func.count()).select_from(notices_table).where(notices_table.c.kind == KIND)
-        return BudgetFigures(used, connection.execute(written).scalar_one())
+        written = (
+            sa.select(sa.func.count())
+            .select_from(webhook_events_table)
+            .where(webhook_events_table.c.kind == KIND)
+        )
+        return BudgetMetrics(used, connection.execute(written).scalar_one())
 
 
 def _current(at: datetime, *earlier: datetime) -> sa.Select[Any]:
-    """Budgets in force and what they spent in the periods of `at` and `earlier`, found by the periods' names.
+    """Select budgets in force with their spending in the periods of `at` and `earlier`, by period name.
 
-    No two kinds of period have a name in common, so a name says the budget's kind, too.
+    A day, a month and the total never share a name, so the name also determines the kind of period.
     """
     b, s = budgets_table.c, spend_table.c
-    moments = [moment.astimezone(UTC) for moment in (at, *earlier)]
-    spans = sorted({moment.strftime(form) for moment in moments for form in PERIODS.values()})
+    times = [time.astimezone(UTC) for time in (at, *earlier)]
+    spans = sorted({time.strftime(form) for time in times for form in PERIODS.values()})
     joined = budgets_table.join(spend_table, s.budget_id == b.id)
     return (
         sa.select(b.id, s.period)
@@ -102,9 +106,9 @@ def _current(at: datetime, *earlier: datetime) -> sa.Select[Any]:
 
 def _candidates(store: Store, at: datetime) -> list[tuple[str, str]]:
     b, s = budgets_table.c, spend_table.c
-    # Divided first: 10¹⁸ × 100 does not fit into the store's 64 bits. `_tell` looks exactly.
+    # Divided first: 10¹⁸ × 100 does not fit into the store's 64 bits. `_record_alert` compares exactly.
     above = s.spent_nanos >= b.limit_nanos // 100 * (s.notified_pct + 1)
-    query = _current(at, at - GRACE).with_only_columns(
+    query = _current(at, at - GRACE_PERIOD).with_only_columns(
         budgets_table, s.period.label("span"), s.spent_nanos, s.notified_pct
     )
     with store.read() as connection:
@@ -115,29 +119,31 @@ def _candidates(store: Store, at: datetime) -> list[tuple[str, str]]:
         ]
 
 
-def _tell(store: Store, budget_id: str, span: str, at: datetime) -> Told | None:
-    """In a transaction of its own: it waits for no settlement while it keeps another waiting."""
+def _record_alert(store: Store, budget_id: str, span: str, at: datetime) -> ThresholdAlert | None:
+    """Record one alert in its own transaction: it holds no lock while it waits for a settlement."""
     b, s = budgets_table.c, spend_table.c
-    this = (s.budget_id == budget_id, s.period == span)
+    same_period = (s.budget_id == budget_id, s.period == span)
     with store.write() as connection:
-        spend = connection.execute(sa.select(spend_table).where(*this).with_for_update()).one()
+        spend = connection.execute(sa.select(spend_table).where(*same_period).with_for_update()).one()
         row = connection.execute(sa.select(budgets_table).where(b.id == budget_id)).one()
         budget, spent_nanos = budget_of(row), int(spend.spent_nanos)
         reached = budget.reached_pct(spent_nanos)
-        telling = spend_table.update().where(*this, s.notified_pct < reached).values(notified_pct=reached)
-        if budget.retired_at is not None or connection.execute(telling).rowcount == 0:
+        update = (
+            spend_table.update().where(*same_period, s.notified_pct < reached).values(notified_pct=reached)
+        )
+        if budget.retired_at is not None or connection.execute(update).rowcount == 0:
             return None
-        told = Told(budget, span, reached, spent_nanos)
-        notice_id = f"ntc_{secrets.token_hex(12)}"
-        body = json.dumps(_message(notice_id, told, at))
-        outbox.write(connection, notice_id, budget.tenant, KIND, budget.webhook_url or "", body, at=at)
-        return told
+        alert = ThresholdAlert(budget, span, reached, spent_nanos)
+        event_id = f"ntc_{secrets.token_hex(12)}"
+        body = json.dumps(_message(event_id, alert, at))
+        outbox.enqueue(connection, event_id, budget.tenant, KIND, budget.webhook_url or "", body, at=at)
+        return alert
 
 
-def _message(notice_id: str, told: Told, at: datetime) -> Mapping[str, Any]:
-    budget = told.budget
+def _message(event_id: str, alert: ThresholdAlert, at: datetime) -> Mapping[str, Any]:
+    budget = alert.budget
     return {
-        "id": notice_id,
+        "id": event_id,
         "type": KIND,
         "created_at": int(at.timestamp()),
         "data": {
@@ -145,9 +151,9 @@ def _message(notice_id: str, told: Told, at: datetime) -> Mapping[str, Any]:
             "tenant": budget.tenant,
             "level": budget.scope,
             "subject": budget.subject,
-            "period": told.span,
-            "threshold_pct": told.threshold_pct,
-            "spent_nanos": told.spent_nanos,
+            "period": alert.span,
+            "threshold_pct": alert.threshold_pct,
+            "spent_nanos": alert.spent_nanos,
             "limit_nanos": budget.limit_nanos,
             "hard": budget.hard,
         },

@@ -1,8 +1,8 @@
-"""Budgets: what a tenant, one of its projects or one of its keys may spend in a day, a month, or ever.
+"""Budgets limit what a tenant, project or key may spend in a day, in a month, or in total.
 
-A hard budget is a conditional UPDATE in the hold's transaction, so it is never overshot, whichever gateways
-are asked; a soft one is only counted, and its thresholds are told. A hold remembers the budgets that it
-reserved from, so that it gives back there whatever was changed meanwhile.
+A hard budget is a conditional UPDATE in the hold's transaction, so it is never exceeded, across all
+gateways. A soft budget is only counted, and alerts at its thresholds. A hold stores the budgets that it
+reserved from, so it releases exactly those, even if budgets changed meanwhile.
 """
 
 from collections import defaultdict
@@ -55,7 +55,7 @@ Reservation = tuple[str, str]  # budget id, period
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """`subject` is the tenant's name, the project's id or the key's id, as `scope` says."""
+    """Limits the spending of one subject: the tenant's name, or a project's or key's id, by `scope`."""
 
     id: str
     tenant: str
@@ -70,11 +70,11 @@ class Budget:
     retired_at: datetime | None = None
 
     def period_at(self, at: datetime) -> str:
-        """The name of the period, in UTC, that `at` falls into: 2026-11-24, 2026-11 or total."""
+        """Return the name of the period, in UTC, that contains `at`: 2026-11-24, 2026-11 or total."""
         return at.astimezone(UTC).strftime(PERIODS[self.period])
 
     def reached_pct(self, spent_nanos: int) -> int:
-        """The highest threshold that `spent_nanos` reaches; 0 if none."""
+        """Return the highest threshold that `spent_nanos` reaches; 0 if none."""
         reached = (pct for pct in self.notify_pcts if spent_nanos * 100 >= pct * self.limit_nanos)
         return max(reached, default=0) if spent_nanos else 0
 
@@ -99,7 +99,7 @@ def budget_of(row: "sa.Row[tuple[object, ...]]") -> Budget:
     )
 
 
-_IN_FORCE = (  # asked for each hold, so built once
+_IN_FORCE = (  # built once, because each hold runs it
     sa.select(budgets_table)
     .where(
         budgets_table.c.tenant_id.in_(sa.bindparam("tenants", expanding=True)),
@@ -111,64 +111,76 @@ _IN_FORCE = (  # asked for each hold, so built once
 
 
 def in_force(connection: sa.Connection, tenants: set[str], subjects: set[str]) -> list[Budget]:
-    """The budgets of `tenants` that bind requests of any of `subjects` now."""
-    given = {"tenants": sorted(tenants), "subjects": sorted(subjects)}
-    return [budget_of(row) for row in connection.execute(_IN_FORCE, given)]
+    """Return the budgets of `tenants` in force for requests of any of `subjects`."""
+    parameters = {"tenants": sorted(tenants), "subjects": sorted(subjects)}
+    return [budget_of(row) for row in connection.execute(_IN_FORCE, parameters)]
 
 
 def reserve(
     connection: sa.Connection, budgets: Sequence[Budget], amount_nanos: int, *, at: datetime
 ) -> list[Reservation]:
-    """Take `amount_nanos` from all of `budgets` in the caller's transaction, or from none.
+    """Reserve `amount_nanos` from all of `budgets` in the caller's transaction, or from none.
 
-    Raises BudgetExceeded if a hard one has less left.
+    Raises BudgetExceeded if a hard budget has less left.
     """
-    taken: list[tuple[Budget, Reservation]] = []
+    reserved: list[tuple[Budget, Reservation]] = []
     for budget in budgets:
-        place = (budget.id, budget.period_at(at))
-        if not _take(connection, budget, place, amount_nanos):
-            for _, earlier in taken:
-                _move(connection, {earlier: (-amount_nanos, 0)})
-            left = budget.limit_nanos - _used(connection, place)
-            raise BudgetExceeded(budget.scope, budget.period, budget.limit_nanos, amount_nanos, max(left, 0))
-        taken.append((budget, place))
-    return [place for _, place in taken]
+        reservation = (budget.id, budget.period_at(at))
+        if not _reserve_one(connection, budget, reservation, amount_nanos):
+            for _, earlier in reserved:
+                _add(connection, {earlier: (-amount_nanos, 0)})
+            left_nanos = budget.limit_nanos - _used_nanos(connection, reservation)
+            raise BudgetExceeded(
+                budget.scope, budget.period, budget.limit_nanos, amount_nanos, max(left_nanos, 0)
+            )
+        reserved.append((budget, reservation))
+    return [reservation for _, reservation in reserved]
 
 
 def release(connection: sa.Connection, closed: Iterable[tuple[Reservation, int, int]]) -> None:
-    """Give back what was held, and charge what was spent: (reservation, held, spent) of each."""
-    moves: dict[Reservation, tuple[int, int]] = defaultdict(lambda: (0, 0))
-    for place, held, spent in closed:
-        moves[place] = (moves[place][0] - held, moves[place][1] + spent)
-    _move(connection, moves)
+    """Release what was held and add what was spent: (reservation, held, spent) of each."""
+    changes: dict[Reservation, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for reservation, held, spent in closed:
+        changes[reservation] = (changes[reservation][0] - held, changes[reservation][1] + spent)
+    _add(connection, changes)
 
 
-def _take(connection: sa.Connection, budget: Budget, place: Reservation, amount_nanos: int) -> bool:
-    row = {"budget_id": place[0], "period": place[1], "spent_nanos": 0, "held_nanos": 0, "notified_pct": 0}
+def _reserve_one(
+    connection: sa.Connection, budget: Budget, reservation: Reservation, amount_nanos: int
+) -> bool:
+    row = {
+        "budget_id": reservation[0],
+        "period": reservation[1],
+        "spent_nanos": 0,
+        "held_nanos": 0,
+        "notified_pct": 0,
+    }
     connection.execute(insert(connection, spend_table).on_conflict_do_nothing(), row)
     c = spend_table.c
-    taking = spend_table.update().where(c.budget_id == place[0], c.period == place[1])
+    update = spend_table.update().where(c.budget_id == reservation[0], c.period == reservation[1])
     if budget.hard:
-        # The limit is read by the store itself: one that was lowered a moment ago binds already.
+        # The UPDATE reads the limit itself, so a limit that was just lowered already applies.
         limit = sa.select(budgets_table.c.limit_nanos).where(budgets_table.c.id == budget.id)
-        taking = taking.where(c.spent_nanos + c.held_nanos + amount_nanos <= limit.scalar_subquery())
-    return connection.execute(taking.values(held_nanos=c.held_nanos + amount_nanos)).rowcount == 1
+        update = update.where(c.spent_nanos + c.held_nanos + amount_nanos <= limit.scalar_subquery())
+    return connection.execute(update.values(held_nanos=c.held_nanos + amount_nanos)).rowcount == 1
 
 
-def _move(connection: sa.Connection, moves: dict[Reservation, tuple[int, int]]) -> None:
-    if not moves:
+def _add(connection: sa.Connection, changes: dict[Reservation, tuple[int, int]]) -> None:
+    if not changes:
         return
     c = spend_table.c
-    moving = (
+    update = (
         spend_table.update()
         .where(c.budget_id == sa.bindparam("b"), c.period == sa.bindparam("p"))
         .values(held_nanos=c.held_nanos + sa.bindparam("held"), spent_nanos=c.spent_nanos + sa.bindparam("s"))
     )
-    rows = [{"b": b, "p": p, "held": held, "s": spent} for (b, p), (held, spent) in sorted(moves.items())]
-    connection.execute(moving, rows)
+    rows = [{"b": b, "p": p, "held": held, "s": spent} for (b, p), (held, spent) in sorted(changes.items())]
+    connection.execute(update, rows)
 
 
-def _used(connection: sa.Connection, place: Reservation) -> int:
+def _used_nanos(connection: sa.Connection, reservation: Reservation) -> int:
     c = spend_table.c
-    query = sa.select(c.spent_nanos + c.held_nanos).where(c.budget_id == place[0], c.period == place[1])
+    query = sa.select(c.spent_nanos + c.held_nanos).where(
+        c.budget_id == reservation[0], c.period == reservation[1]
+    )
     return connection.execute(query).scalar() or 0

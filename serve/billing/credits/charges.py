@@ -1,7 +1,7 @@
-"""Charges: what is billed besides requests. Training, adapters kept ready, corrections of a month.
+"""Charges bill what is not a request: training, and hours in which an adapter was ready.
 
-A charge has a reference that names what it is for, and there is one charge per reference, whoever makes it
-and however often. It is a transfer in the ledger as well, in the same transaction.
+A charge has a reference that names what it is for. There is one charge per reference, however often it is
+posted. Each charge is also a transfer in the ledger, in the same transaction.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ charges_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """`quantity` is in the kind's unit: trained tokens, or hours. `subject` is the adapter version."""
+    """Bills an adapter version, the `subject`. `quantity` is in trained tokens or hours, by `kind`."""
 
     reference: str
     tenant: str
@@ -50,32 +50,32 @@ class Charge:
     created_at: datetime
 
 
-def charge(connection: sa.Connection, made: Charge) -> bool:
-    """Bill `made` in the caller's transaction. False if its reference has been billed before."""
-    lock_account(connection, made.tenant)
-    (period,) = open_periods(connection, [(made.tenant, made.created_at)])
+def post_charge(connection: sa.Connection, charge: Charge) -> bool:
+    """Post `charge` in the caller's transaction. False if its reference was posted before."""
+    lock_account(connection, charge.tenant)
+    (period,) = open_periods(connection, [(charge.tenant, charge.created_at)])
     row = {
-        "reference": made.reference,
-        "tenant_id": made.tenant,
-        "kind": made.kind,
-        "subject": made.subject,
-        "quantity": made.quantity,
-        "plan_id": made.plan_id,
-        "amount_nanos": made.amount_nanos,
+        "reference": charge.reference,
+        "tenant_id": charge.tenant,
+        "kind": charge.kind,
+        "subject": charge.subject,
+        "quantity": charge.quantity,
+        "plan_id": charge.plan_id,
+        "amount_nanos": charge.amount_nanos,
         "period": period,
-        "created_at": made.created_at,
+        "created_at": charge.created_at,
     }
     inserted = connection.execute(insert(connection, charges_table).on_conflict_do_nothing(), row)
     if inserted.rowcount == 0:
         return False
     return transfer(
         connection,
-        made.tenant,
+        charge.tenant,
         "charge",
-        made.amount_nanos,
-        reference=made.reference,
-        reason=made.kind,
-        at=made.created_at,
+        charge.amount_nanos,
+        reference=charge.reference,
+        reason=charge.kind,
+        at=charge.created_at,
     )
 
 
@@ -91,13 +91,13 @@ def charge_training(
 ) -> bool:
     """Bill the training of an adapter version, once, when it is registered.
 
-    False if there is nothing to bill: its tokens are not known, no plan is in force, the plan has no price
-    for it, or it has been billed.
+    False if there is nothing to bill: its token count is unknown, no plan is in force, the plan has no price
+    for it, or it was billed before.
     """
     price = Prices(store).at(connection, tenant, at)
     if price is None or not tokens or not price.plan.training_nanos_per_mtok:
         return False
-    return charge(
+    return post_charge(
         connection,
         Charge(
             reference=f"training:{adapter_id}",
@@ -113,7 +113,7 @@ def charge_training(
 
 
 def adapter_hour(adapter_id: int, tenant: str, subject: str, hour: datetime, price: PriceVersion) -> Charge:
-    """An adapter version's hour of being ready. `hour` is its beginning."""
+    """Return the charge for one hour in which an adapter version was ready. `hour` is the hour's start."""
     return Charge(
         reference=residency_reference(adapter_id, hour),
         tenant=tenant,

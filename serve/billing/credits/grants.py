@@ -1,8 +1,8 @@
-"""Grants of credit: prepaid money, promotions and credit lines, some of which expire.
+"""Credit grants: prepaid money, promotions and credit lines, some of which expire.
 
-A grant raises the tenant's credit in the ledger when it is made. Which grant paid for what is no row of its
-own: it is the replay of the grants over the days' spending, those first that expire first. What an invoice
-that is final has applied stays applied. A credit line is lent, not given: it pays for nothing.
+A grant raises the tenant's credit in the ledger when it is made. Which grant paid for what is not stored:
+it is computed by replaying the grants over the days' spending, earliest expiry first. Credits that a final
+invoice has applied stay applied. A credit line is lent, not given: it pays for nothing.
 """
 
 import secrets
@@ -40,7 +40,10 @@ grants_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """`expires_at` is a midnight: it may pay for the days before. `expired_nanos` is what was taken back."""
+    """Grants credit to a tenant.
+
+    `expires_at` is a midnight: the grant may pay for the days before it. `expired_nanos` was taken back.
+    """
 
     id: str
     tenant: str
@@ -52,13 +55,13 @@ class Grant:
     expired_nanos: int | None = None
 
     def may_pay(self, day: date) -> bool:
-        begun = self.created_at.date() <= day
-        return begun and (self.expires_at is None or day < self.expires_at.date())
+        has_started = self.created_at.date() <= day
+        return has_started and (self.expires_at is None or day < self.expires_at.date())
 
 
 @dataclass(frozen=True, slots=True)
 class Spend:
-    """What was spent on a day (UTC), and on which month's invoice it is."""
+    """Sums what was spent on a day (UTC). `period` is the month of the invoice that bills it."""
 
     day: date
     period: str
@@ -68,39 +71,42 @@ class Spend:
 Applied = Mapping[tuple[str, str], int]  # (grant, period) → nanos
 
 
-def replay(grants: Iterable[Grant], spends: Iterable[Spend], before: Applied | None = None) -> Applied:
-    """What each grant pays of each period's spending, given what of it was applied `before`.
+def replay(
+    grants: Iterable[Grant], spends: Iterable[Spend], applied_before: Applied | None = None
+) -> Applied:
+    """Compute what each grant pays of each period's spending, beyond what was applied before.
 
-    Day by day; of the grants that may pay that day, the one that expires first, promotions before prepaid
-    money, then the older one. No grant pays more than its amount, and no spending is paid twice.
+    Spending is paid day by day. Of the grants that may pay on a day, the one that expires first pays first;
+    then promotions before prepaid money; then older grants. No grant pays more than its amount, and no
+    spending is paid twice.
     """
-    ordered = sorted((grant for grant in grants if grant.kind != "line"), key=_turn)
-    left = {grant.id: grant.amount_nanos - (grant.expired_nanos or 0) for grant in ordered}
-    for (grant_id, _), nanos in (before or {}).items():
-        if grant_id in left:
-            left[grant_id] -= nanos
+    ordered = sorted((grant for grant in grants if grant.kind != "line"), key=_spending_order)
+    remaining = {grant.id: grant.amount_nanos - (grant.expired_nanos or 0) for grant in ordered}
+    for (grant_id, _), nanos in (applied_before or {}).items():
+        if grant_id in remaining:
+            remaining[grant_id] -= nanos
     applied: dict[tuple[str, str], int] = {}
     for spend in sorted(spends, key=lambda s: (s.day, s.period)):
-        owed = spend.nanos
+        owed_nanos = spend.nanos
         for grant in ordered:
-            if owed <= 0:
+            if owed_nanos <= 0:
                 break
-            if left[grant.id] > 0 and grant.may_pay(spend.day):
-                paid = min(left[grant.id], owed)
-                left[grant.id] -= paid
-                owed -= paid
+            if remaining[grant.id] > 0 and grant.may_pay(spend.day):
+                paid_nanos = min(remaining[grant.id], owed_nanos)
+                remaining[grant.id] -= paid_nanos
+                owed_nanos -= paid_nanos
                 key = (grant.id, spend.period)
-                applied[key] = applied.get(key, 0) + paid
+                applied[key] = applied.get(key, 0) + paid_nanos
     return applied
 
 
-def _turn(grant: Grant) -> tuple[bool, datetime, bool, datetime, str]:
+def _spending_order(grant: Grant) -> tuple[bool, datetime, bool, datetime, str]:
     end = grant.expires_at or datetime.max.replace(tzinfo=UTC)
     return (grant.expires_at is None, end, grant.kind != "promotional", grant.created_at, grant.id)
 
 
 class Credits:
-    """The grants of one store. Methods block."""
+    """Manages the grants of one store. Methods block."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -116,16 +122,16 @@ class Credits:
         reason: str | None = None,
         actor: str = SYSTEM,
     ) -> Grant:
-        """Give `tenant` credit, until the end of the day (UTC) before or in which `expires_at` is.
+        """Grant `tenant` credit. `expires_at` is rounded up to the next midnight (UTC).
 
-        Raises UnknownRecord for a tenant without an account; Conflict if it expires in the past, or if the
-        account's credit would exceed CREDIT_NANOS_MAX.
+        Raises UnknownRecord for a tenant without an account. Raises Conflict if the grant would expire in the
+        past, or if the account's credit would exceed CREDIT_NANOS_MAX.
         """
         if expires_at is not None:
             expires_at = _midnight_from(expires_at)
             if expires_at <= at:
                 raise Conflict("A grant expires in the future.")
-        made = Grant(
+        grant = Grant(
             f"grant_{secrets.token_hex(12)}", tenant, kind, amount_nanos, reason, at, expires_at=expires_at
         )
         with self._store.write() as connection:
@@ -137,7 +143,7 @@ class Credits:
             if credit + amount_nanos > CREDIT_NANOS_MAX:
                 raise Conflict(f"The credit of '{tenant}' would exceed {CREDIT_NANOS_MAX} nanos.")
             row = {
-                "id": made.id,
+                "id": grant.id,
                 "tenant_id": tenant,
                 "kind": kind,
                 "amount_nanos": amount_nanos,
@@ -151,20 +157,25 @@ class Credits:
                 tenant,
                 "grant",
                 amount_nanos,
-                reference=f"{made.id}:grant",
+                reference=f"{grant.id}:grant",
                 reason=f"{kind} credit",
                 at=at,
             )
-            said = {"kind": kind, "amount_nanos": amount_nanos, "expires_at": expires_at, "reason": reason}
-            record(connection, "credit.grant", made.id, said, actor=actor, tenant=tenant, at=at)
-        return made
+            audit_details = {
+                "kind": kind,
+                "amount_nanos": amount_nanos,
+                "expires_at": expires_at,
+                "reason": reason,
+            }
+            record(connection, "credit.grant", grant.id, audit_details, actor=actor, tenant=tenant, at=at)
+        return grant
 
     def page(self, tenant: str | None, *, after: str | None = None, limit: int | None = None) -> Page[Grant]:
-        """Oldest first, of one tenant or of all. Raises InvalidRequest if `after` is none of them."""
-        whose = [] if tenant is None else [grants_table.c.tenant_id == tenant]
+        """Return grants of one tenant or of all, oldest first. Raises InvalidRequest for a bad `after`."""
+        filters = [] if tenant is None else [grants_table.c.tenant_id == tenant]
         with self._store.read() as connection:
-            found = page(connection, grants_table, *whose, after=after, limit=limit)
-        return Page([grant_of(row) for row in found.items], found.has_more)
+            rows = page(connection, grants_table, *filters, after=after, limit=limit)
+        return Page([grant_of(row) for row in rows.items], rows.has_more)
 
 
 def grants_of(connection: sa.Connection, tenant: str) -> list[Grant]:
@@ -185,19 +196,19 @@ def grant_of(row: sa.Row[Any]) -> Grant:
     )
 
 
-def left_nanos(grants: Sequence[Grant], applied: Iterable[Applied]) -> dict[str, int]:
-    """By grant, what it can still pay. A credit line's is all of it, until it has expired."""
-    left = {
+def remaining_nanos(grants: Sequence[Grant], applied: Iterable[Applied]) -> dict[str, int]:
+    """Return what each grant can still pay. A credit line keeps its full amount until it expires."""
+    remaining = {
         grant.id: grant.amount_nanos - (grant.expired_nanos or 0)
         if grant.kind != "line" or grant.expired_nanos is None
         else 0
         for grant in grants
     }
-    for some in applied:
-        for (grant_id, _), nanos in some.items():
-            if grant_id in left:
-                left[grant_id] -= nanos
-    return {grant_id: max(nanos, 0) for grant_id, nanos in left.items()}
+    for credits in applied:
+        for (grant_id, _), nanos in credits.items():
+            if grant_id in remaining:
+                remaining[grant_id] -= nanos
+    return {grant_id: max(nanos, 0) for grant_id, nanos in remaining.items()}
 
 
 def _midnight_from(at: datetime) -> datetime:

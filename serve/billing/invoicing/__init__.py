@@ -1,1 +1,1 @@
-"""Invoices: one month of one tenant, from draft to paid, and its documents."""
+"""Invoicing: bills one month of one tenant, from draft to paid, and writes its documents."""

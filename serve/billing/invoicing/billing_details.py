@@ -1,4 +1,7 @@
-"""Who sells, and who buys: what an invoice says about them. Optional; an invoice says what is missing."""
+"""Billing details describe the seller and the buyers on invoices.
+
+They are optional: an invoice without them says what is missing.
+"""
 
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from serve.errors import UnknownRecord
 from serve.storage.database import Store, insert, metadata
 from serve.tenants.audit import SYSTEM, record
 
-SELLER = "@seller"  # no tenant is called so
+SELLER = "@seller"  # no tenant can have this name
 
 parties_table = sa.Table(
     "billing_details",
@@ -21,29 +24,29 @@ parties_table = sa.Table(
 
 
 class BillingDetails:
-    """The seller and the buyers of one store. Methods block."""
+    """Reads and writes the details of the seller and the buyers of one store. Methods block."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def get(self, party: str) -> Party | None:
-        """The tenant's details, or the SELLER's."""
+        """Return the details of a tenant or of SELLER."""
         with self._store.read() as connection:
             return party_of(connection, party)
 
     def put(self, party: str, details: Party, *, actor: str = SYSTEM) -> None:
-        """From the next document on; what is final keeps its own. Raises UnknownRecord."""
+        """Set details, from the next document on; final invoices keep theirs. Raises UnknownRecord."""
         tenant = None if party == SELLER else party
         with self._store.write() as connection:
             tenants = metadata.tables["tenants"]
-            known = sa.select(tenants.c.id).where(tenants.c.id == party)
-            if tenant is not None and connection.execute(known).first() is None:
+            query = sa.select(tenants.c.id).where(tenants.c.id == party)
+            if tenant is not None and connection.execute(query).first() is None:
                 raise UnknownRecord(f"There is no tenant '{tenant}'.")
-            adding = insert(connection, parties_table).values(id=party, document=details.model_dump_json())
-            adding = adding.on_conflict_do_update(
-                index_elements=[parties_table.c.id], set_={"document": adding.excluded.document}
+            upsert = insert(connection, parties_table).values(id=party, document=details.model_dump_json())
+            upsert = upsert.on_conflict_do_update(
+                index_elements=[parties_table.c.id], set_={"document": upsert.excluded.document}
             )
-            connection.execute(adding)
+            connection.execute(upsert)
             record(connection, "invoice.party", party, details.model_dump(), actor=actor, tenant=tenant)
 
 
@@ -54,5 +57,5 @@ def party_of(connection: sa.Connection, party: str) -> Party | None:
 
 
 def read_party(path: Path) -> Party:
-    """Raises pydantic.ValidationError listing everything that is wrong with the file."""
+    """Read a party's file. Raises pydantic.ValidationError that lists all its errors."""
     return Party.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""What is behind an invoice's lines: days, keys, and the requests themselves with the prices they had."""
+"""Breaks an invoice down by day and key, and lists the requests behind its lines with their prices."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ By = Literal["day", "key"]
 
 @dataclass(frozen=True, slots=True)
 class UsageSum:
-    """`group` is a day ("2026-11-22") or a key's id. Costs are at list price, as they were charged."""
+    """Sums requests of one group: a day ("2026-11-22") or a key's id. Costs are at list price, as charged."""
 
     group: str
     requests: int
@@ -36,7 +36,7 @@ class UsageSum:
 
 @dataclass(frozen=True, slots=True)
 class UsageRequest:
-    """One request, or one charge: then `model` is what it was for, and `key_id` is empty."""
+    """Lists one request or one charge. For a charge, `model` is its subject and `key_id` is empty."""
 
     id: str
     at: datetime
@@ -52,8 +52,8 @@ class UsageRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Within:
-    """Which part of an invoice: a line by its position from 1, a day (its midnight), a key."""
+class InvoiceFilter:
+    """Selects part of an invoice: a line by its position from 1, a day (its midnight), a key."""
 
     line: int | None = None
     day: datetime | None = None
@@ -61,18 +61,18 @@ class Within:
 
 
 class InvoiceUsage:
-    """Questions about what invoices bill. Methods block, and raise Conflict for a line that is not there."""
+    """Queries the usage that invoices bill. Methods block, and raise Conflict for an unknown line."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def sums(self, invoice: Invoice, by: By, within: Within | None = None) -> list[UsageSum]:
-        """Requests summed by day or key, from the hours' sums."""
-        h, within = hours_table.c, within or Within()
+    def sums(self, invoice: Invoice, by: By, invoice_filter: InvoiceFilter | None = None) -> list[UsageSum]:
+        """Return requests summed by day or key, from the hourly sums."""
+        h, invoice_filter = hours_table.c, invoice_filter or InvoiceFilter()
         group = h.hour if by == "day" else h.key_id
         names = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost_nanos")
         query = sa.select(group.label("the_group"), *(sa.func.sum(h[name]).label(name) for name in names))
-        query = query.where(*_where(hours_table, h.hour, invoice, within)).group_by(group)
+        query = query.where(*_filters(hours_table, h.hour, invoice, invoice_filter)).group_by(group)
         sums: dict[str, list[int]] = defaultdict(lambda: [0] * len(names))
         with self._store.read() as connection:
             for row in connection.execute(query):
@@ -82,35 +82,40 @@ class InvoiceUsage:
         return [UsageSum(key, *counts) for key, counts in sorted(sums.items())]
 
     def requests(
-        self, invoice: Invoice, within: Within | None = None, *, after: str | None = None, limit: int = 20
+        self,
+        invoice: Invoice,
+        invoice_filter: InvoiceFilter | None = None,
+        *,
+        after: str | None = None,
+        limit: int = 20,
     ) -> Page[UsageRequest]:
-        """The events themselves, oldest first, behind the one of the id `after`; on a line of charges, those.
+        """Return the requests, oldest first, behind the id `after`; on a line of charges, the charges.
 
         Raises InvalidRequest if `after` is none of them.
         """
-        within = within or Within()
-        line = _line(invoice, within.line)
+        invoice_filter = invoice_filter or InvoiceFilter()
+        line = _line(invoice, invoice_filter.line)
         table = charges_table if line is not None and line.kind != "usage" else usage_table
         c = table.c
-        name = c.reference if table is charges_table else c.request_id
-        where = _where(table, c.created_at, invoice, within)
+        id_column = c.reference if table is charges_table else c.request_id
+        where = _filters(table, c.created_at, invoice, invoice_filter)
         query = sa.select(table).where(*where)
         with self._store.read() as connection:
             if after is not None:
-                at = sa.select(c.created_at, c.id).where(
-                    name == after, c.tenant_id == invoice.document.tenant
+                position = sa.select(c.created_at, c.id).where(
+                    id_column == after, c.tenant_id == invoice.document.tenant
                 )
-                cursor = connection.execute(at).first() if after.isprintable() else None
+                cursor = connection.execute(position).first() if after.isprintable() else None
                 if cursor is None:
-                    said = "'after' is not the id of an item of this list."
-                    raise InvalidRequest(said, "after", "invalid_value")
+                    message = "'after' is not the id of an item of this list."
+                    raise InvalidRequest(message, "after", "invalid_value")
                 tie = sa.and_(c.created_at == cursor.created_at, c.id > cursor.id)
                 query = query.where(c.created_at >= cursor.created_at)
                 query = query.where(sa.or_(c.created_at > cursor.created_at, tie))
             rows = connection.execute(query.order_by(c.created_at, c.id).limit(limit + 1)).all()
             labels = {id: version.label for id, version in Prices(self._store).by_id(connection).items()}
-        made = _charge if table is charges_table else _request
-        return Page([made(row, labels) for row in rows[:limit]], len(rows) > limit)
+        build = _charge if table is charges_table else _request
+        return Page([build(row, labels) for row in rows[:limit]], len(rows) > limit)
 
 
 def _line(invoice: Invoice, position: int | None) -> InvoiceLine | None:
@@ -122,25 +127,25 @@ def _line(invoice: Invoice, position: int | None) -> InvoiceLine | None:
     return lines[position - 1]
 
 
-def _where(
-    table: sa.Table, moment: sa.ColumnElement[datetime], invoice: Invoice, within: Within
+def _filters(
+    table: sa.Table, time_column: sa.ColumnElement[datetime], invoice: Invoice, invoice_filter: InvoiceFilter
 ) -> Sequence[sa.ColumnElement[bool]]:
     c, document = table.c, invoice.document
     where = [c.tenant_id == document.tenant, c.period == document.period]
-    if within.day is not None:
-        where += [moment >= within.day, moment < within.day + timedelta(days=1)]
-    if within.key_id is not None:
-        where.append(c.key_id == within.key_id if "key_id" in c else sa.false())
-    line = _line(invoice, within.line)
+    if invoice_filter.day is not None:
+        where += [time_column >= invoice_filter.day, time_column < invoice_filter.day + timedelta(days=1)]
+    if invoice_filter.key_id is not None:
+        where.append(c.key_id == invoice_filter.key_id if "key_id" in c else sa.false())
+    line = _line(invoice, invoice_filter.line)
     if line is None:
         return where
     if line.kind == "minimum" or (line.kind == "usage") == (table is charges_table):
         return [sa.false()]
     start, _ = period_bounds(document.period)
     begin, end = (start, None) if line.late is None else period_bounds(line.late)
-    where.append(moment >= begin)
+    where.append(time_column >= begin)
     if end is not None:
-        where.append(moment < end)
+        where.append(time_column < end)
     where.append(c.plan_id == line.plan_id)
     if table is charges_table:
         return [*where, c.kind == line.kind, c.subject == line.model]
@@ -165,7 +170,7 @@ def _request(row: sa.Row[Any], labels: dict[int, str]) -> UsageRequest:
 
 
 def _charge(row: sa.Row[Any], labels: dict[int, str]) -> UsageRequest:
-    what = f"{row.quantity} {'trained tokens' if row.kind == 'training' else 'adapter-hours'}"
+    quantity = f"{row.quantity} {'trained tokens' if row.kind == 'training' else 'adapter-hours'}"
     return UsageRequest(
         row.reference,
         row.created_at,
@@ -177,5 +182,5 @@ def _charge(row: sa.Row[Any], labels: dict[int, str]) -> UsageRequest:
         0,
         0,
         row.amount_nanos,
-        what,
+        quantity,
     )

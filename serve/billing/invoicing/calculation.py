@@ -1,7 +1,7 @@
-"""A month's document, computed: from the hours' sums and the charges, never from single events.
+"""Calculates a month's invoice document from the hourly sums and the charges.
 
-The same store gives the same document, to the nano. `as_of` asks for what it was when something was
-issued: credits that later invoices applied do not count then.
+The same store gives the same document, to the nano. Single events are never read. `as_of` calculates the
+document as it was at an earlier time: credits that later invoices applied do not count then.
 """
 
 from collections import defaultdict
@@ -11,11 +11,11 @@ from datetime import date, datetime, timedelta
 import sqlalchemy as sa
 
 from serve.billing.credits.charges import charges_table
-from serve.billing.credits.grants import Applied, Grant, Spend, grants_of, left_nanos, replay
+from serve.billing.credits.grants import Applied, Grant, Spend, grants_of, remaining_nanos, replay
 from serve.billing.invoicing.billing_details import SELLER, party_of
 from serve.billing.invoicing.document import CreditApplied, InvoiceDocument, TaxApplied
 from serve.billing.invoicing.periods import period_bounds
-from serve.billing.invoicing.store import live_finals
+from serve.billing.invoicing.store import final_documents
 from serve.billing.metering.rollups import hours_table
 from serve.billing.pricing.plans import Included, Prices, PriceVersion, Tokens
 from serve.billing.pricing.rating import ChargeSum, MonthUsage, charge_lines, minimum_lines, usage_lines
@@ -24,51 +24,57 @@ from serve.storage.database import Store
 Finals = Mapping[str, InvoiceDocument]
 
 
-def statement(
+def calculate_invoice(
     store: Store, connection: sa.Connection, tenant: str, period: str, *, as_of: datetime | None = None
 ) -> InvoiceDocument:
-    """What `tenant` owes for the month. Raises OperatorError for a malformed period."""
+    """Calculate what `tenant` owes for the month. Raises OperatorError for a malformed period."""
     start, end = period_bounds(period)
     prices = Prices(store)
     versions = prices.by_id(connection)
-    terms = prices.at(connection, tenant, end - timedelta(microseconds=1))
-    included = terms.plan.included if terms else Included()
-    lines = usage_lines(_sums(connection, tenant, period, start, versions), included)
-    lines += charge_lines(_charges(connection, tenant, period, start, versions))
-    lines += minimum_lines(lines, terms)
+    price = prices.at(connection, tenant, end - timedelta(microseconds=1))
+    included = price.plan.included if price else Included()
+    lines = usage_lines(_month_usage(connection, tenant, period, start, versions), included)
+    lines += charge_lines(_month_charges(connection, tenant, period, start, versions))
+    lines += minimum_lines(lines, price)
     subtotal = sum(line.amount_nanos for line in lines)
-    finals = {of: doc for of, doc in live_finals(connection, tenant, as_of=as_of).items() if of != period}
-    spends = open_spends(connection, tenant, finals, until=period)
+    other_finals = {
+        month: document
+        for month, document in final_documents(connection, tenant, as_of=as_of).items()
+        if month != period
+    }
+    spends = open_spends(connection, tenant, other_finals, until=period)
     last_day = (end - timedelta(days=1)).date()
-    own = _fit([spend for spend in spends if spend.period == period], subtotal, Spend(last_day, period, 0))
-    earlier = [spend for spend in spends if spend.period != period]
+    own_spends = _fit_to_total(
+        [spend for spend in spends if spend.period == period], subtotal, Spend(last_day, period, 0)
+    )
+    earlier_spends = [spend for spend in spends if spend.period != period]
     grants = grants_of(connection, tenant)
-    before = applied_by(finals)
-    paid = replay(grants, [*earlier, *own], before)
-    promoted = _of_kind(grants, paid, period, "promotional")
-    taxable = subtotal - sum(promoted.values())
-    tax = _tax(terms, taxable)
-    prepaid = _of_kind(grants, paid, period, "prepaid")
-    if tax is not None:  # prepaid money pays it, too; a promotion lowered it
-        on_tax = replay(
+    applied_before = applied_credits(other_finals)
+    applied_now = replay(grants, [*earlier_spends, *own_spends], applied_before)
+    promotional = _applied_by_kind(grants, applied_now, period, "promotional")
+    taxable = subtotal - sum(promotional.values())
+    tax = _tax(price, taxable)
+    prepaid = _applied_by_kind(grants, applied_now, period, "prepaid")
+    if tax is not None:  # prepaid credit also pays the tax; promotional credit has lowered it
+        applied_to_tax = replay(
             [grant for grant in grants if grant.kind == "prepaid"],
             [Spend(last_day, period, tax.amount_nanos)],
-            _together(before, paid),
+            _add_credits(applied_before, applied_now),
         )
-        for (grant, _), nanos in on_tax.items():
+        for (grant, _), nanos in applied_to_tax.items():
             prepaid[grant] = prepaid.get(grant, 0) + nanos
-    applied = [("promotional", promoted), ("prepaid", prepaid)]
+    credits_by_kind = [("promotional", promotional), ("prepaid", prepaid)]
     return InvoiceDocument(
         tenant=tenant,
         period=period,
-        currency=_currency(terms, lines[0].plan_id if lines else None, versions),
-        plan=terms.label if terms else None,
+        currency=_currency(price, lines[0].plan_id if lines else None, versions),
+        plan=price.label if price else None,
         seller=party_of(connection, SELLER),
         buyer=party_of(connection, tenant),
         lines=tuple(lines),
         credits=tuple(
             CreditApplied.model_validate({"grant": grant, "kind": kind, "amount_nanos": nanos})
-            for kind, amounts in applied
+            for kind, amounts in credits_by_kind
             for grant, nanos in sorted(amounts.items())
         ),
         tax=tax,
@@ -78,22 +84,22 @@ def statement(
 def open_spends(
     connection: sa.Connection, tenant: str, finals: Iterable[str], *, until: str = "9999-99"
 ) -> list[Spend]:
-    """The days' spending, at list price, of the months up to `until` whose invoice is not final."""
-    h, c, closed = hours_table.c, charges_table.c, set(finals)
+    """Return the days' spending at list price of the months up to `until` that have no final invoice."""
+    h, c, final_periods = hours_table.c, charges_table.c, set(finals)
     days: dict[tuple[date, str], int] = defaultdict(int)
     hours = sa.select(h.hour, h.period, sa.func.sum(h.cost_nanos).label("nanos"))
-    hours = hours.where(h.tenant_id == tenant, h.period.not_in(closed), h.period <= until)
+    hours = hours.where(h.tenant_id == tenant, h.period.not_in(final_periods), h.period <= until)
     for row in connection.execute(hours.group_by(h.hour, h.period)):
         days[row.hour.date(), row.period] += int(row.nanos)
-    made = sa.select(c.created_at, c.period, c.amount_nanos)
-    made = made.where(c.tenant_id == tenant, c.period.not_in(closed), c.period <= until)
-    for row in connection.execute(made):
+    charges = sa.select(c.created_at, c.period, c.amount_nanos)
+    charges = charges.where(c.tenant_id == tenant, c.period.not_in(final_periods), c.period <= until)
+    for row in connection.execute(charges):
         days[row.created_at.date(), row.period] += row.amount_nanos
     return [Spend(day, period, nanos) for (day, period), nanos in sorted(days.items())]
 
 
-def applied_by(finals: Finals) -> Applied:
-    """What invoices that are final have applied of the grants."""
+def applied_credits(finals: Finals) -> Applied:
+    """Return what final invoices have applied of each grant."""
     applied: dict[tuple[str, str], int] = defaultdict(int)
     for period, document in finals.items():
         for credit in document.credits:
@@ -101,15 +107,15 @@ def applied_by(finals: Finals) -> Applied:
     return applied
 
 
-def credit_left(connection: sa.Connection, tenant: str) -> dict[str, int]:
-    """By grant, what invoices have not applied and what was spent since does not use."""
-    grants, finals = grants_of(connection, tenant), live_finals(connection, tenant)
-    before = applied_by(finals)
-    since = replay(grants, open_spends(connection, tenant, finals), before)
-    return left_nanos(grants, [before, since])
+def remaining_credit(connection: sa.Connection, tenant: str) -> dict[str, int]:
+    """Return, by grant, what neither final invoices nor later spending has used."""
+    grants, finals = grants_of(connection, tenant), final_documents(connection, tenant)
+    applied = applied_credits(finals)
+    pending = replay(grants, open_spends(connection, tenant, finals), applied)
+    return remaining_nanos(grants, [applied, pending])
 
 
-def _sums(
+def _month_usage(
     connection: sa.Connection, tenant: str, period: str, start: datetime, versions: Mapping[int, PriceVersion]
 ) -> list[MonthUsage]:
     h = hours_table.c
@@ -117,19 +123,21 @@ def _sums(
     names = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cold_loads", "cost_nanos")
     query = sa.select(*keys, *(sa.func.sum(h[name]).label(name) for name in names))
     query = query.where(h.tenant_id == tenant, h.period == period)
-    own = connection.execute(query.where(h.hour >= start).group_by(*keys)).all()
-    late = connection.execute(query.add_columns(h.hour).where(h.hour < start).group_by(*keys, h.hour)).all()
+    own_rows = connection.execute(query.where(h.hour >= start).group_by(*keys)).all()
+    late_rows = connection.execute(
+        query.add_columns(h.hour).where(h.hour < start).group_by(*keys, h.hour)
+    ).all()
     sums: dict[tuple[str, bool, int, str, str | None], list[int]] = defaultdict(lambda: [0] * len(names))
-    for rows, is_late in ((own, False), (late, True)):
+    for rows, is_late in ((own_rows, False), (late_rows, True)):
         for row in rows:
             key = (row.model, bool(row.adapter), row.plan_id, row.tier)
             counts = sums[(*key, f"{row.hour:%Y-%m}" if is_late else None)]
             for position, name in enumerate(names):
                 counts[position] += int(getattr(row, name))
-    made = []
-    for (model, adapter, plan_id, tier, month), counts in sums.items():
+    usages = []
+    for (model, adapter, plan_id, tier, late_month), counts in sums.items():
         requests, prompt, cached, completion, cold_loads, list_nanos = counts
-        made.append(
+        usages.append(
             MonthUsage(
                 model=model,
                 adapter=adapter,
@@ -139,13 +147,13 @@ def _sums(
                 tokens=Tokens(prompt, cached, completion),
                 cold_loads=cold_loads,
                 list_nanos=list_nanos,
-                late=month,
+                late=late_month,
             )
         )
-    return made
+    return usages
 
 
-def _charges(
+def _month_charges(
     connection: sa.Connection, tenant: str, period: str, start: datetime, versions: Mapping[int, PriceVersion]
 ) -> list[ChargeSum]:
     c = charges_table.c
@@ -161,16 +169,16 @@ def _charges(
     ]
 
 
-def _fit(spends: Sequence[Spend], total_nanos: int, last: Spend) -> list[Spend]:
-    """The days' spending such that it adds up to what is billed: cut off, or the rest on the last day."""
-    fitted, left = [], total_nanos
+def _fit_to_total(spends: Sequence[Spend], total_nanos: int, last: Spend) -> list[Spend]:
+    """Fit the days' spending to what is billed: cut it off, or add the rest to the last day."""
+    fitted_spends, remaining_nanos = [], total_nanos
     for spend in spends:
-        fitted.append(Spend(spend.day, spend.period, min(spend.nanos, left)))
-        left -= fitted[-1].nanos
-    return [*fitted, Spend(last.day, last.period, left)]
+        fitted_spends.append(Spend(spend.day, spend.period, min(spend.nanos, remaining_nanos)))
+        remaining_nanos -= fitted_spends[-1].nanos
+    return [*fitted_spends, Spend(last.day, last.period, remaining_nanos)]
 
 
-def _of_kind(grants: Sequence[Grant], applied: Applied, period: str, kind: str) -> dict[str, int]:
+def _applied_by_kind(grants: Sequence[Grant], applied: Applied, period: str, kind: str) -> dict[str, int]:
     return {
         grant.id: applied[grant.id, period]
         for grant in grants
@@ -178,18 +186,18 @@ def _of_kind(grants: Sequence[Grant], applied: Applied, period: str, kind: str) 
     }
 
 
-def _together(*several: Applied) -> Applied:
+def _add_credits(*credit_maps: Applied) -> Applied:
     sums: dict[tuple[str, str], int] = defaultdict(int)
-    for applied in several:
+    for applied in credit_maps:
         for key, nanos in applied.items():
             sums[key] += nanos
     return sums
 
 
-def _tax(terms: PriceVersion | None, taxable_nanos: int) -> TaxApplied | None:
-    if terms is None or terms.plan.tax is None:
+def _tax(price: PriceVersion | None, taxable_nanos: int) -> TaxApplied | None:
+    if price is None or price.plan.tax is None:
         return None
-    tax = terms.plan.tax
+    tax = price.plan.tax
     return TaxApplied(
         name=tax.name,
         percent=tax.percent,
@@ -198,6 +206,6 @@ def _tax(terms: PriceVersion | None, taxable_nanos: int) -> TaxApplied | None:
     )
 
 
-def _currency(terms: PriceVersion | None, plan_id: int | None, versions: Mapping[int, PriceVersion]) -> str:
-    used = terms or (versions[plan_id] if plan_id is not None else None)
-    return used.plan.currency if used else "USD"
+def _currency(price: PriceVersion | None, plan_id: int | None, versions: Mapping[int, PriceVersion]) -> str:
+    price_version = price or (versions[plan_id] if plan_id is not None else None)
+    return price_version.plan.currency if price_version else "USD"

@@ -1,7 +1,7 @@
-"""Credit notes: what is given back of an invoice that is final. Each is as final as the invoice.
+"""Credit notes return part of a final invoice's amount. A credit note is final, too.
 
-Amounts are gross: the invoice's tax is in them, in its proportion. Together they never exceed the
-invoice's total. Each raises the tenant's credit in the ledger, as a refund.
+Amounts are gross: they include the invoice's tax in proportion. The credit notes of an invoice never exceed
+its total. Each raises the tenant's credit in the ledger, as a refund.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict
 
 from serve.billing.invoicing.document import InvoiceDocument, sha256_of
-from serve.billing.invoicing.store import FINAL, InvoiceState, find, invoice_of, next_number
+from serve.billing.invoicing.store import FINAL, InvoiceState, invoice_of, invoice_row, next_number
 from serve.billing.ledger.accounts import lock_account, transfer
 from serve.errors import Conflict
 from serve.storage.database import Store, UtcDateTime, metadata
@@ -35,7 +35,7 @@ notes_table = sa.Table(
 
 
 class NoteLine(BaseModel):
-    """`line` is the position, from 1, on the invoice; None for an amount that is no line's."""
+    """Credits one amount. `line` is the invoice line's position from 1; None if it belongs to no line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,6 +45,8 @@ class NoteLine(BaseModel):
 
 
 class NoteDocument(BaseModel):
+    """Holds the content of a credit note."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tenant: str
@@ -61,6 +63,8 @@ class NoteDocument(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class CreditNote:
+    """Holds a credit note as stored."""
+
     number: str
     document: NoteDocument
     sha256: str
@@ -68,7 +72,7 @@ class CreditNote:
 
 
 class CreditNotes:
-    """The credit notes of one store. Methods block."""
+    """Issues and lists the credit notes of one store. Methods block."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -82,24 +86,23 @@ class CreditNotes:
         at: datetime,
         actor: str = SYSTEM,
     ) -> CreditNote:
-        """Credit `amounts`, each (position of a line from 1, or None; nanos), of a final invoice.
+        """Credit `amounts` of a final invoice, each (position of a line from 1, or None; nanos).
 
-        Raises Conflict if the invoice is not final, has no such line, or would be credited more than it, or
-        the line, is; UnknownRecord.
+        Raises Conflict if the invoice is not final, has no such line, or would be credited more than its
+        total. Raises UnknownRecord.
         """
         with self._store.write() as connection:
-            tenant = find(connection, invoice).tenant_id
+            tenant = invoice_row(connection, invoice).tenant_id
             lock_account(connection, tenant)
-            billed = invoice_of(find(connection, invoice))
+            billed = invoice_of(invoice_row(connection, invoice))
             if billed.state not in FINAL or billed.final_number is None:
-                raise Conflict(
-                    f"{invoice} is {InvoiceState(billed.state).value}; only what is final is credited."
-                )
+                state = InvoiceState(billed.state).value
+                raise Conflict(f"{invoice} is {state}; only what is final is credited.")
             lines = tuple(_line(billed.document, position, nanos) for position, nanos in amounts)
             total, amount = billed.document.total_nanos, sum(line.amount_nanos for line in lines)
-            rest = total - credited_nanos(connection, billed.final_number)
-            if not 0 < amount <= rest:
-                raise Conflict(f"{invoice} can be credited up to {rest} nanos, not {amount}.")
+            creditable_nanos = total - credited_nanos(connection, billed.final_number)
+            if not 0 < amount <= creditable_nanos:
+                raise Conflict(f"{invoice} can be credited up to {creditable_nanos} nanos, not {amount}.")
             document = NoteDocument(
                 tenant=tenant,
                 invoice=billed.final_number,
@@ -108,32 +111,32 @@ class CreditNotes:
                 lines=lines,
                 tax_nanos=(2 * amount * billed.document.tax_nanos + total) // (2 * total),
             )
-            number, text = next_number(connection, f"CN-{at:%Y}"), document.model_dump_json()
-            note = CreditNote(number, document, sha256_of(number, at, text), at)
+            number, document_json = next_number(connection, f"CN-{at:%Y}"), document.model_dump_json()
+            note = CreditNote(number, document, sha256_of(number, at, document_json), at)
             row = {
                 "number": number,
                 "invoice_number": billed.final_number,
                 "amount_nanos": amount,
-                "document": text,
+                "document": document_json,
                 "sha256": note.sha256,
                 "issued_at": at,
             }
             connection.execute(notes_table.insert().values(row))
             transfer(connection, tenant, "refund", amount, reference=number, reason="credit note", at=at)
-            said = {"invoice": billed.final_number, "amount_nanos": amount, "reason": reason}
-            record(connection, "invoice.credit", number, said, actor=actor, tenant=tenant, at=at)
+            audit_details = {"invoice": billed.final_number, "amount_nanos": amount, "reason": reason}
+            record(connection, "invoice.credit", number, audit_details, actor=actor, tenant=tenant, at=at)
         return note
 
-    def of(self, invoice: str) -> list[CreditNote]:
-        """Oldest first. Raises UnknownRecord."""
+    def for_invoice(self, invoice: str) -> list[CreditNote]:
+        """Return the invoice's credit notes, oldest first. Raises UnknownRecord."""
         with self._store.read() as connection:
-            number = find(connection, invoice).number
+            number = invoice_row(connection, invoice).number
             query = sa.select(notes_table).where(notes_table.c.invoice_number == number)
             return [_note(row) for row in connection.execute(query.order_by(notes_table.c.number))]
 
 
 def credited_nanos(connection: sa.Connection, number: str) -> int:
-    """What the credit notes of the invoice add up to."""
+    """Return the sum of the invoice's credit notes."""
     c = notes_table.c
     query = sa.select(sa.func.coalesce(sa.func.sum(c.amount_nanos), 0)).where(c.invoice_number == number)
     return int(connection.execute(query).scalar_one())

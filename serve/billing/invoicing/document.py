@@ -1,4 +1,4 @@
-"""What an invoice says. Two documents are equal if and only if they bill the same to the same."""
+"""Invoice document: the content of an invoice. Equal documents bill the same amounts to the same buyer."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ OneLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_l
 Lines = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x09\x0b-\x1f\x7f]*$", max_length=500)]
 
 
-class _Part(BaseModel):
+class _DocumentPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Party(_Part):
-    """The seller or the buyer, as a tax office wants to read them."""
+class Party(_DocumentPart):
+    """Describes the seller or the buyer, with what a tax office requires."""
 
     name: Annotated[OneLine, Field(min_length=1)]
     address: Lines = ""
@@ -33,8 +33,8 @@ class Party(_Part):
     payment: Annotated[Lines, Field(description="How to pay: a bank account, say. The seller's.")] = ""
 
 
-class LineItem(_Part):
-    """`quantity` of `what`, at `nanos` for each `per` of them; `included` more were free."""
+class LineItem(_DocumentPart):
+    """Prices `quantity` of `what` at `nanos` per `per`. `included` more were free."""
 
     what: str
     quantity: int
@@ -43,10 +43,10 @@ class LineItem(_Part):
     included: int = 0
 
 
-class InvoiceLine(_Part):
-    """One thing that is billed. `list_nanos` is what it was charged at when it was used.
+class InvoiceLine(_DocumentPart):
+    """Bills one model and tier, one charge, or a minimum. `list_nanos` is what was charged at use.
 
-    `late` is the earlier month in which it was used, if that month's invoice was final already.
+    `late` is the earlier month of use, if that month's invoice was final already.
     """
 
     kind: Kind = "usage"
@@ -67,23 +67,27 @@ class InvoiceLine(_Part):
         return label if self.late is None else f"{label}, late usage of {self.late}"
 
 
-class CreditApplied(_Part):
+class CreditApplied(_DocumentPart):
+    """Applies part of a credit grant to the invoice."""
+
     grant: str
     kind: Literal["promotional", "prepaid"]
     amount_nanos: int
 
 
-class TaxApplied(_Part):
+class TaxApplied(_DocumentPart):
+    """Applies a tax to the invoice."""
+
     name: str
     percent: str
     taxable_nanos: int
     amount_nanos: int
 
 
-class InvoiceDocument(_Part):
-    """Amounts are exact, in nanos of the currency; only what is payable is rounded, to cents.
+class InvoiceDocument(_DocumentPart):
+    """Holds an invoice's content. Amounts are exact nanos of the currency; only the payable one is rounded.
 
-    subtotal = lines; total = subtotal − promotional credits + tax; due = total − prepaid credits.
+    subtotal = sum of lines; total = subtotal − promotional credits + tax; due = total − prepaid credits.
     """
 
     tenant: str
@@ -121,7 +125,7 @@ class InvoiceDocument(_Part):
 
     @property
     def payable_nanos(self) -> int:
-        """What is due, rounded half to even to hundredths of the currency."""
+        """The amount due, rounded half to even to hundredths of the currency."""
         return int((Decimal(self.due_nanos) / CENT).quantize(Decimal(1), ROUND_HALF_EVEN)) * CENT
 
 

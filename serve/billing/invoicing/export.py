@@ -1,4 +1,4 @@
-"""Invoices as files for machines: CSV, one row per item, and JSON, the document itself."""
+"""Exports invoices for machines: CSV with one row per item, and JSON with the document itself."""
 
 import csv
 import io
@@ -31,19 +31,19 @@ CSV_COLUMNS = (
 
 
 def csv_text(invoice: Invoice) -> str:
-    """One row per item, then the line's subtotal; credits, tax and totals at the end. Amounts are exact."""
+    """Return one row per item, then the line's subtotal; credits, tax and totals at the end. All exact."""
     document = invoice.document
-    out = io.StringIO()
-    writer = csv.DictWriter(out, CSV_COLUMNS, restval="", lineterminator="\n")
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, CSV_COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    head = {
+    invoice_columns = {
         "invoice": invoice.number,
         "tenant": document.tenant,
         "period": document.period,
         "currency": document.currency,
     }
     for position, line in enumerate(document.lines, 1):
-        what = {
+        line_columns = {
             "line": position,
             "kind": line.kind,
             "model": line.model,
@@ -52,28 +52,35 @@ def csv_text(invoice: Invoice) -> str:
             "late_usage_of": line.late or "",
         }
         for item in line.items:
-            counts = {"class": item.what, "quantity": item.quantity, "included": item.included}
-            writer.writerow(head | what | counts | {"price_per_unit": usd(item.nanos), "unit": item.per})
+            item_columns = {"class": item.what, "quantity": item.quantity, "included": item.included}
+            writer.writerow(
+                invoice_columns
+                | line_columns
+                | item_columns
+                | {"price_per_unit": usd(item.nanos), "unit": item.per}
+            )
         requests = line.requests if line.kind == "usage" else ""
         subtotal = {"class": "subtotal", "requests": requests, "amount": usd(line.amount_nanos)}
-        writer.writerow(head | what | subtotal)
+        writer.writerow(invoice_columns | line_columns | subtotal)
     for credit in document.credits:
         amount = usd(-credit.amount_nanos)
-        writer.writerow(head | {"kind": "credit", "class": credit.kind, "amount": amount})
+        writer.writerow(invoice_columns | {"kind": "credit", "class": credit.kind, "amount": amount})
     if document.tax is not None:
         tax = f"{document.tax.name} {document.tax.percent}%"
-        writer.writerow(head | {"kind": "tax", "class": tax, "amount": usd(document.tax.amount_nanos)})
+        writer.writerow(
+            invoice_columns | {"kind": "tax", "class": tax, "amount": usd(document.tax.amount_nanos)}
+        )
     for name, nanos in (
         ("total", document.total_nanos),
         ("due", document.due_nanos),
         ("payable", document.payable_nanos),
     ):
-        writer.writerow(head | {"class": name, "amount": usd(nanos)})
-    return out.getvalue()
+        writer.writerow(invoice_columns | {"class": name, "amount": usd(nanos)})
+    return buffer.getvalue()
 
 
 def summary(invoice: Invoice) -> dict[str, Any]:
-    """The document and what identifies it, as plain JSON values; amounts in nanos."""
+    """Return the document and its identification as plain JSON values, amounts in nanos."""
     document = invoice.document
     return {
         "number": invoice.number,

@@ -1,7 +1,7 @@
-"""Invoices and credit notes as PDF: for people, and their tax office.
+"""Renders invoices and credit notes as PDF.
 
-The fonts that every PDF reader has know Latin letters only. A document with other letters is set in DejaVu,
-if this system has it; else what cannot be set is shown as "?", and the exact names are in the JSON file.
+The fonts built into every PDF reader have only Latin letters. A document with other letters uses DejaVu, if
+this system has it. Otherwise such letters are shown as "?"; the exact names are in the JSON file.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ LEFT, RIGHT, WIDTH = 18, 192, 174
 
 
 class _Sheet(FPDF):  # type: ignore[misc] # fpdf2 is not typed
-    """A4 with a footer on each page."""
+    """Lays out A4 pages with a footer on each."""
 
     def __init__(self, title: str, made_at: datetime, text: str) -> None:
         super().__init__(format="A4", unit="mm")
@@ -49,9 +49,9 @@ class _Sheet(FPDF):  # type: ignore[misc] # fpdf2 is not typed
         self.add_page()
 
     def normalize_text(self, text: str) -> str:
-        """What cannot be set is a question mark, not an exception."""
-        shown = "".join(letter if ord(letter) in self._glyphs else "?" for letter in text)
-        normalized: str = super().normalize_text(shown)
+        """Replace letters that the font lacks by a question mark, instead of an exception."""
+        printable = "".join(letter if ord(letter) in self._glyphs else "?" for letter in text)
+        normalized: str = super().normalize_text(printable)
         return normalized
 
     def footer(self) -> None:
@@ -65,7 +65,7 @@ class _Sheet(FPDF):  # type: ignore[misc] # fpdf2 is not typed
         self.set_text_color(*(MUTED if muted else INK))
 
     def line_of(self, name: str, value: str, *, bold: bool = False) -> None:
-        """A sum at the right-hand side."""
+        """Print a sum at the right-hand side."""
         self.ink(11 if bold else 9.5, bold=bold)
         self.cell(140, 6.5, name, align="R")
         self.cell(0, 6.5, value, align="R", new_x="LMARGIN", new_y="NEXT")
@@ -101,9 +101,9 @@ def pdf_bytes(invoice: Invoice) -> bytes:
 
 
 def note_pdf_bytes(note: CreditNote, invoice: Invoice) -> bytes:
-    """The credit note `note` of `invoice`."""
-    said, currency = note.document, note.document.currency
-    text = said.model_dump_json() + invoice.document.model_dump_json()
+    """Return the PDF of the credit note `note` of `invoice`."""
+    document, currency = note.document, note.document.currency
+    text = document.model_dump_json() + invoice.document.model_dump_json()
     sheet = _Sheet(f"Credit note {note.number}", note.issued_at, text)
     _head(sheet, "CREDIT NOTE", invoice.document.seller)
     _facts(
@@ -112,20 +112,20 @@ def note_pdf_bytes(note: CreditNote, invoice: Invoice) -> bytes:
         [
             ("Credit note", note.number),
             ("Date of issue", f"{note.issued_at:%Y-%m-%d}"),
-            ("For invoice", said.invoice),
-            ("Reason", said.reason),
+            ("For invoice", document.invoice),
+            ("Reason", document.reason),
         ],
     )
     rows = [
         [f"Line {line.line}: {line.text}" if line.line else "Amount", usd(line.amount_nanos)]
-        for line in said.lines
+        for line in document.lines
     ]
     _table(sheet, ("Credited", f"Amount {currency}"), (130, 44), ("LEFT", "RIGHT"), rows)
     sheet.ln(4)
-    if said.tax_nanos and invoice.document.tax:
+    if document.tax_nanos and invoice.document.tax:
         tax = invoice.document.tax
-        sheet.line_of(f"of which {tax.name} {tax.percent}%", usd(said.tax_nanos))
-    sheet.line_of(f"Credited, {currency}", usd(said.amount_nanos), bold=True)
+        sheet.line_of(f"of which {tax.name} {tax.percent}%", usd(document.tax_nanos))
+    sheet.line_of(f"Credited, {currency}", usd(document.amount_nanos), bold=True)
     _fingerprint(sheet, note.sha256)
     return bytes(sheet.output())
 
@@ -155,7 +155,7 @@ def _details(party: Party) -> str:
 
 
 def _facts(sheet: _Sheet, document: InvoiceDocument, facts: Sequence[tuple[str, str]]) -> None:
-    """The buyer at the left, the facts at the right."""
+    """Print the buyer at the left and the facts at the right."""
     top, buyer = sheet.y, document.buyer
     sheet.ink(8.5, muted=True)
     sheet.cell(80, 5, "Billed to", new_x="LMARGIN", new_y="NEXT")

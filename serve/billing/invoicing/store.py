@@ -1,4 +1,4 @@
-"""How invoices are kept: revisions, the history of their states, and what became final. Only ever added to.
+"""Stores invoices: their revisions, state changes and final documents, append-only.
 
 The store refuses to change or delete any of it; a state is a new row.
 """
@@ -19,6 +19,8 @@ from serve.storage.database import UtcDateTime, insert, metadata
 
 
 class InvoiceState(StrEnum):
+    """Names the states of an invoice; `invoices` draws the transitions."""
+
     DRAFT = "draft"
     REVIEW = "review"
     FINALIZED = "finalized"
@@ -76,6 +78,8 @@ finals_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class StateChange:
+    """Records a new state of an invoice, with who set it and why."""
+
     state: InvoiceState
     actor: str
     reason: str
@@ -84,7 +88,7 @@ class StateChange:
 
 @dataclass(frozen=True, slots=True)
 class Invoice:
-    """A revision of a month's invoice. `final_number`, `issued_at` and `sha256` once it is final."""
+    """Holds one revision of a month's invoice. A final one has a `final_number`, `issued_at` and `sha256`."""
 
     id: int
     document: InvoiceDocument
@@ -110,18 +114,18 @@ class Invoice:
 
     @property
     def is_partial(self) -> bool:
-        """Made before its month was over, so more usage can follow."""
+        """Whether the draft was made before its month was over, so that more usage can follow."""
         return self.is_draft and self.created_at < period_bounds(self.document.period)[1]
 
 
 def select_invoices() -> sa.Select[Any]:
-    """Revisions with their state and what is final of them."""
+    """Select revisions with their current state and final number."""
     i, s, f = invoices_table.c, states_table.c, finals_table.c
     all_states = states_table.alias()
-    of_it = all_states.c.invoice_id == i.id
-    newest = sa.select(sa.func.max(all_states.c.position)).where(of_it).scalar_subquery()
+    same_invoice = all_states.c.invoice_id == i.id
+    latest_position = sa.select(sa.func.max(all_states.c.position)).where(same_invoice).scalar_subquery()
     query = sa.select(invoices_table, s.state, s.position, f.number, f.issued_at, f.sha256)
-    joined = invoices_table.join(states_table, sa.and_(s.invoice_id == i.id, s.position == newest))
+    joined = invoices_table.join(states_table, sa.and_(s.invoice_id == i.id, s.position == latest_position))
     return query.select_from(joined.outerjoin(finals_table, f.invoice_id == i.id))
 
 
@@ -138,8 +142,8 @@ def invoice_of(row: sa.Row[Any]) -> Invoice:
     )
 
 
-def find(connection: sa.Connection, number: str) -> sa.Row[Any]:
-    """By its final number or its draft's. Raises UnknownRecord."""
+def invoice_row(connection: sa.Connection, number: str) -> sa.Row[Any]:
+    """Return an invoice's row by its final or draft number. Raises UnknownRecord."""
     c = invoices_table.c
     query, draft = select_invoices(), re.fullmatch(r"(.{1,63})-([0-9]{4}-[0-9]{2})-r([0-9]{1,9})", number)
     if draft:
@@ -154,16 +158,16 @@ def find(connection: sa.Connection, number: str) -> sa.Row[Any]:
     return row
 
 
-def newest(connection: sa.Connection, tenant: str, period: str) -> sa.Row[Any] | None:
+def newest_revision(connection: sa.Connection, tenant: str, period: str) -> sa.Row[Any] | None:
     c = invoices_table.c
     query = select_invoices().where(c.tenant_id == tenant, c.period == period)
     return connection.execute(query.order_by(c.revision.desc()).limit(1)).first()
 
 
-def live_finals(
+def final_documents(
     connection: sa.Connection, tenant: str, *, as_of: datetime | None = None
 ) -> dict[str, InvoiceDocument]:
-    """By period, the documents that were final, and not void, just before `as_of`, or are now."""
+    """Return, by period, the final documents that are not void, now or just before `as_of`."""
     f, s = finals_table.c, states_table.c
     voided = sa.select(s.invoice_id).where(s.state == InvoiceState.VOID)
     query = sa.select(f.period, f.document).where(f.tenant_id == tenant)
@@ -197,9 +201,9 @@ def history(connection: sa.Connection, invoice_id: int) -> Sequence[StateChange]
 
 
 def next_number(connection: sa.Connection, series: str) -> str:
-    """The number after the last of `series` ("INV-2026"): no gaps, as it is rolled back with the rest."""
+    """Return the next number of `series` ("INV-2026"). It rolls back with its transaction: no gaps."""
     c = numbers_table.c
-    adding = insert(connection, numbers_table).values(series=series, last=1)
-    adding = adding.on_conflict_do_update(index_elements=[c.series], set_={"last": c.last + 1})
-    last = connection.execute(adding.returning(c.last)).scalar_one()
+    upsert = insert(connection, numbers_table).values(series=series, last=1)
+    upsert = upsert.on_conflict_do_update(index_elements=[c.series], set_={"last": c.last + 1})
+    last = connection.execute(upsert.returning(c.last)).scalar_one()
     return f"{series}-{last:06d}"

@@ -1,8 +1,8 @@
-"""Accounts and the transfers between them: double entry, in integers, and only ever added.
+"""Accounts and the transfers between them: double entry, in integers, append-only.
 
 Each transfer names the account it debits and the one it credits (docs.tigerbeetle.com, "Debits and
-Credits"); a tenant's row of `accounts` keeps the sums that decide whether there is credit. The store itself
-refuses to change a transfer (migration 0008), and (request_id, phase) is unique.
+Credits"). A tenant's row of `accounts` keeps the sums that decide whether there is credit. The store
+refuses to change a transfer (migration 0008). (request_id, phase) is unique.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from serve.storage.database import RowId, UtcDateTime, insert, metadata
 
-OPENING, CLOSING = 1, 2
+HOLD_PHASE, FINAL_PHASE = 1, 2
 REVENUE, PLATFORM = "revenue", "platform"
 KINDS = ("hold", "settle", "void", "grant", "withdraw", "expire", "charge", "refund", "payment")
 
@@ -63,7 +63,7 @@ holds_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Integers of nano-USD; what is available is credit − spent − held."""
+    """Holds a tenant's balance in nano-USD. Available is credit − spent − held."""
 
     tenant: str
     credit_nanos: int
@@ -85,21 +85,20 @@ def transfer(
     reason: str,
     at: datetime,
 ) -> bool:
-    """Move money that is no request's, in the caller's transaction: exactly once per `reference`.
+    """Move money that belongs to no request, in the caller's transaction, exactly once per `reference`.
 
-    A grant, payment or refund raises the tenant's credit, a withdrawal or expiry lowers it; a charge is
-    spent.
-    Nothing asks whether there is enough. False if `reference` has been moved before.
+    A grant, payment or refund raises the tenant's credit. A withdrawal or expiry lowers it. A charge is
+    spent. The available credit is not checked. False if `reference` has been moved before.
     """
-    into = kind in ("grant", "payment", "refund")
+    raises_credit = kind in ("grant", "payment", "refund")
     other = REVENUE if kind in ("charge", "refund") else PLATFORM
     row = {
         "request_id": reference,
-        "phase": CLOSING,
+        "phase": FINAL_PHASE,
         "kind": kind,
         "tenant_id": tenant,
-        "debit": other if into else tenant,
-        "credit": tenant if into else other,
+        "debit": other if raises_credit else tenant,
+        "credit": tenant if raises_credit else other,
         "amount_nanos": amount_nanos,
         "reason": reason[:64],
         "created_at": at,
@@ -111,7 +110,7 @@ def transfer(
     if kind == "charge":
         values = {"spent_nanos": c.spent_nanos + amount_nanos}
     else:
-        values = {"credit_nanos": c.credit_nanos + (amount_nanos if into else -amount_nanos)}
+        values = {"credit_nanos": c.credit_nanos + (amount_nanos if raises_credit else -amount_nanos)}
     connection.execute(accounts_table.update().where(c.tenant_id == tenant).values(values))
     return True
 
@@ -125,13 +124,13 @@ _LOCK = (
 
 
 def lock_account(connection: sa.Connection, tenant: str) -> None:
-    """Nobody settles for `tenant` until the caller's transaction ends."""
+    """Lock the tenant's account: no settlement for it commits until the caller's transaction ends."""
     lock(connection, [tenant])
 
 
 def lock(connection: sa.Connection, tenants: Iterable[str]) -> None:
     if connection.dialect.name == "sqlite":
-        return  # a write transaction is alone there
+        return  # a write transaction has the whole database there
     connection.execute(_LOCK, {"tenants": sorted(set(tenants))}).all()
 
 

@@ -1,13 +1,13 @@
-"""A gateway's write-ahead record: what its open requests have used, between dispatch and settlement.
+"""Checkpoints the usage of a gateway's open requests in a file, between dispatch and settlement.
 
-One file per gateway process, locked for as long as that lives: the operating system ends the lock with the
-process, however it ends, so whoever gets the lock knows that the gateway is dead. Records hold absolute
-counts, so reading one twice, or two out of order, changes nothing: the highest count holds.
+Each gateway process has one file, which it locks while it lives. The operating system releases the lock
+when the process ends, so a process that gets the lock knows that the gateway is dead. Records hold absolute
+counts: reading one twice, or two out of order, changes nothing, because the highest count wins.
 
-Counts are written every `FLUSH_S` by a thread, and nothing waits for it: what a dead gateway had counted
-later than that is known to the engine (`Engine.final_usage`), and lost only if both die within it. A
-request's end is written before its settlement begins. A write survives the process at once, the machine
-after the next flush.
+A thread writes the counts every `FLUSH_S`, and nothing waits for it. The engine knows what a dead gateway
+counted after its last flush (`Engine.final_usage`); those counts are lost only if both die within
+`FLUSH_S`. A request's end is written before its settlement begins. A write survives a crash of the process
+at once, and a crash of the machine after the next flush.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ from serve.billing.pricing.plans import Tokens
 log = logging.getLogger(__name__)
 
 FLUSH_S = 0.1
-SUFFIX, BESIDE = ".journal", ".new"
+SUFFIX, REPLACEMENT_SUFFIX = ".checkpoints", ".new"
 SIZE_BYTES_MAX = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class RequestEnd:
-    """How a request ended, as its gateway was about to settle it."""
+    """Records how a request ended, when its gateway was about to settle it."""
 
     status: UsageStatus
     finish_reason: str | None
@@ -49,87 +49,87 @@ class RequestEnd:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The last that a journal says of a request."""
+    """Holds the latest record of one request."""
 
-    served: RequestUsage
+    usage: RequestUsage
     end: RequestEnd | None = None
 
 
 class UsageCheckpoints:
-    """Make it in the process whose requests it records. Only `flush` and `close` block; none raises."""
+    """Writes the checkpoints of this process's requests. Only `flush` and `close` block; no method raises."""
 
-    def __init__(self, directory: Path, *, failed: Callable[[], None] = lambda: None) -> None:
-        """`failed` is told of each write that fails: the disk is full, say."""
+    def __init__(self, directory: Path, *, on_failure: Callable[[], None] = lambda: None) -> None:
+        """`on_failure` is called for each write that fails, such as when the disk is full."""
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.name = uuid.uuid4().hex
         self._path = directory / f"{self.name}{SUFFIX}"
-        self._failed = failed
-        # Under this name once it is locked: whoever finds it free may take it for a dead gateway's.
-        beside = self._path.with_suffix(BESIDE)
-        self._file = _locked(beside)
-        beside.rename(self._path)
+        self._on_failure = on_failure
+        # Renamed once it is locked: an unlocked file of this name would look like a dead gateway's.
+        replacement_path = self._path.with_suffix(REPLACEMENT_SUFFIX)
+        self._file = _create_locked(replacement_path)
+        replacement_path.rename(self._path)
         self._size = 0
-        self._beside: _Beside | None = None
-        self._followed: dict[str, Callable[[], RequestUsage | None]] = {}
+        self._replacement: _Replacement | None = None
+        self._tracked: dict[str, Callable[[], RequestUsage | None]] = {}
         self._records: dict[str, Checkpoint] = {}
         self._dirty: set[str] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._flusher = threading.Thread(target=self._follow, name="journal", daemon=True)
+        self._flusher = threading.Thread(target=self._flush_loop, name="checkpoints", daemon=True)
         self._flusher.start()
 
-    def track(self, request_id: str, used: Callable[[], RequestUsage | None]) -> None:
-        """Ask `used` at each flush what has been counted for a request until then, from any thread."""
+    def track(self, request_id: str, read_usage: Callable[[], RequestUsage | None]) -> None:
+        """Call `read_usage` at each flush, from any thread, for the request's usage so far."""
         with self._lock:
-            self._followed[request_id] = used
+            self._tracked[request_id] = read_usage
 
     def note_end(self, event: UsageEvent) -> None:
-        """`event` is about to be settled; in the file when this returns."""
-        served = RequestUsage(event.replica, event.boot, event.tokens, event.attempt, event.cold_loads)
+        """Record that `event` is about to be settled. It is in the file when this returns."""
+        usage = RequestUsage(event.replica, event.boot, event.tokens, event.attempt, event.cold_loads)
         end = RequestEnd(event.status, event.finish_reason, event.ttft_ms, event.latency_ms, event.created_at)
         with self._lock:
-            self._followed.pop(event.request_id, None)
-            self._records[event.request_id] = record = Checkpoint(served, end)
+            self._tracked.pop(event.request_id, None)
+            self._records[event.request_id] = record = Checkpoint(usage, end)
             if self._append({event.request_id: record}):
                 self._dirty.discard(event.request_id)
             else:
                 self._dirty.add(event.request_id)
 
     def forget(self, request_id: str) -> None:
-        """The request is settled or voided."""
+        """Drop a request that is settled or voided."""
         with self._lock:
-            self._followed.pop(request_id, None)
+            self._tracked.pop(request_id, None)
             self._records.pop(request_id, None)
             self._dirty.discard(request_id)
 
     def flush(self) -> None:
-        """Write what has changed, and have it on the disk. What cannot be written is tried the next time.
+        """Write what has changed and sync it to the disk. A failed write is tried again the next time.
 
-        The disk is waited for without the lock: the gateway's loop takes that for each request.
+        The sync runs without the lock, because the gateway's event loop takes the lock for each request.
         """
         with self._lock:
-            self._ask()
-            anew = self._size > SIZE_BYTES_MAX and self._begin_anew()
+            self._poll()
+            compacting = self._size > SIZE_BYTES_MAX and self._start_compaction()
             dirty = {request_id: self._records[request_id] for request_id in self._dirty}
             if dirty and self._append(dirty):
                 self._dirty.clear()
-        if anew:
-            self._end_anew()
+        if compacting:
+            self._finish_compaction()
         with self._lock:
             file, size = self._file, self._size
         if size:
-            with self._telling():
+            with self._reporting_failures():
                 os.fdatasync(file)
 
-    def _ask(self) -> None:
-        for request_id, used in self._followed.items():
-            served, before = used(), self._records.get(request_id)
-            if served is not None and (before is None or before.served != served):
-                self._records[request_id] = Checkpoint(served)
+    def _poll(self) -> None:
+        for request_id, read_usage in self._tracked.items():
+            usage, previous = read_usage(), self._records.get(request_id)
+            if usage is not None and (previous is None or previous.usage != usage):
+                self._records[request_id] = Checkpoint(usage)
                 self._dirty.add(request_id)
 
     def close(self) -> None:
-        """Stop. The file stays if a request is not closed, for the steward."""
+        """Stop. The file stays for the steward if a request is still open."""
         self._stopped.set()
         self._flusher.join()
         self.flush()
@@ -138,71 +138,71 @@ class UsageCheckpoints:
                 self._path.unlink(missing_ok=True)
             os.close(self._file)
 
-    def _follow(self) -> None:
+    def _flush_loop(self) -> None:
         while not self._stopped.wait(FLUSH_S):
             try:
                 self.flush()
             except Exception:
-                log.exception("the journal could not be flushed")
+                log.exception("the checkpoints could not be flushed")
 
     def _append(self, records: dict[str, Checkpoint]) -> bool:
-        """Whether they are in the file, and in the one that is to be in its place."""
-        data = b"".join(_line(request_id, record) for request_id, record in records.items())
-        with self._telling():
-            if self._beside is not None:
-                _write(self._beside.file, data, self._beside.size)
-                self._beside.size += len(data)
+        """Append records to the file and to its replacement, if there is one. Return whether that worked."""
+        data = b"".join(_encode(request_id, record) for request_id, record in records.items())
+        with self._reporting_failures():
+            if self._replacement is not None:
+                _write(self._replacement.file, data, self._replacement.size)
+                self._replacement.size += len(data)
             _write(self._file, data, self._size)
             self._size += len(data)
             return True
         return False
 
-    def _begin_anew(self) -> bool:
-        """Whether there is a file with what is open only, to be in the place of one that has grown."""
-        path = self._path.with_suffix(BESIDE)
-        with self._telling():
-            file = _locked(path)
+    def _start_compaction(self) -> bool:
+        """Write a replacement file with open requests only. Return whether that worked."""
+        path = self._path.with_suffix(REPLACEMENT_SUFFIX)
+        with self._reporting_failures():
+            file = _create_locked(path)
             try:
-                data = b"".join(_line(request_id, record) for request_id, record in self._records.items())
+                data = b"".join(_encode(request_id, record) for request_id, record in self._records.items())
                 _write(file, data, 0)
             except OSError:
-                os.close(file)  # and with it the lock, for the next time
+                os.close(file)  # releases the lock, too, for the next try
                 path.unlink(missing_ok=True)
                 raise
-            self._beside = _Beside(path, file, len(data))
+            self._replacement = _Replacement(path, file, len(data))
             return True
         return False
 
-    def _end_anew(self) -> None:
-        """Have that file on the disk and in its place. What is written meanwhile is in both."""
-        beside = self._beside
-        assert beside is not None
-        with self._telling():
+    def _finish_compaction(self) -> None:
+        """Sync the replacement and rename it over the file. Appends meanwhile go to both."""
+        replacement = self._replacement
+        assert replacement is not None
+        with self._reporting_failures():
             try:
-                os.fdatasync(beside.file)
+                os.fdatasync(replacement.file)
                 with self._lock:
-                    beside.path.rename(self._path)
+                    replacement.path.rename(self._path)
                     os.close(self._file)
-                    self._file, self._size, self._beside = beside.file, beside.size, None
+                    self._file, self._size, self._replacement = replacement.file, replacement.size, None
             except OSError:
                 with self._lock:
-                    self._beside = None
-                os.close(beside.file)
-                beside.path.unlink(missing_ok=True)
+                    self._replacement = None
+                os.close(replacement.file)
+                replacement.path.unlink(missing_ok=True)
                 raise
 
     @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _reporting_failures(self) -> Iterator[None]:
         try:
             yield
         except OSError:
-            self._failed()
-            log.exception("the journal could not be written")
+            self._on_failure()
+            log.exception("the checkpoints could not be written")
 
 
 @dataclass(slots=True)
-class _Beside:
-    """The file that will be in the journal's place."""
+class _Replacement:
+    """Holds the file that will replace the one that has grown."""
 
     path: Path
     file: int
@@ -210,18 +210,18 @@ class _Beside:
 
 
 def _write(file: int, data: bytes, size: int) -> None:
-    """Append `data` to `file` of `size` bytes, or nothing. Raises OSError."""
+    """Append all of `data` to `file` of `size` bytes, or nothing. Raises OSError."""
     written = os.write(file, data)
     if written < len(data):
-        os.ftruncate(file, size)  # a line that a full disk cut off must not spoil the next one
+        os.ftruncate(file, size)  # a line cut off by a full disk must not corrupt the next one
         raise OSError("the record was not written whole")
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[dict[str, Checkpoint] | None]:
-    """The records of a journal whose gateway is dead, and the lock on it; None if the gateway lives.
+def lock_checkpoints(path: Path) -> Iterator[dict[str, Checkpoint] | None]:
+    """Lock the file of a dead gateway and yield its records. Yields None if the gateway lives.
 
-    `remove` it inside, once all of it is settled.
+    Call `remove_checkpoints` inside the block once all requests are resolved.
     """
     try:
         file = os.open(path, os.O_RDWR)
@@ -231,18 +231,18 @@ def locked(path: Path) -> Iterator[dict[str, Checkpoint] | None]:
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Not one that its gateway has just replaced.
-            mine = os.fstat(file).st_ino == path.stat().st_ino
+            # False for a file that its gateway has just replaced.
+            is_locked = os.fstat(file).st_ino == path.stat().st_ino
         except (BlockingIOError, FileNotFoundError):
-            mine = False
-        yield _read(path) if mine else None
+            is_locked = False
+        yield _read_file(path) if is_locked else None
     finally:
         os.close(file)
 
 
-def remove(path: Path) -> None:
-    """Nothing of a dead gateway's journal is left, nor of the one that it may have begun anew."""
-    path.with_suffix(BESIDE).unlink(missing_ok=True)
+def remove_checkpoints(path: Path) -> None:
+    """Delete a dead gateway's file, and its unfinished replacement if there is one."""
+    path.with_suffix(REPLACEMENT_SUFFIX).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
@@ -250,46 +250,46 @@ def checkpoint_files(directory: Path) -> list[Path]:
     return sorted(directory.glob(f"*{SUFFIX}"))
 
 
-def _locked(path: Path) -> int:
+def _create_locked(path: Path) -> int:
     file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_RDWR, 0o600)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody else knows its name yet
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no other process knows its name yet
     return file
 
 
-def _line(request_id: str, record: Checkpoint) -> bytes:
-    said: dict[str, Any] = {"request_id": request_id, "served": record.served}
+def _encode(request_id: str, record: Checkpoint) -> bytes:
+    fields: dict[str, Any] = {"request_id": request_id, "served": record.usage}
     if record.end is not None:
-        said["end"] = record.end
-    return msgspec.json.encode(said) + b"\n"
+        fields["end"] = record.end
+    return msgspec.json.encode(fields) + b"\n"
 
 
-def _read(path: Path) -> dict[str, Checkpoint]:
+def _read_file(path: Path) -> dict[str, Checkpoint]:
     records: dict[str, Checkpoint] = {}
     for line in path.read_bytes().split(b"\n"):
         try:
-            said = json.loads(line)
-            request_id, record = said["request_id"], _record(said)
+            fields = json.loads(line)
+            request_id, record = fields["request_id"], _decode(fields)
         except (ValueError, KeyError, TypeError):
-            continue  # the last line, of a machine that died while it was written
-        before = records.get(request_id)
-        records[request_id] = record if before is None else later(before, record)
+            continue  # the last line of a machine that crashed during the write
+        previous = records.get(request_id)
+        records[request_id] = record if previous is None else merge(previous, record)
     return records
 
 
-def later(one: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """What both say together: the last attempt, its highest counts, its end if either knows it."""
-    first, last = sorted((one, other), key=lambda record: record.served.attempt)
-    if first.served.attempt < last.served.attempt:
+def merge(a_record: Checkpoint, b_record: Checkpoint) -> Checkpoint:
+    """Merge two records: the last attempt, its highest counts, and its end if either has it."""
+    first, last = sorted((a_record, b_record), key=lambda record: record.usage.attempt)
+    if first.usage.attempt < last.usage.attempt:
         return last
-    a, b = first.served.tokens, last.served.tokens
+    a, b = first.usage.tokens, last.usage.tokens
     tokens = Tokens(max(a.prompt, b.prompt), max(a.cached, b.cached), max(a.completion, b.completion))
-    return Checkpoint(replace(last.served, tokens=tokens), last.end or first.end)
+    return Checkpoint(replace(last.usage, tokens=tokens), last.end or first.end)
 
 
-def _record(said: dict[str, Any]) -> Checkpoint:
-    served = RequestUsage(**said["served"] | {"tokens": Tokens(**said["served"]["tokens"])})
-    end = said.get("end")
+def _decode(fields: dict[str, Any]) -> Checkpoint:
+    usage = RequestUsage(**fields["served"] | {"tokens": Tokens(**fields["served"]["tokens"])})
+    end = fields.get("end")
     if end is None:
-        return Checkpoint(served)
-    moment = datetime.fromisoformat(end["at"])
-    return Checkpoint(served, RequestEnd(**end | {"status": UsageStatus(end["status"]), "at": moment}))
+        return Checkpoint(usage)
+    ended_at = datetime.fromisoformat(end["at"])
+    return Checkpoint(usage, RequestEnd(**end | {"status": UsageStatus(end["status"]), "at": ended_at}))

@@ -1,20 +1,19 @@
-"""The ledger: hold → settle | void, exactly once each.
+"""Ledger: holds credit for a request, then settles or voids the hold, exactly once.
 
-A request reserves the most it can cost before any work is dispatched (hold); afterwards it either
-pays what it used and gives back the rest (settle), or gives back everything (void). The two-phase
-shape is TigerBeetle's (docs.tigerbeetle.com, "Two-Phase Transfers").
+A request reserves the most it can cost before any work is dispatched (hold). Afterwards it either pays
+for what it used and returns the rest (settle), or returns everything (void). The two-phase shape is
+TigerBeetle's (docs.tigerbeetle.com, "Two-Phase Transfers").
 
-Facts of the schema carry the guarantees, not look-ups: a request is closed by whoever deletes its row of
-`open_holds`; (request_id, phase) is unique; and the hold's conditional UPDATE reserves only credit that
-is there, whatever runs beside it. `apply` does many requests' steps in one transaction.
+The schema carries the guarantees, not look-ups. The transaction that deletes a request's row of `open_holds`
+resolves the request. (request_id, phase) is unique. The hold is a conditional UPDATE, which reserves only
+available credit, whatever runs concurrently. `apply` handles many requests in one transaction.
 """
 
 import contextlib
 import json
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -23,8 +22,8 @@ import sqlalchemy as sa
 from serve.billing.budgets import budgets
 from serve.billing.invoicing.periods import open_periods
 from serve.billing.ledger.accounts import (
-    CLOSING,
-    OPENING,
+    FINAL_PHASE,
+    HOLD_PHASE,
     Account,
     account_of,
     accounts_table,
@@ -34,16 +33,23 @@ from serve.billing.ledger.accounts import (
     transfer_row,
     transfers_table,
 )
+from serve.billing.ledger.holds import (
+    Hold,
+    HoldRequest,
+    InTransaction,
+    OpenHold,
+    Outcome,
+    Resolution,
+    StaleQuote,
+)
 from serve.billing.metering import rollups
-from serve.billing.metering.events import FailedAttempt, UsageEvent, attempts_table, usage_table
+from serve.billing.metering.events import UsageEvent, attempts_table, usage_table
 from serve.errors import InsufficientCredit, UnknownRecord
 from serve.storage import revision
 from serve.storage.database import Store, insert
 from serve.tenants.audit import SYSTEM, record
 
-InTransaction = Callable[[sa.Connection], None]
-
-# The statements of each request, built once: to build them and to know them again took half of a hold's time.
+# The statements of each request, built once: building and caching them took half of a hold's time.
 _ACCOUNT = accounts_table.c
 _RESERVE = (
     accounts_table.update()
@@ -70,78 +76,14 @@ _INSERT_HOLDS, _INSERT_TRANSFERS = holds_table.insert(), transfers_table.insert(
 _INSERT_USAGE = usage_table.insert()
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """`sale` says, as JSON text, what the request is and at which rates (`Sale`), for whoever must settle it.
-
-    `owner` is the gateway process that will; project and key are whose budgets bind it.
-    """
-
-    request_id: str
-    tenant: str
-    amount_nanos: int
-    project: str | None = None
-    key_id: str | None = None
-    terms: str | None = None
-    owner: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OpenHold:
-    """A hold that is neither settled nor voided."""
-
-    hold: Hold
-    created_at: datetime
-    lease_expires_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class HoldRequest:
-    """A hold to be taken. `also` is done with it or refuses it by what it raises.
-
-    `revision` (`serve.storage.revision`) is the one at which its price was read;
-    at another it is refused: Outdated.
-    """
-
-    hold: Hold
-    at: datetime
-    lease: timedelta
-    in_transaction: InTransaction | None = None
-    revision: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Resolution:
-    """A settlement, if there is an event, else a void. `also` is done with it, if it closes the request."""
-
-    request_id: str
-    tenant: str
-    at: datetime
-    event: UsageEvent | None = None
-    reason: str | None = None
-    in_transaction: InTransaction | None = None
-    failed: tuple[FailedAttempt, ...] = ()
-
-    @property
-    def cost_nanos(self) -> int:
-        return self.event.cost_nanos if self.event else 0
-
-
-Outcome = bool | Exception
-
-
-class StaleQuote(Exception):
-    """A price or a model has changed since a hold was made out; it is to be made out again."""
-
-
 class Ledger:
-    """The accounts and transfers of one store. Methods block and raise StoreUnavailable."""
+    """Moves money between the accounts of one store. Methods block and raise StoreUnavailable."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def open_account(self, tenant: str, credit_nanos: int, *, actor: str = SYSTEM) -> None:
-        """Give `tenant` an account, or set its credit; the past is untouched. Idempotent.
+        """Open an account for `tenant`, or set its credit. Past transfers stay. Idempotent.
 
         Raises UnknownRecord for an unknown tenant.
         """
@@ -162,13 +104,13 @@ class Ledger:
                     reason="credit set",
                     at=datetime.now(UTC),
                 )
-                said = {"credit_nanos": credit_nanos}
-                record(connection, "tenant.credit", tenant, said, actor=actor, tenant=tenant)
+                audit_details = {"credit_nanos": credit_nanos}
+                record(connection, "tenant.credit", tenant, audit_details, actor=actor, tenant=tenant)
         except sa.exc.IntegrityError as error:
             raise UnknownRecord(f"There is no tenant '{tenant}'.") from error
 
     def account(self, tenant: str) -> Account:
-        """Raises UnknownRecord if the tenant has no account."""
+        """Return the tenant's account. Raises UnknownRecord if it has none."""
         with self._store.read() as connection:
             account = account_of(connection, tenant)
         if account is None:
@@ -176,47 +118,53 @@ class Ledger:
         return account
 
     def apply(self, entries: Sequence[HoldRequest | Resolution]) -> list[Outcome]:
-        """Do all of `entries` in one transaction; one outcome each.
+        """Apply all `entries` in one transaction. Return one outcome each.
 
-        An opening's is True, or what refused it: Outdated, InsufficientCredit, BudgetExceeded, what `also`
-        raised.
-        A closing's is whether it closed the request: False if it was closed before, by whomever. Whatever
-        else goes wrong is raised, and nothing of any entry is done.
+        A hold request's outcome is True, or the exception that refused it: StaleQuote, InsufficientCredit,
+        BudgetExceeded, or what its `in_transaction` raised. A resolution's outcome is whether it resolved
+        the request: False if the request was resolved before. Any other error is raised, and no entry is
+        applied.
         """
         outcomes: dict[int, Outcome] = {}
         with self._store.write() as connection:
-            # First and in one order: two gateways never wait for each other's accounts in a circle.
+            # Locked first and in sorted order, so that two gateways cannot deadlock.
             lock(connection, {_tenant_of(entry) for entry in entries})
-            openings = [(i, entry) for i, entry in enumerate(entries) if isinstance(entry, HoldRequest)]
-            if openings:
-                outcomes |= _open_all(connection, openings)
-            closings = [(i, entry) for i, entry in enumerate(entries) if isinstance(entry, Resolution)]
-            if closings:
-                outcomes |= _close_all(connection, closings)
+            requests = [(i, entry) for i, entry in enumerate(entries) if isinstance(entry, HoldRequest)]
+            if requests:
+                outcomes |= _hold_all(connection, requests)
+            resolutions = [(i, entry) for i, entry in enumerate(entries) if isinstance(entry, Resolution)]
+            if resolutions:
+                outcomes |= _resolve_all(connection, resolutions)
         return [outcomes[i] for i in range(len(entries))]
 
     def hold(self, hold: Hold, *, at: datetime, lease: timedelta) -> None:
-        """Reserve `hold.amount_nanos`. Raises InsufficientCredit, BudgetExceeded, leaving nothing behind."""
+        """Reserve `hold.amount_nanos`. Raises InsufficientCredit or BudgetExceeded; then nothing changes."""
         (outcome,) = self.apply([HoldRequest(hold, at, lease)])
         if isinstance(outcome, Exception):
             raise outcome
 
     def settle(
-        self, hold: Hold, event: UsageEvent, *, at: datetime, also: InTransaction | None = None
+        self, hold: Hold, event: UsageEvent, *, at: datetime, in_transaction: InTransaction | None = None
     ) -> bool:
-        """Charge `event.cost_nanos`, give back the rest of the hold, record the event: one transaction.
+        """Charge `event.cost_nanos`, return the rest of the hold and record the event, in one transaction.
 
-        `also` is what else the transaction does. False if the request was closed before, by whomever; then
+        `in_transaction` runs in the same transaction. False if the request was resolved before; then
         nothing changes.
         """
-        return self._close(Resolution(hold.request_id, hold.tenant, at, event=event, in_transaction=also))
+        return self._resolve(
+            Resolution(hold.request_id, hold.tenant, at, event=event, in_transaction=in_transaction)
+        )
 
-    def void(self, hold: Hold, reason: str, *, at: datetime, also: InTransaction | None = None) -> bool:
-        """Give back the whole hold. False if the request was closed before; then nothing changes."""
-        return self._close(Resolution(hold.request_id, hold.tenant, at, reason=reason, in_transaction=also))
+    def void(
+        self, hold: Hold, reason: str, *, at: datetime, in_transaction: InTransaction | None = None
+    ) -> bool:
+        """Return the whole hold. False if the request was resolved before; then nothing changes."""
+        return self._resolve(
+            Resolution(hold.request_id, hold.tenant, at, reason=reason, in_transaction=in_transaction)
+        )
 
     def open_holds(self, *, expired_at: datetime | None = None, limit: int | None = None) -> list[OpenHold]:
-        """What is neither settled nor voided, oldest first; only what has expired by `expired_at`."""
+        """Return open holds, oldest first. With `expired_at`, only those that have expired by then."""
         c = holds_table.c
         query = sa.select(holds_table).order_by(c.created_at, c.request_id).limit(limit)
         if expired_at is not None:
@@ -225,7 +173,7 @@ class Ledger:
             return [_open_hold(row) for row in connection.execute(query)]
 
     def count_open(self) -> tuple[int, datetime | None]:
-        """How many holds are open, and since when the oldest of them is."""
+        """Return the number of open holds and the creation time of the oldest."""
         c = holds_table.c
         query = sa.select(sa.func.count(), sa.func.min(c.created_at, type_=c.created_at.type))
         with self._store.read() as connection:
@@ -233,13 +181,13 @@ class Ledger:
         return count, oldest_at
 
     def held_by(self, owner: str) -> list[OpenHold]:
-        """What the gateway process `owner` has not closed."""
+        """Return the open holds of the gateway process `owner`."""
         query = sa.select(holds_table).where(holds_table.c.owner == owner)
         with self._store.read() as connection:
             return [_open_hold(row) for row in connection.execute(query)]
 
-    def _close(self, closing: Resolution) -> bool:
-        (outcome,) = self.apply([closing])
+    def _resolve(self, resolution: Resolution) -> bool:
+        (outcome,) = self.apply([resolution])
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -249,124 +197,135 @@ def _tenant_of(entry: HoldRequest | Resolution) -> str:
     return entry.hold.tenant if isinstance(entry, HoldRequest) else entry.tenant
 
 
-def _open_all(connection: sa.Connection, openings: list[tuple[int, HoldRequest]]) -> dict[int, Outcome]:
-    outcomes = _outdated(connection, openings)
-    openings = [(i, opening) for i, opening in openings if i not in outcomes]
-    tenants = {opening.hold.tenant for _, opening in openings}
-    asking = {name for _, opening in openings for name in (opening.hold.project, opening.hold.key_id) if name}
-    bound = budgets.in_force(connection, tenants, tenants | asking)
-    together = _take_together(connection, openings, {budget.tenant for budget in bound})
-    transfers, opened = [], []
-    for i, opening in openings:
-        hold = opening.hold
-        own = [b for b in bound if b.binds(hold.tenant, hold.project, hold.key_id)]
+def _hold_all(connection: sa.Connection, requests: list[tuple[int, HoldRequest]]) -> dict[int, Outcome]:
+    outcomes = _refuse_stale_quotes(connection, requests)
+    requests = [(i, request) for i, request in requests if i not in outcomes]
+    tenants = {request.hold.tenant for _, request in requests}
+    subjects = {
+        name for _, request in requests for name in (request.hold.project, request.hold.key_id) if name
+    }
+    budgets_in_force = budgets.in_force(connection, tenants, tenants | subjects)
+    reserved_tenants = _reserve_by_tenant(
+        connection, requests, {budget.tenant for budget in budgets_in_force}
+    )
+    transfer_rows, hold_rows = [], []
+    for i, request in requests:
+        hold = request.hold
+        binding = [b for b in budgets_in_force if b.binds(hold.tenant, hold.project, hold.key_id)]
         try:
-            with connection.begin_nested() if opening.in_transaction or own else contextlib.nullcontext():
-                if opening.in_transaction is not None:
-                    opening.in_transaction(connection)
-                if hold.tenant not in together:
-                    _take(connection, hold)
-                reserved = budgets.reserve(connection, own, hold.amount_nanos, at=opening.at)
+            with connection.begin_nested() if request.in_transaction or binding else contextlib.nullcontext():
+                if request.in_transaction is not None:
+                    request.in_transaction(connection)
+                if hold.tenant not in reserved_tenants:
+                    _reserve_or_raise(connection, hold)
+                reservations = budgets.reserve(connection, binding, hold.amount_nanos, at=request.at)
         except sa.exc.DBAPIError:
             raise
         except Exception as refusal:
             outcomes[i] = refusal
             continue
         outcomes[i] = True
-        transfers.append(
-            transfer_row(hold.request_id, OPENING, "hold", hold.tenant, hold.amount_nanos, None, opening.at)
+        transfer_rows.append(
+            transfer_row(
+                hold.request_id, HOLD_PHASE, "hold", hold.tenant, hold.amount_nanos, None, request.at
+            )
         )
-        opened.append(
+        hold_rows.append(
             {
                 "request_id": hold.request_id,
                 "tenant_id": hold.tenant,
                 "amount_nanos": hold.amount_nanos,
-                "budgets": json.dumps(reserved) if reserved else None,
+                "budgets": json.dumps(reservations) if reservations else None,
                 "terms": hold.terms,
                 "owner": hold.owner,
-                "lease_expires_at": opening.at + opening.lease,
-                "created_at": opening.at,
+                "lease_expires_at": request.at + request.lease,
+                "created_at": request.at,
             }
         )
-    if opened:
-        connection.execute(_INSERT_TRANSFERS, transfers)
-        connection.execute(_INSERT_HOLDS, opened)
+    if hold_rows:
+        connection.execute(_INSERT_TRANSFERS, transfer_rows)
+        connection.execute(_INSERT_HOLDS, hold_rows)
     return outcomes
 
 
-def _outdated(connection: sa.Connection, openings: list[tuple[int, HoldRequest]]) -> dict[int, Outcome]:
-    if all(opening.revision is None for _, opening in openings):
+def _refuse_stale_quotes(
+    connection: sa.Connection, requests: list[tuple[int, HoldRequest]]
+) -> dict[int, Outcome]:
+    if all(request.revision is None for _, request in requests):
         return {}
-    now = revision.current(connection)
-    return {i: StaleQuote() for i, opening in openings if opening.revision not in (None, now)}
+    current_revision = revision.current(connection)
+    return {i: StaleQuote() for i, request in requests if request.revision not in (None, current_revision)}
 
 
-def _take_together(
-    connection: sa.Connection, openings: list[tuple[int, HoldRequest]], bound: set[str]
+def _reserve_by_tenant(
+    connection: sa.Connection, requests: list[tuple[int, HoldRequest]], budgeted_tenants: set[str]
 ) -> set[str]:
-    """The tenants whose holds are taken by one update: they have enough, and nothing else may refuse."""
+    """Reserve the sum of each tenant's holds by one update. Return the tenants for which that worked.
+
+    Left out are tenants with too little credit, and those whose holds a budget or a hook may still refuse.
+    """
     sums: dict[str, int] = defaultdict(int)
-    alone = set(bound)
-    for _, opening in openings:
-        sums[opening.hold.tenant] += opening.hold.amount_nanos
-        if opening.in_transaction is not None:
-            alone.add(opening.hold.tenant)
-    return {t for t, amount in sorted(sums.items()) if t not in alone and _reserved(connection, t, amount)}
+    excluded = set(budgeted_tenants)
+    for _, request in requests:
+        sums[request.hold.tenant] += request.hold.amount_nanos
+        if request.in_transaction is not None:
+            excluded.add(request.hold.tenant)
+    return {t for t, amount in sorted(sums.items()) if t not in excluded and _reserve(connection, t, amount)}
 
 
-def _reserved(connection: sa.Connection, tenant: str, amount_nanos: int) -> bool:
+def _reserve(connection: sa.Connection, tenant: str, amount_nanos: int) -> bool:
     return connection.execute(_RESERVE, {"t": tenant, "amount": amount_nanos}).rowcount == 1
 
 
-def _take(connection: sa.Connection, hold: Hold) -> None:
-    """Raises InsufficientCredit."""
-    if not _reserved(connection, hold.tenant, hold.amount_nanos):
+def _reserve_or_raise(connection: sa.Connection, hold: Hold) -> None:
+    """Reserve the hold's amount. Raises InsufficientCredit."""
+    if not _reserve(connection, hold.tenant, hold.amount_nanos):
         account = account_of(connection, hold.tenant)
         raise InsufficientCredit(hold.tenant, hold.amount_nanos, account.available_nanos if account else 0)
 
 
-def _close_all(connection: sa.Connection, closings: list[tuple[int, Resolution]]) -> dict[int, Outcome]:
-    wanted = [closing.request_id for _, closing in closings]
-    held = {row.request_id: row for row in connection.execute(_DELETE_HOLDS, {"wanted": wanted})}
+def _resolve_all(connection: sa.Connection, resolutions: list[tuple[int, Resolution]]) -> dict[int, Outcome]:
+    request_ids = [resolution.request_id for _, resolution in resolutions]
+    hold_rows = {row.request_id: row for row in connection.execute(_DELETE_HOLDS, {"wanted": request_ids})}
     outcomes: dict[int, Outcome] = {}
-    closed: dict[str, Resolution] = {}
-    for i, closing in closings:
-        # Of two deliveries of one settlement in the same transaction the first counts.
-        outcomes[i] = closing.request_id in held and closing.request_id not in closed
+    applied: dict[str, Resolution] = {}
+    for i, resolution in resolutions:
+        # If the same settlement arrives twice in one transaction, the first counts.
+        outcomes[i] = resolution.request_id in hold_rows and resolution.request_id not in applied
         if outcomes[i]:
-            closed[closing.request_id] = closing
-    if closed:
-        _record(connection, list(closed.values()), held)
+            applied[resolution.request_id] = resolution
+    if applied:
+        _record(connection, list(applied.values()), hold_rows)
     return outcomes
 
 
-def _record(connection: sa.Connection, closed: list[Resolution], held: dict[str, Any]) -> None:
-    """The transfers, events, sums and balances of requests whose holds are released."""
-    transfers = [
+def _record(connection: sa.Connection, resolutions: list[Resolution], hold_rows: dict[str, Any]) -> None:
+    """Write the transfers, events, sums and balances of requests whose holds were deleted."""
+    transfer_rows = [
         transfer_row(
-            one.request_id,
-            CLOSING,
-            "settle" if one.event else "void",
-            one.tenant,
-            one.cost_nanos,
-            one.reason,
-            one.at,
+            resolution.request_id,
+            FINAL_PHASE,
+            "settle" if resolution.event else "void",
+            resolution.tenant,
+            resolution.cost_nanos,
+            resolution.reason,
+            resolution.at,
         )
-        for one in closed
+        for resolution in resolutions
     ]
-    connection.execute(_INSERT_TRANSFERS, transfers)
-    moves: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    released = []
-    for one in closed:
-        amount = held[one.request_id].amount_nanos
-        moves[one.tenant][0] += amount
-        moves[one.tenant][1] += one.cost_nanos
-        for budget_id, period in json.loads(held[one.request_id].budgets or "[]"):
-            released.append(((budget_id, period), amount, one.cost_nanos))
-    _release(connection, moves)
-    budgets.release(connection, released)
-    events = [one.event for one in closed if one.event is not None]
-    failed = [attempt for one in closed for attempt in one.failed]
+    connection.execute(_INSERT_TRANSFERS, transfer_rows)
+    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    budget_releases = []
+    for resolution in resolutions:
+        amount = hold_rows[resolution.request_id].amount_nanos
+        totals[resolution.tenant][0] += amount
+        totals[resolution.tenant][1] += resolution.cost_nanos
+        for budget_id, period in json.loads(hold_rows[resolution.request_id].budgets or "[]"):
+            budget_releases.append(((budget_id, period), amount, resolution.cost_nanos))
+    _release(connection, totals)
+    budgets.release(connection, budget_releases)
+    events = [resolution.event for resolution in resolutions if resolution.event is not None]
+    failed = [attempt for resolution in resolutions for attempt in resolution.failed]
     periods = open_periods(connection, [(event.tenant, event.created_at) for event in events])
     if events:
         rows = [event.row() | {"period": period} for event, period in zip(events, periods, strict=True)]
@@ -374,14 +333,14 @@ def _record(connection: sa.Connection, closed: list[Resolution], held: dict[str,
     if failed:
         rows = [attempt.row() for attempt in failed]
         connection.execute(insert(connection, attempts_table).on_conflict_do_nothing(), rows)
-    rollups.add(connection, zip(events, periods, strict=True), failed, at=closed[0].at)
-    for one in closed:
-        if one.in_transaction is not None:
-            one.in_transaction(connection)
+    rollups.add(connection, zip(events, periods, strict=True), failed, at=resolutions[0].at)
+    for resolution in resolutions:
+        if resolution.in_transaction is not None:
+            resolution.in_transaction(connection)
 
 
-def _release(connection: sa.Connection, moves: dict[str, list[int]]) -> None:
-    rows = [{"t": t, "held": held, "spent": spent} for t, (held, spent) in sorted(moves.items())]
+def _release(connection: sa.Connection, totals: dict[str, list[int]]) -> None:
+    rows = [{"t": t, "held": held, "spent": spent} for t, (held, spent) in sorted(totals.items())]
     connection.execute(_RELEASE, rows)
 
 

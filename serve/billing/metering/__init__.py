@@ -1,1 +1,1 @@
-"""Metering: usage events, their sums, and questions about them."""
+"""Metering: usage events, their sums, and queries on them."""

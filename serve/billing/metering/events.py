@@ -1,4 +1,4 @@
-"""Usage events: what each request used, counted at the engine, one row per request for ever."""
+"""Usage events record what each request used, as counted by the engine: one permanent row per request."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,7 +11,10 @@ from serve.storage.database import RowId, UtcDateTime, metadata
 
 
 class UsageStatus(StrEnum):
-    """INCOMPLETE: its gateway died; billed by what the engine, or the last checkpoint, says."""
+    """Names how a request ended.
+
+    INCOMPLETE: its gateway died, and it is billed by the count of the engine or of the last checkpoint.
+    """
 
     COMPLETE = "complete"
     DISCONNECTED = "disconnected"
@@ -72,9 +75,9 @@ attempts_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class FailedAttempt:
-    """An attempt at a request that gave nobody anything: recorded, not billed.
+    """Records an attempt at a request that delivered nothing to the client. It is not billed.
 
-    The tokens are those that the engine has counted nevertheless, its prompt once per sample.
+    The tokens are those that the engine counted anyway, the prompt once per sample.
     """
 
     request_id: str
@@ -105,12 +108,12 @@ class FailedAttempt:
 
 @dataclass(frozen=True, slots=True)
 class UsageEvent:
-    """One billed request.
+    """Records one billed request.
 
-    `samples` is the request's `n`: the engine reads the prompt once per sample and counts it so,
-    the customer pays for it once. `replica` and `boot` name the engine process that did the work.
-    `tier` is default or batch: at which of the plan's prices. `attempt` is the one that was billed,
-    `cold_loads` whether the adapter had to be loaded for it. The ledger adds the billing period.
+    `samples` is the request's `n`. The engine reads and counts the prompt once per sample; the customer
+    pays for it once. `replica` and `boot` name the engine process that did the work. `tier` (default or
+    batch) selects the plan's prices. `attempt` is the attempt that is billed. `cold_loads` counts adapter
+    loads that the request waited for. The ledger adds the billing period.
     """
 
     request_id: str
@@ -165,7 +168,7 @@ class UsageEvent:
 
 @dataclass(frozen=True, slots=True)
 class UsageTotal:
-    """Totals of one tenant's model and tier under one price version."""
+    """Sums the usage of one tenant's model and tier under one price version."""
 
     tenant: str
     model: str
@@ -182,13 +185,13 @@ class UsageTotal:
 
 
 def label_of(model: str, tier: str) -> str:
-    """How people read what was bought."""
+    """Return the display name of a model and tier."""
     return model if tier == "default" else f"{model} ({tier})"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineTotal:
-    """What the ledger says one engine process did, in the engine's own way of counting."""
+    """Sums the ledger's usage of one engine process, counted as the engine counts."""
 
     replica: str
     boot: str

@@ -1,9 +1,9 @@
-"""What a month will have cost at its end, if the days that are left are like the last ones.
+"""Forecasts a month's cost from the last days.
 
-The projection is the month to date plus, for each day that is left of the month (the rest of today is part of
-a day), the mean of the last seven full days (UTC). Days before the first that was charged for are left out: a
-new customer's mean is not thinned by days before they came. The range takes the cheapest and the dearest of
-those days instead of their mean. Amounts are at list price, as in `Costs`.
+The projection is the month to date plus, for each remaining day, the mean of the last seven full days
+(UTC). The rest of today counts as part of a day. Days before the first charge are left out, so they do not
+lower a new customer's mean. The range uses the cheapest and the dearest of those days instead of their mean.
+Amounts are at list price, as in `CostQueries`.
 """
 
 from collections import defaultdict
@@ -20,7 +20,7 @@ MICROSECOND = timedelta(microseconds=1)
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """Nano-USD. `line_item` is a model and tier, or a charge; None for the total."""
+    """Projects one line item, in nano-USD. `line_item` is a model and tier or a charge; None is the total."""
 
     line_item: str | None
     to_date_nanos: int
@@ -31,7 +31,7 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """`basis_days` full days were the basis, 0 to 7; without any the projection is the month to date."""
+    """Projects a month. `basis_days` is 0 to 7 full days; with 0 the projection is the month to date."""
 
     month: datetime
     month_end: datetime
@@ -43,7 +43,7 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class _Basis:
-    """What is known of the month: its start, the full days that count, and how long is left of it."""
+    """Holds the month's start, the full days that the forecast is based on, and the remaining time."""
 
     month: datetime
     days: tuple[datetime, ...]
@@ -54,30 +54,32 @@ class _Basis:
         to_date = sum(nanos for day, nanos in daily.items() if day >= self.month)
         if not self.days:
             return Projection(line_item, to_date, to_date, to_date, to_date)
-        full = [daily.get(day, 0) for day in self.days]
-        mean = to_date + sum(full) * (self.left // MICROSECOND) // (len(full) * (DAY // MICROSECOND))
+        daily_nanos = [daily.get(day, 0) for day in self.days]
+        mean = to_date + sum(daily_nanos) * (self.left // MICROSECOND) // (
+            len(daily_nanos) * (DAY // MICROSECOND)
+        )
         low, high = (
-            to_date + one * (self.left // MICROSECOND) // (DAY // MICROSECOND)
-            for one in (min(full), max(full))
+            to_date + day_nanos * (self.left // MICROSECOND) // (DAY // MICROSECOND)
+            for day_nanos in (min(daily_nanos), max(daily_nanos))
         )
         return Projection(line_item, to_date, mean, low, high)
 
 
 def forecast(store: Store, *, tenant: str | None, at: datetime) -> Forecast:
-    """Of the month (UTC) that `at` is in; without `tenant` of all of them. Raises StoreUnavailable."""
+    """Forecast the month (UTC) that contains `at`, for `tenant` or for all. Raises StoreUnavailable."""
     today = floor(at, DAY)
     month = today.replace(day=1)
     month_end = (month + 32 * DAY).replace(day=1)
     earliest = today - BASIS_DAYS * DAY
-    question = UsageQuery(min(month, earliest), at, tenants=(tenant,) if tenant else ())
-    costs = CostQueries(store).query(question, line_items=True)
+    usage_query = UsageQuery(min(month, earliest), at, tenants=(tenant,) if tenant else ())
+    costs = CostQueries(store).query(usage_query, line_items=True)
     first = max(min((*_daily(costs), today)), earliest)
     days = tuple(first + number * DAY for number in range((today - first) // DAY))
     basis = _Basis(month, days, month_end - at)
     by_item: dict[str, list[CostBucket]] = defaultdict(list)
     for cost in costs:
         by_item[cost.line_item or ""].append(cost)
-    items = tuple(basis.project(item, of_item) for item, of_item in sorted(by_item.items()))
+    items = tuple(basis.project(item, item_costs) for item, item_costs in sorted(by_item.items()))
     return Forecast(month, month_end, at, len(days), basis.project(None, costs), items)
 
 

@@ -1,4 +1,4 @@
-"""Does the ledger agree with the engines? Drift is what an engine counted and nobody was billed for."""
+"""Compares the ledger with the engines. Drift is what an engine counted and the ledger did not."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from serve.billing.metering.events import EngineTotal
 
 @dataclass(frozen=True, slots=True)
 class EngineCount:
-    """One engine process's own counters; `probe_*` is its start-up check, which is nobody's bill."""
+    """Holds one engine process's own counters. `probe_*` is its start-up check, which is not billed."""
 
     base: str
     replica: str
@@ -21,6 +21,8 @@ class EngineCount:
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
+    """Compares one engine process's counters with the ledger's sums for it."""
+
     engine: EngineCount
     billed_prompt_tokens: int
     billed_completion_tokens: int
@@ -43,7 +45,7 @@ class Reconciliation:
 def reconcile(
     engines: Iterable[EngineCount], billed: Mapping[tuple[str, str], EngineTotal]
 ) -> list[Reconciliation]:
-    """One entry per live engine process, compared with what the ledger says of the same process."""
+    """Return one entry per live engine process, compared with the ledger's totals for it."""
     entries = []
     for engine in engines:
         total = billed.get((engine.replica, engine.boot))

@@ -1,7 +1,7 @@
-"""Usage summed by the hour, and by engine process: kept in the very transactions that settle.
+"""Sums usage by the hour and by engine process, in the same transactions that settle.
 
-So a sum is never behind its events, and pages need not read ten million of them. `rollup_drift` compares
-them with the events, and `rebuild` makes them anew from the events alone.
+A sum is therefore never behind its events, and a report need not read ten million events. `rollup_drift`
+compares the sums with the events. `rebuild` recomputes them from the events.
 """
 
 from collections import defaultdict
@@ -53,9 +53,12 @@ SUMS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cold
 TOTALS = ("prompt_tokens", "completion_tokens")
 
 
-def _adding(table: sa.Table, added: Sequence[str], replaced: Sequence[str] = ()) -> sa.TextClause:
-    """INSERT … ON CONFLICT, of all columns. As text, because SQLAlchemy would compile its own with each use:
-    half of what a settlement took alone."""
+def _upsert(table: sa.Table, added: Sequence[str], replaced: Sequence[str] = ()) -> sa.TextClause:
+    """Build INSERT … ON CONFLICT for all columns.
+
+    It is text because SQLAlchemy would compile its own statement at each use, which took half of a
+    settlement's time.
+    """
     names = [column.name for column in table.columns]
     keys = ", ".join(column.name for column in table.primary_key)
     changes = [f"{name} = {table.name}.{name} + excluded.{name}" for name in added]
@@ -66,8 +69,8 @@ def _adding(table: sa.Table, added: Sequence[str], replaced: Sequence[str] = ())
     ).bindparams(*(sa.bindparam(column.name, type_=column.type) for column in table.columns))
 
 
-_ADD_HOURS = _adding(hours_table, SUMS)
-_ADD_ENGINES = _adding(engines_table, TOTALS, ("updated_at",))
+_ADD_HOURS = _upsert(hours_table, SUMS)
+_ADD_ENGINES = _upsert(engines_table, TOTALS, ("updated_at",))
 
 
 def add(
@@ -79,23 +82,25 @@ def add(
 ) -> None:
     """Add `events`, each with its billing period, in the caller's transaction.
 
-    Of `failed` attempts, only what the engine counted: its totals agree with the engine's own counters.
+    `failed` attempts add only to the engines' totals, so that those agree with the engines' own counters.
     """
     hours: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0] * len(SUMS))
     engines: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for event, period in events:
         t, hour = event.tokens, event.created_at.replace(minute=0, second=0, microsecond=0)
-        who = (event.tenant, hour, period, event.project or "", event.key_id)
-        what = (event.model, event.adapter_version is not None, event.plan_id, event.tier)
+        tenant_key = (event.tenant, hour, period, event.project or "", event.key_id)
+        model_key = (event.model, event.adapter_version is not None, event.plan_id, event.tier)
         counts = (1, t.prompt, t.cached, t.completion, event.cold_loads, event.cost_nanos)
-        _increase(hours[who + what], counts)
+        _increase(hours[tenant_key + model_key], counts)
         # The engine reads the prompt once per sample.
         _increase(engines[event.replica, event.boot], (t.prompt * event.samples, t.completion))
-    for one in failed:
-        if one.replica is not None and one.boot is not None and one.completion_tokens:
-            _increase(engines[one.replica, one.boot], (one.prompt_tokens, one.completion_tokens))
+    for attempt in failed:
+        if attempt.replica is not None and attempt.boot is not None and attempt.completion_tokens:
+            _increase(
+                engines[attempt.replica, attempt.boot], (attempt.prompt_tokens, attempt.completion_tokens)
+            )
     keys = [column.name for column in hours_table.primary_key]
-    # In the order of their keys: two gateways that add to the same rows must not wait for each other.
+    # Sorted by key, so that two gateways that add to the same rows cannot deadlock.
     rows = [
         dict(zip(keys, key, strict=True)) | dict(zip(SUMS, sums, strict=True))
         for key, sums in sorted(hours.items())
@@ -111,29 +116,29 @@ def add(
 
 
 def rollup_drift(store: Store, day: date) -> int:
-    """In how many rows the hours of `day` (UTC) differ from what its events say. 0 is right."""
+    """Return the number of rows in which the hours of `day` (UTC) differ from its events. 0 is correct."""
     with store.read() as connection:
-        kept = _rows(connection, sa.select(hours_table).where(*_in_day(hours_table.c.hour, day)))
-        said = _rows(connection, _from_events(connection, day))
-    return len(kept ^ said)
+        stored = _rows(connection, sa.select(hours_table).where(*_in_day(hours_table.c.hour, day)))
+        expected = _rows(connection, _from_events(connection, day))
+    return len(stored ^ expected)
 
 
 def rebuild(store: Store, day: date, *, actor: str, at: datetime) -> int:
-    """Make the hours of `day` (UTC) anew from its events, which are the truth. How many rows were wrong."""
+    """Recompute the hours of `day` (UTC) from its events. Return the number of rows that were wrong."""
     with store.write() as connection:
         if connection.dialect.name != "sqlite":
-            # Settlements wait: else one whose event is not seen here could add to a row that is thrown away.
+            # Settlements must wait: one whose event is not visible here could add to a deleted row.
             connection.execute(sa.text("LOCK TABLE usage_hours IN SHARE ROW EXCLUSIVE MODE"))
-        of_day = _in_day(hours_table.c.hour, day)
-        kept = _rows(connection, sa.select(hours_table).where(*of_day))
-        said = _rows(connection, _from_events(connection, day))
-        wrong = len(kept ^ said)
-        connection.execute(hours_table.delete().where(*of_day))
+        on_day = _in_day(hours_table.c.hour, day)
+        stored = _rows(connection, sa.select(hours_table).where(*on_day))
+        expected = _rows(connection, _from_events(connection, day))
+        wrong = len(stored ^ expected)
+        connection.execute(hours_table.delete().where(*on_day))
         names = [column.name for column in hours_table.columns]
-        if said:
-            rows = [dict(zip(names, row, strict=True)) for row in said]
+        if expected:
+            rows = [dict(zip(names, row, strict=True)) for row in expected]
             connection.execute(hours_table.insert(), rows)
-        details = {"rows": len(said), "wrong": wrong}
+        details = {"rows": len(expected), "wrong": wrong}
         record(connection, "usage.rebuild", f"{day}", details, actor=actor, at=at)
     return wrong
 
@@ -144,7 +149,7 @@ def _in_day(at: "sa.ColumnElement[datetime]", day: date) -> "tuple[sa.ColumnElem
 
 
 def _rows(connection: sa.Connection, query: "sa.Select[Any]") -> set[tuple[Any, ...]]:
-    """Rows like those of `hours_table`."""
+    """Return the query's rows in the form of `hours_table`."""
     split = len(hours_table.columns) - len(SUMS)
     return {
         (*row[:split], *(int(count) for count in row[split:])) for row in connection.execute(query).tuples()
@@ -152,9 +157,9 @@ def _rows(connection: sa.Connection, query: "sa.Select[Any]") -> set[tuple[Any, 
 
 
 def _from_events(connection: sa.Connection, day: date) -> "sa.Select[Any]":
-    """What the events of `day` make of `hours_table`'s columns, in their order."""
+    """Compute `hours_table`'s columns, in their order, from the events of `day`."""
     c = usage_table.c
-    # As text where the store keeps times as text: what it compares and what Python reads stay the same.
+    # As text where the store keeps times as text, so that comparisons and results stay the same.
     hour: sa.ColumnElement[Any]
     if connection.dialect.name == "sqlite":
         hour = sa.func.strftime(sa.literal_column("'%Y-%m-%d %H:00:00.000000'"), c.created_at)
@@ -172,7 +177,7 @@ def _from_events(connection: sa.Connection, day: date) -> "sa.Select[Any]":
         c.tier,
     )
     counts = (sa.func.count(), *(sa.func.sum(c[name]) for name in SUMS[1:]))
-    # All tenants, so that the index which begins with the tenant serves.
+    # All tenants, so that the index that begins with the tenant can be used.
     tenants = sa.select(sa.table("accounts", sa.column("tenant_id")).c.tenant_id)
     within = (c.tenant_id.in_(tenants), *_in_day(c.created_at, day))
     return sa.select(*keys, *counts).where(*within).group_by(*keys)

@@ -1,7 +1,7 @@
-"""What was agreed before a request was dispatched: who buys what at which rates.
+"""Billing terms fix who pays which rates for a request before it is dispatched.
 
-It is kept with the hold, so that whoever has to settle the request can: its gateway, or the steward after
-that has died.
+They are stored with the hold, so that its gateway can settle the request, or the steward after the gateway
+has died.
 """
 
 import json
@@ -16,7 +16,7 @@ from serve.billing.pricing.plans import Rates, Tokens
 
 @dataclass(frozen=True, slots=True)
 class RequestUsage:
-    """What a replica did for a request, in absolute counts. `attempt` counts from 1."""
+    """Counts what a replica did for a request, in absolute numbers. `attempt` counts from 1."""
 
     replica: str
     boot: str
@@ -27,10 +27,11 @@ class RequestUsage:
 
 @dataclass(frozen=True, slots=True)
 class BillingTerms:
-    """`samples` is the request's `n`, `tier` default or batch.
+    """Fixes the buyer, model and rates of one request.
 
-    Of one that comes `again` somebody wants the whole answer, and asks anew if it is lost: then only the
-    answer that arrives is billed.
+    `samples` is the request's `n`, `tier` default or batch.
+
+    A request with `rerun_if_lost` runs again if its gateway dies; only the run that completes is billed.
     """
 
     tenant: str
@@ -50,13 +51,13 @@ class BillingTerms:
 
     @classmethod
     def from_json(cls, text: str) -> "BillingTerms":
-        said = json.loads(text)
-        return cls(**said | {"rates": Rates.model_validate(said["rates"])})
+        fields = json.loads(text)
+        return cls(**fields | {"rates": Rates.model_validate(fields["rates"])})
 
     def event(
         self,
         request_id: str,
-        served: RequestUsage,
+        usage: RequestUsage,
         status: UsageStatus,
         finish_reason: str | None,
         *,
@@ -64,7 +65,7 @@ class BillingTerms:
         latency_ms: int,
         at: datetime,
     ) -> UsageEvent:
-        """The usage event of the request, priced at the agreed rates."""
+        """Return the request's usage event, priced at the agreed rates."""
         return UsageEvent(
             request_id=request_id,
             tenant=self.tenant,
@@ -74,14 +75,14 @@ class BillingTerms:
             base=self.base,
             adapter_version=self.adapter_version,
             plan_id=self.plan_id,
-            replica=served.replica,
-            boot=served.boot,
-            attempt=served.attempt,
+            replica=usage.replica,
+            boot=usage.boot,
+            attempt=usage.attempt,
             samples=self.samples,
             tier=self.tier,
-            tokens=served.tokens,
-            cold_loads=served.cold_loads,
-            cost_nanos=self.rates.cost_nanos(served.tokens, cold_loads=served.cold_loads),
+            tokens=usage.tokens,
+            cold_loads=usage.cold_loads,
+            cost_nanos=self.rates.cost_nanos(usage.tokens, cold_loads=usage.cold_loads),
             status=status,
             finish_reason=finish_reason,
             ttft_ms=ttft_ms,

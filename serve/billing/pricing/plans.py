@@ -1,9 +1,9 @@
-"""Price plans: what a token costs.
+"""Price plans define what a token costs; their versions are stored and assigned to tenants.
 
-A plan is a YAML file (`configs/prices/`, docs/invoices.md); loading it makes an immutable version of it
-in the store, and each usage event names the version it was priced with. Prices are integers: nanos of the
-plan's currency per million tokens. An event is priced at the list price, its class's dearest, and rounded
-once, to the nearest nano (half up); what depends on the month's sums is rated on its invoice (`rating`).
+A plan is a YAML file (`configs/prices/`, docs/invoices.md). Loading it stores an immutable version, and each
+usage event names the version it was priced with. Prices are integers: nanos of the plan's currency per
+million tokens. An event is priced at the list price, the highest of its token class, and rounded once to the
+nearest nano (half up). Prices that depend on the month's sums are rated on its invoice (`rating`).
 """
 
 import hashlib
@@ -65,7 +65,7 @@ subscriptions_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Token counts of one request. `cached` is the part of `prompt` that the prefix cache served."""
+    """Counts the tokens of one request. `cached` is the part of `prompt` that the prefix cache served."""
 
     prompt: int = 0
     cached: int = 0
@@ -77,7 +77,7 @@ class Tokens:
 
 
 class Rates(BaseModel):
-    """Prices of one kind of model, each in nano-USD per million tokens."""
+    """Sets flat prices of one kind of model, each in nano-USD per million tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -87,7 +87,7 @@ class Rates(BaseModel):
     cold_load_nanos: int = Field(0, ge=0, le=10**12)  # when the request finds its adapter not in memory
 
     def cost_nanos(self, tokens: Tokens, *, cold_loads: int = 0) -> int:
-        """The price of `tokens`. The three classes are disjoint: cached ⊂ prompt is taken out first."""
+        """Return the price of `tokens`. Cached tokens are first subtracted from the prompt's."""
         micro = (
             tokens.uncached * self.prompt_nanos_per_mtok
             + tokens.cached * self.cached_prompt_nanos_per_mtok
@@ -96,14 +96,14 @@ class Rates(BaseModel):
         return (micro + 500_000) // 1_000_000 + cold_loads * self.cold_load_nanos
 
     def cost_nanos_max(self, prompt_tokens_max: int, completion_tokens_max: int) -> int:
-        """The most that a request within these bounds can cost, whatever the cache does."""
+        """Return the most that a request within these bounds can cost, whatever the cache serves."""
         dearest = max(self.prompt_nanos_per_mtok, self.cached_prompt_nanos_per_mtok)
         micro = prompt_tokens_max * dearest + completion_tokens_max * self.completion_nanos_per_mtok
         return -(-micro // 1_000_000) + self.cold_load_nanos
 
 
 class TieredRates(BaseModel):
-    """Like `Rates`, but a class of tokens may have prices by how many there are in the month."""
+    """Sets prices like `Rates`, but a token class's price may depend on its sum in the month."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -130,14 +130,14 @@ def _rates_form(value: Any) -> str:
 
 
 class _AnyOf:
-    """In JSON Schema a union's forms may overlap: flat rates are of both."""
+    """Turns `oneOf` into `anyOf` in the JSON Schema, because flat rates match both forms."""
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        made = handler(schema)
-        made["anyOf"] = made.pop("oneOf")
-        return made
+        json_schema = handler(schema)
+        json_schema["anyOf"] = json_schema.pop("oneOf")
+        return json_schema
 
 
 AnyRates = Annotated[
@@ -148,7 +148,7 @@ AnyRates = Annotated[
 
 
 class BatchRates(BaseModel):
-    """Prices of what runs as a batch, when there is room for it."""
+    """Sets prices of batch requests, which run when there is spare capacity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -157,7 +157,7 @@ class BatchRates(BaseModel):
 
 
 class ModelRates(BaseModel):
-    """Prices of the models of one name. Without `batch`, a batch costs what a direct request does."""
+    """Sets prices of models by name. Without `batch`, a batch costs what a direct request does."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -166,7 +166,7 @@ class ModelRates(BaseModel):
 
 
 class Included(BaseModel):
-    """Tokens of a month that the plan's minimum, or the contract, has paid for."""
+    """Counts tokens of a month that the plan's minimum, or the contract, has paid for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -182,7 +182,7 @@ def _percent(text: str) -> str:
 
 
 def _day(value: Any) -> date:
-    """A day as text, or as YAML reads it; a number is none."""
+    """Parse a day from text or from YAML's date. A number is not a day."""
     if isinstance(value, str):
         return date.fromisoformat(value)
     if isinstance(value, date) and not isinstance(value, datetime):
@@ -191,7 +191,7 @@ def _day(value: Any) -> date:
 
 
 class Tax(BaseModel):
-    """`percent` is a decimal with at most four places, as text: "19", "8.875"."""
+    """Sets a tax. `percent` is a decimal with at most four places, as text: "19", "8.875"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -201,7 +201,7 @@ class Tax(BaseModel):
     ]
 
     def nanos(self, taxable_nanos: int) -> int:
-        """The tax, rounded half up to the nano. `taxable_nanos` is not negative."""
+        """Return the tax, rounded half up to the nano. `taxable_nanos` is not negative."""
         millionths = int(Decimal(self.percent) * 10_000)
         return (taxable_nanos * millionths + 500_000) // 1_000_000
 
@@ -210,11 +210,12 @@ ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._@/-]*\*?$", 
 
 
 class PricePlan(BaseModel):
-    """All that may be left out changes nothing: a plan from before there was such a thing is what it was.
+    """Defines a price plan. Every optional field defaults to "no effect".
 
-    `batch`: a batch costs what a direct request does. `models`: prices by name, or by how the name begins
-    (`acme/*`); the longest match wins, over all else. `effective_from`: nobody pays it before that day (UTC).
-    Minimum, included tokens and tax are those of the version in force at the month's end.
+    Plans published before a field existed therefore keep their meaning. Without `batch`, a batch costs what
+    a direct request does. `models` are prices by name or by prefix (`acme/*`); the longest match wins, over
+    all other prices. The plan cannot be assigned before `effective_from` (UTC). Minimum, included tokens and
+    tax are those of the version in force at the month's end.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -232,33 +233,33 @@ class PricePlan(BaseModel):
     included: Included = Included()
     tax: Tax | None = None
 
-    def priced(self, *, model: str = "", adapter: bool, batch: bool = False) -> Rates | TieredRates:
-        """What the month's sums are rated at."""
-        if (own := self._of(model)) is not None:
+    def month_rates(self, *, model: str = "", adapter: bool, batch: bool = False) -> Rates | TieredRates:
+        """Return the rates that apply to the month's sums."""
+        if (own := self._model_rates(model)) is not None:
             return own.batch if batch and own.batch is not None else own.direct
         prices = self.batch if batch and self.batch is not None else self
         return prices.adapter if adapter else prices.base
 
     def rates(self, *, model: str = "", adapter: bool, batch: bool = False) -> Rates:
-        """What a request is priced at: never less than what the month's sums make of it, packages aside."""
-        found = self.priced(model=model, adapter=adapter, batch=batch)
-        return found.at_list if isinstance(found, TieredRates) else found
+        """Return the list rates of a request. Apart from packages, the month's rating never exceeds them."""
+        month_rates = self.month_rates(model=model, adapter=adapter, batch=batch)
+        return month_rates.at_list if isinstance(month_rates, TieredRates) else month_rates
 
-    def _of(self, model: str) -> ModelRates | None:
+    def _model_rates(self, model: str) -> ModelRates | None:
         if model in self.models:
             return self.models[model]
-        fitting = [name for name in self.models if name.endswith("*") and model.startswith(name[:-1])]
-        return self.models[max(fitting, key=len)] if fitting and model else None
+        matching = [name for name in self.models if name.endswith("*") and model.startswith(name[:-1])]
+        return self.models[max(matching, key=len)] if matching and model else None
 
     def document(self) -> str:
-        """The canonical text, without what is left out: the same for a plan that is as old as the first."""
-        said = self.model_dump(mode="json", exclude_defaults=True) | {"currency": self.currency}
-        return json.dumps(said, sort_keys=True)
+        """Return the canonical text. Defaults are left out, so a new optional field does not change it."""
+        fields = self.model_dump(mode="json", exclude_defaults=True) | {"currency": self.currency}
+        return json.dumps(fields, sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)
 class PriceVersion:
-    """One immutable version of a plan, as stored."""
+    """Holds one immutable version of a plan, as stored."""
 
     id: int
     version: int
@@ -273,43 +274,43 @@ class PriceVersion:
 
 
 def read_plan(path: Path) -> PricePlan:
-    """Raises pydantic.ValidationError listing everything that is wrong with the file, or ValueError."""
+    """Read a plan's file. Raises pydantic.ValidationError that lists all its errors, or ValueError."""
     if path.stat().st_size > PLAN_BYTES_MAX:
         raise ValueError(f"larger than {PLAN_BYTES_MAX} bytes")
     return PricePlan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 class Prices:
-    """The plans of one store and who subscribes to them. Methods block."""
+    """Manages the plans of one store and the tenants' subscriptions. Methods block."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def publish(self, plan: PricePlan, *, at: datetime, actor: str = SYSTEM) -> PriceVersion:
-        """Store `plan` as a new version; the same text again is the same version."""
+        """Store `plan` as a new version. Publishing the same text again returns the same version."""
         document = plan.document()
         sha256 = hashlib.sha256(document.encode()).hexdigest()
         by_name = plans_table.c.name == plan.name
         with self._store.write() as connection:
-            same = connection.execute(
+            existing = connection.execute(
                 sa.select(plans_table).where(by_name, plans_table.c.sha256 == sha256)
             ).first()
-            if same is not None:
-                return _version(same)
+            if existing is not None:
+                return _version(existing)
             newest = connection.execute(sa.select(sa.func.max(plans_table.c.version)).where(by_name)).scalar()
             version = (newest or 0) + 1
             row = {"name": plan.name, "version": version, "sha256": sha256, "document": document}
             inserted = connection.execute(plans_table.insert().values(**row, created_at=at))
             assert inserted.inserted_primary_key is not None
-            made = PriceVersion(inserted.inserted_primary_key[0], version, plan)
-            record(connection, "price.publish", made.label, json.loads(document), actor=actor, at=at)
-            return made
+            price_version = PriceVersion(inserted.inserted_primary_key[0], version, plan)
+            record(connection, "price.publish", price_version.label, json.loads(document), actor=actor, at=at)
+            return price_version
 
     def subscribe(self, tenant: str, plan: str, *, at: datetime, actor: str = SYSTEM) -> PriceVersion:
-        """Put `tenant` on a plan from `at` on: on its newest version that may be paid by then.
+        """Subscribe `tenant` from `at` to the plan's newest version that is effective by then.
 
-        Raises UnknownRecord for an unknown tenant or plan, Conflict if no version may, or if the tenant is
-        billed in another currency already.
+        Raises UnknownRecord for an unknown tenant or plan. Raises Conflict if no version is effective, or if
+        the tenant is already billed in another currency.
         """
         newest = sa.select(plans_table).where(plans_table.c.name == plan).order_by(sa.desc("version"))
         try:
@@ -317,31 +318,33 @@ class Prices:
                 versions = [_version(row) for row in connection.execute(newest)]
                 if not versions:
                     raise UnknownRecord(f"There is no price plan '{plan}'.")
-                due = next((version for version in versions if _begins(version) <= at), None)
-                if due is None:
+                version_due = next((version for version in versions if _begins(version) <= at), None)
+                if version_due is None:
                     first = min(map(_begins, versions))
                     raise Conflict(f"Nobody pays '{plan}' before {first:%Y-%m-%d}.")
-                self._require_currency(connection, tenant, due)
-                values = {"tenant_id": tenant, "plan_id": due.id, "effective_at": at}
+                self._require_currency(connection, tenant, version_due)
+                values = {"tenant_id": tenant, "plan_id": version_due.id, "effective_at": at}
                 connection.execute(subscriptions_table.insert().values(values))
                 revision.count_change(connection)
-                said = {"effective_at": at}
-                record(connection, "price.assign", due.label, said, actor=actor, tenant=tenant)
-                return due
+                audit_details = {"effective_at": at}
+                record(
+                    connection, "price.assign", version_due.label, audit_details, actor=actor, tenant=tenant
+                )
+                return version_due
         except sa.exc.IntegrityError as error:
             raise UnknownRecord(f"There is no tenant '{tenant}'.") from error
 
     def _require_currency(self, connection: sa.Connection, tenant: str, version: PriceVersion) -> None:
-        """One tenant, one account, one currency."""
+        """Raise Conflict if the tenant is billed in another currency: an account has one currency."""
         query = sa.select(plans_table).join(
             subscriptions_table, subscriptions_table.c.plan_id == plans_table.c.id
         )
         for row in connection.execute(query.where(subscriptions_table.c.tenant_id == tenant).distinct()):
-            if (before := _version(row).plan.currency) != version.plan.currency:
-                raise Conflict(f"'{tenant}' is billed in {before}, not in {version.plan.currency}.")
+            if (currency := _version(row).plan.currency) != version.plan.currency:
+                raise Conflict(f"'{tenant}' is billed in {currency}, not in {version.plan.currency}.")
 
     def at(self, connection: sa.Connection, tenant: str, at: datetime) -> PriceVersion | None:
-        """The version in force for `tenant` at the time `at`; None before any subscription."""
+        """Return the version in force for `tenant` at `at`; None before any subscription."""
         row = connection.execute(
             sa.select(plans_table)
             .join(subscriptions_table, subscriptions_table.c.plan_id == plans_table.c.id)
@@ -352,7 +355,7 @@ class Prices:
         return None if row is None else _version(row)
 
     def next_change(self, connection: sa.Connection, tenant: str, at: datetime) -> datetime | None:
-        """When the version that is in force at `at` is followed by another, as far as it is known."""
+        """Return when the version in force at `at` is replaced, if that is already scheduled."""
         c = subscriptions_table.c
         query = sa.select(sa.func.min(c.effective_at)).where(c.tenant_id == tenant, c.effective_at > at)
         return connection.execute(query).scalar()
@@ -376,5 +379,5 @@ def _version(row: "sa.Row[tuple[object, ...]]") -> PriceVersion:
 
 @lru_cache(maxsize=1024)
 def _plan(document: str) -> PricePlan:
-    """Read once: every request asks for its plan, and a version never changes."""
+    """Parse a plan. Cached, because every request needs its plan and a version never changes."""
     return PricePlan.model_validate_json(document)

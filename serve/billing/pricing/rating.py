@@ -1,7 +1,8 @@
-"""Rating: what a month's sums cost. Pure, and in integers: the same sums are the same lines, for ever.
+"""Rates a month's sums: computes invoice lines from usage and charges.
 
-A line is rounded once, half up to the nano. Where every price is flat and nothing is included, the events'
-own costs add up to the line: they were rounded one by one when they were charged.
+Rating is pure and uses integers: the same sums always give the same lines. A line is rounded once, half up
+to the nano. If every price is flat and no tokens are included, the line is the sum of the events' own costs,
+each rounded when it was charged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 from serve.billing.invoicing.document import InvoiceLine, LineItem
 from serve.billing.pricing.plans import Included, PriceVersion, Rates, TieredRates, Tokens
-from serve.billing.pricing.tiers import MTOK, PriceComponent, list_price, parts
+from serve.billing.pricing.tiers import MTOK, PriceComponent, list_price, price_components
 
 PROMPT, CACHED, COMPLETION = "prompt tokens", "prompt tokens, cached", "completion tokens"
 CLASSES = {
@@ -21,7 +22,7 @@ CLASSES = {
 
 @dataclass(frozen=True, slots=True)
 class MonthUsage:
-    """A month's usage of one model and tier under one price version; `late` as in `InvoiceLine`."""
+    """Sums a month's usage of one model and tier under one price version. `late` is as in `InvoiceLine`."""
 
     model: str
     adapter: bool
@@ -36,7 +37,7 @@ class MonthUsage:
 
 @dataclass(frozen=True, slots=True)
 class ChargeSum:
-    """Charges of one kind and subject under one price version: trained tokens, or hours."""
+    """Sums charges of one kind and subject under one price version: trained tokens, or hours."""
 
     kind: str
     subject: str
@@ -47,46 +48,54 @@ class ChargeSum:
 
 
 def usage_lines(sums: Sequence[MonthUsage], included: Included) -> list[InvoiceLine]:
-    """One line per sum, the month's own before late ones, then by model, price version and tier.
+    """Return one line per sum: the month's own before late ones, then by model, price version and tier.
 
-    Included tokens are spent where they are dearest, on late usage last.
+    Included tokens are used first where tokens are dearest, and on late usage last.
     """
     ordered = sorted(sums, key=lambda s: (s.late or "", s.model, s.price.id, s.tier == "batch", s.adapter))
-    free = _share(ordered, included)
-    return [_line(one, {name: free[name][i] for name in CLASSES}) for i, one in enumerate(ordered)]
+    included_tokens = _included_tokens(ordered, included)
+    return [
+        _line(month_usage, {name: included_tokens[name][i] for name in CLASSES})
+        for i, month_usage in enumerate(ordered)
+    ]
 
 
 def charge_lines(sums: Sequence[ChargeSum]) -> list[InvoiceLine]:
-    """One line per sum. Charges are flat, and were rounded one by one."""
-    made = []
-    for one in sorted(sums, key=lambda s: (s.late or "", s.kind, s.subject, s.price.id)):
-        plan = one.price.plan
-        if one.kind == "training":
+    """Return one line per sum. Charges are flat and were rounded one by one."""
+    lines = []
+    for charge_sum in sorted(sums, key=lambda s: (s.late or "", s.kind, s.subject, s.price.id)):
+        plan = charge_sum.price.plan
+        if charge_sum.kind == "training":
             item = LineItem(
-                what="trained tokens", quantity=one.quantity, nanos=plan.training_nanos_per_mtok, per=MTOK
+                what="trained tokens",
+                quantity=charge_sum.quantity,
+                nanos=plan.training_nanos_per_mtok,
+                per=MTOK,
             )
         else:
-            item = LineItem(what="adapter-hours", quantity=one.quantity, nanos=plan.adapter_hour_nanos, per=1)
-        made.append(
+            item = LineItem(
+                what="adapter-hours", quantity=charge_sum.quantity, nanos=plan.adapter_hour_nanos, per=1
+            )
+        lines.append(
             InvoiceLine.model_validate(
                 {
-                    "kind": one.kind,
-                    "model": one.subject,
-                    "price": one.price.label,
-                    "plan_id": one.price.id,
+                    "kind": charge_sum.kind,
+                    "model": charge_sum.subject,
+                    "price": charge_sum.price.label,
+                    "plan_id": charge_sum.price.id,
                     "adapter": True,
                     "items": (item,),
-                    "list_nanos": one.amount_nanos,
-                    "amount_nanos": one.amount_nanos,
-                    "late": one.late,
+                    "list_nanos": charge_sum.amount_nanos,
+                    "amount_nanos": charge_sum.amount_nanos,
+                    "late": charge_sum.late,
                 }
             )
         )
-    return made
+    return lines
 
 
 def minimum_lines(lines: Sequence[InvoiceLine], price: PriceVersion | None) -> list[InvoiceLine]:
-    """What is missing to the plan's monthly minimum, if anything."""
+    """Return a line for the shortfall to the plan's monthly minimum, if there is one."""
     missing = price.plan.minimum_nanos - sum(line.amount_nanos for line in lines) if price else 0
     if price is None or missing <= 0:
         return []
@@ -104,59 +113,70 @@ def minimum_lines(lines: Sequence[InvoiceLine], price: PriceVersion | None) -> l
     ]
 
 
-def _share(sums: Sequence[MonthUsage], included: Included) -> Mapping[str, list[int]]:
-    """Per class, how many tokens of each sum are included."""
+def _included_tokens(sums: Sequence[MonthUsage], included: Included) -> Mapping[str, list[int]]:
+    """Return, per token class, the number of included tokens of each sum."""
     quotas = (included.prompt_tokens, included.cached_prompt_tokens, included.completion_tokens)
     shares: dict[str, list[int]] = {}
     for (name, field), quota in zip(CLASSES.items(), quotas, strict=True):
         shares[name] = [0] * len(sums)
         if quota:
-            dearest = [-list_price(getattr(_priced(one), field)) for one in sums]
-            for i in sorted(range(len(sums)), key=lambda i: (sums[i].late or "", dearest[i], i)):
+            negated_prices = [-list_price(getattr(_month_rates(month_usage), field)) for month_usage in sums]
+            for i in sorted(range(len(sums)), key=lambda i: (sums[i].late or "", negated_prices[i], i)):
                 shares[name][i] = min(quota, _counts(sums[i])[name])
                 quota -= shares[name][i]
     return shares
 
 
-def _line(one: MonthUsage, free: Mapping[str, int]) -> InvoiceLine:
-    priced, counts = _priced(one), _counts(one)
+def _line(month_usage: MonthUsage, included_tokens: Mapping[str, int]) -> InvoiceLine:
+    priced, counts = _month_rates(month_usage), _counts(month_usage)
     items, micronanos = [], 0
     for name, field in CLASSES.items():
-        sold = parts(getattr(priced, field), counts[name] - free[name])
-        micronanos += sum(part.micronanos for part in sold)
-        items += [_item(name, part, free[name] if first else 0) for first, part in _first(sold)]
-    if one.cold_loads and priced.cold_load_nanos:
+        components = price_components(getattr(priced, field), counts[name] - included_tokens[name])
+        micronanos += sum(component.micronanos for component in components)
+        items += [
+            _item(name, component, included_tokens[name] if first else 0)
+            for first, component in _first(components)
+        ]
+    if month_usage.cold_loads and priced.cold_load_nanos:
         items.append(
-            LineItem(what="cold loads", quantity=one.cold_loads, nanos=priced.cold_load_nanos, per=1)
+            LineItem(what="cold loads", quantity=month_usage.cold_loads, nanos=priced.cold_load_nanos, per=1)
         )
-        micronanos += one.cold_loads * priced.cold_load_nanos * MTOK
-    as_charged = isinstance(priced, Rates) and not any(free.values())
+        micronanos += month_usage.cold_loads * priced.cold_load_nanos * MTOK
+    as_charged = isinstance(priced, Rates) and not any(included_tokens.values())
     return InvoiceLine(
-        model=one.model,
-        price=one.price.label,
-        plan_id=one.price.id,
-        adapter=one.adapter,
-        tier=one.tier,
-        requests=one.requests,
+        model=month_usage.model,
+        price=month_usage.price.label,
+        plan_id=month_usage.price.id,
+        adapter=month_usage.adapter,
+        tier=month_usage.tier,
+        requests=month_usage.requests,
         items=tuple(items),
-        list_nanos=one.list_nanos,
-        amount_nanos=one.list_nanos if as_charged else (micronanos + MTOK // 2) // MTOK,
-        late=one.late,
+        list_nanos=month_usage.list_nanos,
+        amount_nanos=month_usage.list_nanos if as_charged else (micronanos + MTOK // 2) // MTOK,
+        late=month_usage.late,
     )
 
 
-def _first(sold: Sequence[PriceComponent]) -> list[tuple[bool, PriceComponent]]:
-    return [(position == 0, part) for position, part in enumerate(sold)]
+def _first(components: Sequence[PriceComponent]) -> list[tuple[bool, PriceComponent]]:
+    return [(position == 0, component) for position, component in enumerate(components)]
 
 
-def _item(name: str, part: PriceComponent, included: int) -> LineItem:
-    what = f"{name}, {part.note}" if part.note else name
-    return LineItem(what=what, quantity=part.quantity, nanos=part.nanos, per=part.per, included=included)
+def _item(name: str, component: PriceComponent, included: int) -> LineItem:
+    what = f"{name}, {component.note}" if component.note else name
+    return LineItem(
+        what=what, quantity=component.quantity, nanos=component.nanos, per=component.per, included=included
+    )
 
 
-def _priced(one: MonthUsage) -> Rates | TieredRates:
-    return one.price.plan.priced(model=one.model, adapter=one.adapter, batch=one.tier == "batch")
+def _month_rates(month_usage: MonthUsage) -> Rates | TieredRates:
+    return month_usage.price.plan.month_rates(
+        model=month_usage.model, adapter=month_usage.adapter, batch=month_usage.tier == "batch"
+    )
 
 
-def _counts(one: MonthUsage) -> Mapping[str, int]:
-    return {PROMPT: one.tokens.uncached, CACHED: one.tokens.cached, COMPLETION: one.tokens.completion}
+def _counts(month_usage: MonthUsage) -> Mapping[str, int]:
+    return {
+        PROMPT: month_usage.tokens.uncached,
+        CACHED: month_usage.tokens.cached,
+        COMPLETION: month_usage.tokens.completion,
+    }

@@ -1,9 +1,9 @@
-"""What a class of tokens costs: one price, or prices by how many there are in the month.
+"""Prices a token class: one price, or prices that depend on its sum in the month.
 
 flat        an integer: nanos per million tokens
 graduated   each step's tokens at the step's price
 volume      all tokens at the price of the step that their sum falls into
-package     by the whole package, begun ones included
+package     per whole package; a started package counts as whole
 """
 
 import itertools
@@ -20,12 +20,12 @@ Nanos = Annotated[int, Field(strict=True, ge=0, le=10**15)]
 Count = Annotated[int, Field(strict=True, ge=1, le=10**15)]
 
 
-class _Shape(BaseModel):
+class _Price(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Step(_Shape):
-    """Up to and with `up_to_tokens` of a month; the last step has no end."""
+class Step(_Price):
+    """Sets the price up to and including `up_to_tokens` of a month. The last step has no end."""
 
     up_to_tokens: Count | None = None
     nanos_per_mtok: Nanos
@@ -44,26 +44,26 @@ def _ordered(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 Steps = Annotated[tuple[Step, ...], Field(min_length=1, max_length=STEPS_MAX), AfterValidator(_ordered)]
 
 
-class Graduated(_Shape):
+class Graduated(_Price):
     graduated: Steps
 
 
-class Volume(_Shape):
+class Volume(_Price):
     volume: Steps
 
 
-class PackageSize(_Shape):
+class PackageSize(_Price):
     tokens: Count
     nanos: Nanos
 
 
-class Package(_Shape):
+class Package(_Price):
     package: PackageSize
 
 
 def _form(value: Any) -> str:
-    for form, shape in (("graduated", Graduated), ("volume", Volume), ("package", Package)):
-        if isinstance(value, shape) or (isinstance(value, dict) and form in value):
+    for form, model in (("graduated", Graduated), ("volume", Volume), ("package", Package)):
+        if isinstance(value, model) or (isinstance(value, dict) and form in value):
             return form
     return "flat"
 
@@ -79,7 +79,7 @@ TokenPrice = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class PriceComponent:
-    """`quantity` at `nanos` per `per`, which divides a million. `note` says which part of the whole it is."""
+    """Prices `quantity` at `nanos` per `per`, which divides a million. `note` names the step or package."""
 
     note: str
     quantity: int
@@ -88,12 +88,12 @@ class PriceComponent:
 
     @property
     def micronanos(self) -> int:
-        """Millionths of a nano, exactly: rounding is left to who adds parts up."""
+        """The exact cost in millionths of a nano. The caller rounds after adding components up."""
         return self.quantity * self.nanos * (MTOK // self.per)
 
 
 def list_price(price: "int | Graduated | Volume | Package") -> int:
-    """The most that a token can cost, in nanos per million: what events are priced, and held for, at."""
+    """Return the highest price of a token, in nanos per million. Holds and events are priced at it."""
     match price:
         case Graduated(graduated=steps) | Volume(volume=steps):
             return max(step.nanos_per_mtok for step in steps)
@@ -103,8 +103,8 @@ def list_price(price: "int | Graduated | Volume | Package") -> int:
             return price
 
 
-def parts(price: "int | Graduated | Volume | Package", tokens: int) -> Sequence[PriceComponent]:
-    """What `tokens` of one month are sold as; their costs add up to the class's."""
+def price_components(price: "int | Graduated | Volume | Package", tokens: int) -> Sequence[PriceComponent]:
+    """Split `tokens` of one month into priced components, whose costs add up to the class's cost."""
     match price:
         case Graduated(graduated=steps):
             return _graduated(steps, tokens)
@@ -121,14 +121,14 @@ def parts(price: "int | Graduated | Volume | Package", tokens: int) -> Sequence[
 
 
 def _graduated(steps: Sequence[Step], tokens: int) -> list[PriceComponent]:
-    made: list[PriceComponent] = []
+    components: list[PriceComponent] = []
     begin = 0
     for step in steps:
         end = tokens if step.up_to_tokens is None else min(tokens, step.up_to_tokens)
-        if end > begin or not made:
+        if end > begin or not components:
             note = f"above {begin:,}" if begin else ""
             if not begin and step.up_to_tokens is not None:
                 note = f"first {step.up_to_tokens:,}"
-            made.append(PriceComponent(note, end - begin, step.nanos_per_mtok))
+            components.append(PriceComponent(note, end - begin, step.nanos_per_mtok))
         begin = max(begin, end)
-    return made
+    return components

@@ -1,10 +1,11 @@
-"""Webhooks: where they may go, how they are signed, and how one is sent.
+"""Webhook delivery: checks a webhook's URL, signs the message, and posts it.
 
-Signed as standardwebhooks.com says: `webhook-signature` is "v1," and the base64 of HMAC-SHA-256 over
-"id.timestamp.body". Each tenant has a secret of its own, derived from the server's.
+Signatures follow standardwebhooks.com: `webhook-signature` is "v1," and the base64 of HMAC-SHA-256 over
+"id.timestamp.body". Each tenant has its own secret, derived from the server's.
 
-URLs are customers' input and must not reach into the operator's network: they are https, and what their host
-resolves to when it is sent must be public. Only an explicit loopback host may be http, and must be loopback.
+URLs are customers' input and must not reach the operator's network. They must be https, and every address
+that the host resolves to at sending must be public. Only an explicit loopback host may use http, and must
+resolve to loopback.
 """
 
 import asyncio
@@ -24,35 +25,35 @@ from serve.errors import InvalidRequest
 
 URL_LENGTH_MAX = 512
 TIMEOUT_S = 5.0
-ANSWER_BYTES_MAX = 4096
+RESPONSE_BYTES_MAX = 4096
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Post = Callable[[str, Mapping[str, str], bytes], Awaitable[int]]
 
 
 class UnsafeAddress(Exception):
-    """The host resolves to an address that webhooks may not reach."""
+    """Signals that the host resolves to an address that webhooks may not reach."""
 
 
 def check_url(url: str) -> None:
-    """Raises InvalidRequest for a URL that no webhook may have, whatever its host resolves to."""
-    if wrong := _wrong_with(url):
-        raise InvalidRequest(f"'webhook_url' {wrong}.", "webhook_url", "invalid_value")
+    """Check a webhook's URL without resolving its host. Raises InvalidRequest."""
+    if problem := _url_problem(url):
+        raise InvalidRequest(f"'webhook_url' {problem}.", "webhook_url", "invalid_value")
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL that has passed `check_url` names this machine."""
-    return _loopback_host(urlsplit(url).hostname or "")
+    """Return whether a URL that has passed `check_url` names this machine."""
+    return _is_loopback_host(urlsplit(url).hostname or "")
 
 
 def secret_of(server_secret: bytes, tenant: str) -> str:
-    """The tenant's secret, as receivers' libraries take it."""
+    """Return the tenant's secret, in the form that receivers' libraries accept."""
     derived = hmac.new(server_secret, f"webhooks of {tenant}".encode(), hashlib.sha256).digest()
     return "whsec_" + base64.b64encode(derived).decode()
 
 
-def signed(secret: str, message_id: str, body: bytes, *, at: datetime) -> dict[str, str]:
-    """The headers of a message that is sent at `at`. Receivers refuse one whose time is long past."""
+def signed_headers(secret: str, message_id: str, body: bytes, *, at: datetime) -> dict[str, str]:
+    """Return the headers of a message sent at `at`. Receivers refuse a message with an old time."""
     timestamp = str(int(at.timestamp()))
     key = base64.b64decode(secret.removeprefix("whsec_"))
     digest = hmac.new(key, f"{message_id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
@@ -66,52 +67,55 @@ def signed(secret: str, message_id: str, body: bytes, *, at: datetime) -> dict[s
 
 
 async def post(url: str, headers: Mapping[str, str], body: bytes) -> int:
-    """The receiver's HTTP status, within `TIMEOUT_S` in all. Redirects are not followed, no proxy is asked.
+    """Post a message and return the receiver's HTTP status, within `TIMEOUT_S` in all.
 
-    Raises UnsafeAddress, TimeoutError, OSError, httpx.HTTPError.
+    Redirects are not followed and proxies are not used. Raises UnsafeAddress, TimeoutError, OSError,
+    httpx.HTTPError.
     """
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     headers = {**headers, "host": parts.netloc, "accept-encoding": "identity"}
     async with asyncio.timeout(TIMEOUT_S), httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as client:
-        # The very addresses that were looked at are dialled: another answer of the resolver's cannot slip in.
+        # Connects to the addresses that were checked, so a second DNS answer cannot differ from the first.
         *others, last = await _resolve(host, port)
         for address in others:
             with contextlib.suppress(httpx.ConnectError):
-                return await _post(client, _at(parts, address, port), host, headers, body)
-        return await _post(client, _at(parts, last, port), host, headers, body)
+                return await _post(client, _address_url(parts, address, port), host, headers, body)
+        return await _post(client, _address_url(parts, last, port), host, headers, body)
 
 
 async def _post(
     client: httpx.AsyncClient, target: str, host: str, headers: Mapping[str, str], body: bytes
 ) -> int:
-    """`host` is whose certificate the other end must show."""
-    named = {"sni_hostname": host}
-    async with client.stream("POST", target, content=body, headers=headers, extensions=named) as response:
+    """Post to `target`, whose certificate must be for `host`."""
+    extensions = {"sni_hostname": host}
+    async with client.stream(
+        "POST", target, content=body, headers=headers, extensions=extensions
+    ) as response:
         received = 0
         async for chunk in response.aiter_raw():
             received += len(chunk)
-            if received > ANSWER_BYTES_MAX:
+            if received > RESPONSE_BYTES_MAX:
                 break
         return response.status_code
 
 
-def _at(parts: SplitResult, address: Address, port: int) -> str:
+def _address_url(parts: SplitResult, address: Address, port: int) -> str:
     literal = f"[{address}]" if address.version == 6 else str(address)
     return parts._replace(netloc=f"{literal}:{port}").geturl()
 
 
 async def _resolve(host: str, port: int) -> list[Address]:
-    """One address or more. Raises UnsafeAddress if any is one that webhooks may not reach."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [ipaddress.ip_address(str(entry[4][0])) for entry in found]
-    wanted = _is_loopback if _loopback_host(host) else _is_public
-    if not addresses or not all(wanted(address) for address in addresses):
+    """Return one address or more. Raises UnsafeAddress if webhooks may not reach one of them."""
+    entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [ipaddress.ip_address(str(entry[4][0])) for entry in entries]
+    is_allowed = _is_loopback if _is_loopback_host(host) else _is_public
+    if not addresses or not all(is_allowed(address) for address in addresses):
         raise UnsafeAddress()
     return addresses
 
 
-def _wrong_with(url: str) -> str | None:
+def _url_problem(url: str) -> str | None:
     if not url.isascii() or not url.isprintable() or " " in url or len(url) > URL_LENGTH_MAX:
         return f"must be at most {URL_LENGTH_MAX} printable ASCII characters"
     try:
@@ -125,21 +129,21 @@ def _wrong_with(url: str) -> str | None:
         return "must not hold credentials"
     if parts.fragment or "\\" in url:
         return "is not a URL"
-    return _wrong_host(parts, host)
+    return _host_problem(parts, host)
 
 
-def _wrong_host(parts: SplitResult, host: str) -> str | None:
-    if _loopback_host(host):
+def _host_problem(parts: SplitResult, host: str) -> str | None:
+    if _is_loopback_host(host):
         return None if parts.scheme in ("http", "https") else "must be https"
     if parts.scheme != "https":
         return "must be https"
     try:
         return None if _is_public(ipaddress.ip_address(host)) else "names a private address"
     except ValueError:
-        return None  # a name: it is looked at when it is resolved
+        return None  # a name: its addresses are checked when it is resolved
 
 
-def _loopback_host(host: str) -> bool:
+def _is_loopback_host(host: str) -> bool:
     if host == "localhost":
         return True
     try:
@@ -153,7 +157,7 @@ def _is_loopback(address: Address) -> bool:
 
 
 def _is_public(address: Address) -> bool:
-    """Not private, link-local, multicast or reserved; nor an IPv6 form that carries an IPv4 address."""
+    """Return whether the address is public: not private, link-local, multicast, reserved or IPv4 in IPv6."""
     if address.version == 6 and (
         address.ipv4_mapped or address.sixtofour or address.teredo or address in _NAT64
     ):

@@ -1,1 +1,1 @@
-"""An engine replica's adapters: packed, probed, put into slots, brought to the desired state."""
+"""Packs, probes and schedules an engine replica's adapters, and follows their desired state."""

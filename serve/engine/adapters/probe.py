@@ -1,6 +1,6 @@
-"""Does an adapter do what an adapter must: change the base's answers, and leave none of it behind?
+"""Probes an adapter in the engine: it must change the base's answers, and leave no trace once it is unloaded.
 
-vLLM serves the base without a word where it finds no layer for an adapter's weights (vLLM issue 34186).
+vLLM silently serves the base where it finds no layer for an adapter's weights (vLLM issue 34186).
 """
 
 import math
@@ -9,13 +9,13 @@ from finetune.errors import FinetuneError
 from serve.engine.vllm.engine import VllmEngine
 from serve.registry.versions import AdapterVersion
 
-# What the same request's log-probabilities may differ by, in another batch or on another day.
+# How much the log-probabilities of first request may differ between two batches.
 NOISE = 1e-3
 _RESTORED_MAX = 0.1
 
 
 async def probe(engine: VllmEngine, adapter: AdapterVersion) -> str | None:
-    """Why `adapter` may not be served, or None if it may. Raises EngineUnavailable."""
+    """Returns why `adapter` may not be served, or None if it may. Raises EngineUnavailable."""
     before = await engine.logprobs(None)
     try:
         adapted = await engine.logprobs(adapter)
@@ -26,14 +26,16 @@ async def probe(engine: VllmEngine, adapter: AdapterVersion) -> str | None:
     after = await engine.logprobs(None)
     if not all(map(math.isfinite, adapted.values())):
         return "its answers are not finite numbers"
-    change, rest = distance(before, adapted), distance(before, after)
+    change, residue = distance(before, adapted), distance(before, after)
     if change <= NOISE:
         return f"it changes nothing: log-probabilities differ by at most {change:.2g}"
-    if rest > max(NOISE, min(change / 4, _RESTORED_MAX)):
-        return f"the base is not itself again after unloading: log-probabilities differ by {rest:.2g}"
+    if residue > max(NOISE, min(change / 4, _RESTORED_MAX)):
+        return f"the base is not itself again after unloading: log-probabilities differ by {residue:.2g}"
     return None
 
 
-def distance(one: dict[int, float], other: dict[int, float]) -> float:
-    """The largest difference over the tokens that both list; infinite if they share none."""
-    return max((abs(one[token] - other[token]) for token in one.keys() & other.keys()), default=math.inf)
+def distance(first: dict[int, float], second: dict[int, float]) -> float:
+    """Returns the largest difference over the tokens that both list; infinite if they share none."""
+    return max(
+        (abs(first[token] - second[token]) for token in first.keys() & second.keys()), default=math.inf
+    )

@@ -1,7 +1,7 @@
-"""One replica brought to what the catalogue wants: new versions probed, pinned kept, retired ones dropped.
+"""Brings one replica to the registry's desired state: probes new versions, loads pinned, drops retired ones.
 
-Level-triggered: a replica looks at the catalogue's revision when it starts and once a second from then on,
-and acts on what it finds. So nothing is lost that was said while it, or a gateway, was away.
+It is level-triggered: a replica compares the registry's revision when it starts and once a second from then
+on, and acts on the difference. So no change is lost that was made while it, or a gateway, was down.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ _RETRY_S = 10.0
 
 
 class Reconciler:
-    """Keeps `engine`, which serves `base`, in step with `catalogue`."""
+    """Keeps `engine`, which serves `base`, in the state that `registry` desires."""
 
     def __init__(
         self, registry: AdapterRegistry, engine: VllmEngine, base: str, now: Callable[[], datetime]
@@ -31,14 +31,14 @@ class Reconciler:
         self._engine = engine
         self._base = base
         self._now = now
-        self._seen = -1
-        self._turn = asyncio.Lock()
+        self._revision = -1
+        self._reconciling = asyncio.Lock()
 
     async def reconcile(self) -> None:
-        """Do what is to be done, if anything changed. Raises StoreUnavailable, EngineUnavailable."""
-        async with self._turn:
+        """Applies the desired state, if it changed. Raises StoreUnavailable, EngineUnavailable."""
+        async with self._reconciling:
             revision = await asyncio.to_thread(self._registry.revision)
-            if revision == self._seen:
+            if revision == self._revision:
                 return
             desired = await asyncio.to_thread(self._registry.desired, self._base)
             for wanted in desired:
@@ -53,11 +53,11 @@ class Reconciler:
                 frozenset(wanted.ref.id for wanted in desired),
                 [wanted.ref for wanted in desired if wanted.pinned],
             )
-            # The verdicts above made revisions of their own; the next look finds nothing to do in them.
-            self._seen = revision
+            # The verdicts above made revisions of their own. The next look finds nothing to do in them.
+            self._revision = revision
 
     async def run(self) -> None:
-        """Reconcile once a second, for ever."""
+        """Reconciles once a second. Never returns."""
         while True:
             await asyncio.sleep(INTERVAL_S)
             try:
@@ -65,5 +65,5 @@ class Reconciler:
             except StoreUnavailable:
                 pass  # requests are refused meanwhile, so nobody misses an adapter
             except BespokeError:
-                log.exception("the catalogue's wishes are not carried out yet")
+                log.exception("the registry's desired state is not applied yet")
                 await asyncio.sleep(_RETRY_S)

@@ -1,1 +1,1 @@
-"""The connection between a gateway and an engine replica, and its two ends."""
+"""Carries requests and events between gateways and engine replicas; README.md explains the protocol."""

@@ -1,14 +1,9 @@
-"""How requests get to engine replicas and events back: one connection for each gateway and replica.
+"""Defines the frames between a gateway and an engine replica, and turns bytes into frames and back.
 
-Ray Serve starts, watches, scales and ends replicas, and introduces gateways to them (`Desk.meet`). From
-then on nothing of a request passes through Ray: a gateway writes it to the connection (`inbox.py`), and the
-replica (`desk.py`) answers with one frame for each step of its engine, with the events of all requests of
-that gateway. The end of a connection is the end of a process, and is known at once on the other side. What a
-Ray call costs instead: docs/performance.md.
-
-A connection is opened by the replica and begins with the gateway's token, which only Ray's calls carry. A
-frame is its length (4 bytes, big endian) and msgpack: Generate, Abort and Cancel to the replica, a Hello
-and then Frames from it.
+A frame is its length (4 bytes, big endian) and msgpack. A connection is opened by the replica and begins with
+the gateway's token, which only Ray's calls carry. Then the replica sends a Hello and Frames, and the gateway
+sends Generate, Abort and Cancel. README.md tells the protocol in plain words. docs/performance.md has the
+cost of a call through Ray instead.
 """
 
 import asyncio
@@ -30,7 +25,7 @@ TOKEN_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a gateway takes connections, and the token that it takes them for."""
+    """Names where a gateway listens for replicas, and the token that a replica must present."""
 
     host: str
     port: int
@@ -38,33 +33,43 @@ class Address:
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):
-    """The request ends with a BespokeError, pickled: both ends are this program, and have proved it."""
+    """Ends a request with an error of `serve.errors`: its type's name and its constructor's arguments."""
 
-    error: bytes
+    name: str
+    arguments: tuple[str | int | float | bool | None, ...]
 
 
 class Generate(msgspec.Struct, frozen=True, array_like=True, tag="g"):
+    """Starts a request on the replica."""
+
     request: GenerationRequest
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="a"):
+    """Stops a request's generation. The replica still sends its Finished."""
+
     request_id: str
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="c"):
-    """As Abort, but nobody waits for the request's end, and it may not have begun."""
+    """Drops a request, which may not have begun. The replica sends nothing more of it."""
 
     request_id: str
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True):
+    """Introduces a replica: the first frame after the token. `load_max` is how many requests it takes."""
+
     base: str
     replica: str
     load_max: int
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
-    """What routing goes by: requests of other gateways, adapters in memory, whether it is about to end."""
+    """Tells a gateway what its router needs to know of a replica.
+
+    `others` counts requests of other gateways, `adapters` are ids in memory, `draining` means it will end.
+    """
 
     others: int
     adapters: list[int]
@@ -75,6 +80,8 @@ Entry = tuple[str, list[Accepted | Delta | Finished | Failed]]
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
+    """Holds the events of one engine step for all requests of one gateway, or a load report."""
+
     entries: list[Entry]
     load: LoadReport | None = None
 
@@ -86,7 +93,10 @@ frames = msgspec.msgpack.Decoder(Frame)
 
 
 class FrameProtocol(asyncio.Protocol):
-    """Bytes to frames and back."""
+    """Cuts a connection's bytes into frames and writes messages as frames.
+
+    A frame that is too long or cannot be read closes the connection.
+    """
 
     def __init__(self) -> None:
         self.lost = False
@@ -97,25 +107,25 @@ class FrameProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        at = 0
-        while len(self._buffer) - at >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer, at)
-            end = at + _LENGTH.size + length
+        offset = 0
+        while len(self._buffer) - offset >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, offset)
+            end = offset + _LENGTH.size + length
             if length > _FRAME_BYTES_MAX:
                 log.error("a frame of %d bytes was announced", length)
                 self._transport.close()
                 return
             if end > len(self._buffer):
                 break
-            frame = bytes(self._buffer[at + _LENGTH.size : end])
-            at = end
+            frame = bytes(self._buffer[offset + _LENGTH.size : end])
+            offset = end
             try:
                 self._read(frame)
             except Exception:
                 log.exception("a frame could not be read")
                 self._transport.close()
                 return
-        del self._buffer[:at]
+        del self._buffer[:offset]
 
     def _read(self, frame: bytes) -> None:
         raise NotImplementedError

@@ -1,12 +1,12 @@
-"""A gateway's end of its connections to engine replicas (`channel.py`)."""
+"""Implements the gateway's side of the connections to engine replicas (see README.md)."""
 
 import asyncio
 import hmac
-import pickle
 import secrets
 from typing import Any, Protocol
 
 from serve.engine.protocol import Finished, GenerationRequest, Take
+from serve.engine.transport.errors import decode_error
 from serve.engine.transport.frames import (
     TOKEN_BYTES,
     Abort,
@@ -24,7 +24,10 @@ _TOKEN_TIMEOUT_S = 5.0
 
 
 class PendingRequest:
-    """One request on its way: what comes for it is handed to `take` as it comes."""
+    """Tracks one request that was sent to a replica and hands its events to `take` as they arrive.
+
+    `begun` is done with the first event, `over` after the last. Both fail with the request's error.
+    """
 
     def __init__(self, request: GenerationRequest, take: Take) -> None:
         loop = asyncio.get_running_loop()
@@ -39,12 +42,12 @@ class PendingRequest:
             return
         last = batch[-1]
         if isinstance(last, Failed):
-            self.end(pickle.loads(last.error))
+            self.end(decode_error(last))
             return
         self.accepted = True
         try:
             self._take(batch)
-        except Exception as error:  # a bug of the reader's ends its request, not everybody's connection
+        except Exception as error:  # a bug in `take` ends its own request, not the whole connection
             self.end(error)
             return
         if not self.begun.done():
@@ -60,27 +63,29 @@ class PendingRequest:
                 future.set_result(None)
             else:
                 future.set_exception(error)
-                future.exception()  # retrieved: whoever waited may be gone
+                future.exception()  # marks it as retrieved: the task that waited may be gone
 
 
 class ReplicaPool(Protocol):
-    """Whoever sends requests to the replicas of a base."""
+    """Sends requests to the replicas of one base, and is informed when these come and go."""
 
-    def joined(self, replica: "ReplicaConnection") -> None: ...
+    def joined(self, replica: "ReplicaConnection") -> None:
+        """A replica has introduced itself."""
 
-    def left(self, replica: "ReplicaConnection") -> None: ...
+    def left(self, replica: "ReplicaConnection") -> None:
+        """A replica's connection has ended."""
 
     def changed(self) -> None:
-        """A replica has more room than before, perhaps."""
+        """A replica may have more capacity than before."""
 
 
 class ReplicaConnection(FrameProtocol):
-    """A replica, as a gateway is connected to it."""
+    """Represents one replica in a gateway: sends requests to it and distributes the events that it sends."""
 
     def __init__(self, listener: "ReplicaListener") -> None:
         super().__init__()
-        self._inbox = listener
-        self._known = False
+        self._listener = listener
+        self._authenticated = False
         self._pool: ReplicaPool | None = None
         self._requests: dict[str, PendingRequest] = {}
         self._others = 0
@@ -91,10 +96,11 @@ class ReplicaConnection(FrameProtocol):
 
     @property
     def load(self) -> int:
-        """Its requests: this gateway's own, and those of the others when it last told."""
+        """The replica's requests: this gateway's own, and other gateways' as of its last report."""
         return len(self._requests) + self._others
 
     def start(self, pending: PendingRequest) -> None:
+        """Sends the request to the replica."""
         request = pending.request
         self._write(Generate(request))
         self._requests[request.request_id] = pending
@@ -102,13 +108,13 @@ class ReplicaConnection(FrameProtocol):
             self.adapters.add(request.adapter.id)
 
     def abort(self, request_id: str) -> bool:
-        """False if it does not have the request."""
+        """Asks the replica to stop generating. False if it does not have the request."""
         if request_id in self._requests:
             self._write(Abort(request_id))
         return request_id in self._requests
 
-    def leave(self, pending: PendingRequest) -> None:
-        """Nobody waits for the request any more."""
+    def release(self, pending: PendingRequest) -> None:
+        """Cancels the request, unless it has ended: nobody waits for it any more."""
         request_id = pending.request.request_id
         if request_id in self._requests:
             self._write(Cancel(request_id))
@@ -128,12 +134,12 @@ class ReplicaConnection(FrameProtocol):
             pending.end(EngineLost())
 
     def data_received(self, data: bytes) -> None:
-        if not self._known:
+        if not self._authenticated:
             self._buffer += data
             if len(self._buffer) < TOKEN_BYTES:
                 return
-            self._known = hmac.compare_digest(bytes(self._buffer[:TOKEN_BYTES]), self._inbox.token)
-            if not self._known:
+            self._authenticated = hmac.compare_digest(bytes(self._buffer[:TOKEN_BYTES]), self._listener.token)
+            if not self._authenticated:
                 self._transport.close()
                 self._buffer.clear()
                 return
@@ -146,17 +152,15 @@ class ReplicaConnection(FrameProtocol):
         if self._pool is None:
             hello = hellos.decode(frame)
             self.id, self.load_max = hello.replica, hello.load_max
-            self._pool = self._inbox.pools[hello.base]
+            self._pool = self._listener.pools[hello.base]
             self._pool.joined(self)
             return
-        said = frames.decode(frame)
-        if (load_report := said.load) is not None:
-            self._others, self.adapters, self.draining = (
-                load_report.others,
-                set(load_report.adapters),
-                load_report.draining,
-            )
-        for request_id, batch in said.entries:
+        message = frames.decode(frame)
+        if (load_report := message.load) is not None:
+            self._others = load_report.others
+            self.adapters = set(load_report.adapters)
+            self.draining = load_report.draining
+        for request_id, batch in message.entries:
             if (pending := self._requests.get(request_id)) is not None:
                 pending.put(batch)
                 if pending.over.done():
@@ -171,7 +175,7 @@ class ReplicaConnection(FrameProtocol):
 
 
 class ReplicaListener:
-    """Where replicas connect to a gateway. `fleets` is by base."""
+    """Listens for the connections that replicas open to this gateway. `pools` holds a pool for each base."""
 
     def __init__(self, host: str) -> None:
         self.pools: dict[str, ReplicaPool] = {}
@@ -181,7 +185,7 @@ class ReplicaListener:
         self._starting = asyncio.Lock()
 
     async def address(self) -> Address:
-        """Listens from the first call on."""
+        """Returns where replicas connect. The first call starts to listen."""
         async with self._starting:
             if self._server is None:
                 loop = asyncio.get_running_loop()

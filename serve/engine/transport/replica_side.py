@@ -1,19 +1,18 @@
-"""A replica's end of its connections to gateways (`channel.py`)."""
+"""Implements the replica's side of the connections to gateways (see README.md)."""
 
 import asyncio
 import contextlib
 import logging
-import pickle
 from functools import partial
 from typing import Any, Protocol
 
 from serve.engine.protocol import GenerationRequest, Take
+from serve.engine.transport.errors import encode_error
 from serve.engine.transport.frames import (
     Abort,
     Address,
     Cancel,
     Entry,
-    Failed,
     Frame,
     FrameProtocol,
     Generate,
@@ -25,11 +24,11 @@ from serve.errors import BespokeError, EngineFailed
 
 log = logging.getLogger(__name__)
 
-NEWS_INTERVAL_S = 0.5
+LOAD_REPORT_INTERVAL_S = 0.5
 
 
 class ServedEngine(Protocol):
-    """The part of an engine that a desk needs."""
+    """Describes the part of an engine that a ReplicaServer needs."""
 
     @property
     def loaded_adapters(self) -> list[int]:
@@ -41,38 +40,43 @@ class ServedEngine(Protocol):
 
 
 class ReplicaServer:
-    """A replica's connections, one to each gateway that it has met. `hello` is how it introduces itself."""
+    """Runs gateways' requests on one engine, over a connection to each gateway. `hello` introduces it."""
 
     def __init__(self, engine: ServedEngine, hello: Hello) -> None:
         self.engine = engine
         self.hello = hello
         self.draining = False
-        self._lines: dict[Address, GatewayConnection] = {}
-        self._meeting = asyncio.Lock()
-        self._telling: asyncio.Task[None] | None = None
+        self._connections: dict[Address, GatewayConnection] = {}
+        self._connecting = asyncio.Lock()
+        self._reporting: asyncio.Task[None] | None = None
 
     @property
     def ongoing(self) -> int:
-        return sum(len(line.running) for line in self._lines.values())
+        """Counts the requests that run here, of all gateways."""
+        return sum(len(connection.running) for connection in self._connections.values())
 
     async def connect(self, gateway: Address) -> None:
-        """Connect to `gateway`, unless that is so already. Raises OSError if it cannot be reached."""
-        async with self._meeting:
-            if self._telling is None:
-                self._telling = asyncio.create_task(self._tell())
-            self._lines = {address: line for address, line in self._lines.items() if not line.lost}
-            if gateway in self._lines:
+        """Connects to `gateway`, unless it is connected. Raises OSError if it cannot be reached."""
+        async with self._connecting:
+            if self._reporting is None:
+                self._reporting = asyncio.create_task(self._report_load())
+            self._connections = {
+                address: connection
+                for address, connection in self._connections.items()
+                if not connection.lost
+            }
+            if gateway in self._connections:
                 return
             loop = asyncio.get_running_loop()
-            transport, line = await loop.create_connection(
+            transport, connection = await loop.create_connection(
                 lambda: GatewayConnection(self), gateway.host, gateway.port
             )
             transport.write(gateway.token)
-            self._lines[gateway] = line
-            line.introduce()
+            self._connections[gateway] = connection
+            connection.introduce()
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more requests and wait for those that run."""
+        """Asks gateways for no more requests and waits for those that run."""
         self.draining = True
         self._send_load_reports()
         with contextlib.suppress(TimeoutError):
@@ -80,25 +84,28 @@ class ReplicaServer:
                 while self.ongoing:
                     await asyncio.sleep(0.05)
 
-    async def _tell(self) -> None:
+    async def _report_load(self) -> None:
         while True:
-            await asyncio.sleep(NEWS_INTERVAL_S)
+            await asyncio.sleep(LOAD_REPORT_INTERVAL_S)
             self._send_load_reports()
 
     def _send_load_reports(self) -> None:
         ongoing, adapters = self.ongoing, sorted(self.engine.loaded_adapters)
-        for line in self._lines.values():
-            line.tell(LoadReport(ongoing - len(line.running), adapters, self.draining))
+        for connection in self._connections.values():
+            connection.send_load(LoadReport(ongoing - len(connection.running), adapters, self.draining))
 
 
 class GatewayConnection(FrameProtocol):
-    """The connection to one gateway. If that goes, so does all that it has asked for."""
+    """Connects the replica to one gateway.
+
+    When the connection ends, that gateway's requests are cancelled.
+    """
 
     def __init__(self, replica_server: ReplicaServer) -> None:
         super().__init__()
         self.running: dict[str, asyncio.Task[None]] = {}
         self._replica_server = replica_server
-        self._told: LoadReport | None = None
+        self._sent_report: LoadReport | None = None
         self._entries: list[Entry] = []
         self._loop = asyncio.get_running_loop()
 
@@ -110,9 +117,9 @@ class GatewayConnection(FrameProtocol):
     def introduce(self) -> None:
         self._write(self._replica_server.hello)
 
-    def tell(self, load_report: LoadReport) -> None:
-        if not self.lost and load_report != self._told:
-            self._told = load_report
+    def send_load(self, load_report: LoadReport) -> None:
+        if not self.lost and load_report != self._sent_report:
+            self._sent_report = load_report
             self._write(Frame([], load_report))
 
     def _read(self, frame: bytes) -> None:
@@ -132,13 +139,13 @@ class GatewayConnection(FrameProtocol):
         try:
             await self._replica_server.engine.generate(request, partial(self._send, request.request_id))
         except BespokeError as error:
-            self._send(request.request_id, [Failed(pickle.dumps(error))])
+            self._send(request.request_id, [encode_error(error)])
         except Exception:
             log.exception("request %s failed", request.request_id)
-            self._send(request.request_id, [Failed(pickle.dumps(EngineFailed()))])
+            self._send(request.request_id, [encode_error(EngineFailed())])
 
     def _send(self, request_id: str, batch: list[Any]) -> None:
-        """On its way once every request of the engine's step has had its turn."""
+        """Collects the events of one engine step, and sends them in one frame after the step."""
         if self.lost:
             return
         if not self._entries:
@@ -158,11 +165,12 @@ class GatewayConnection(FrameProtocol):
                 self._write_alone(request_id, batch)
 
     def _write_alone(self, request_id: str, batch: list[Any]) -> None:
-        """So that what is wrong with one request's events is that request's alone."""
+        """Sends one request's events in a frame of their own, so that events that cannot be written end
+        their own request only."""
         try:
             self._write(Frame([(request_id, batch)]))
         except Exception:
             log.exception("request %s is ended: its events could not be written", request_id)
-            self._write(Frame([(request_id, [Failed(pickle.dumps(EngineFailed()))])]))
+            self._write(Frame([(request_id, [encode_error(EngineFailed())])]))
             if request_id in self.running:
                 self.running[request_id].cancel()

@@ -1,4 +1,4 @@
-"""vLLM behind the engine seam: AsyncLLM inside a replica.
+"""Runs one base in vLLM: AsyncLLM inside a replica, behind the Engine protocol.
 
 vLLM is imported inside functions, here and in the modules beside it: the gateway shares this package and
 must not load torch.
@@ -29,6 +29,7 @@ from serve.engine.protocol import (
     Take,
     Texts,
 )
+from serve.engine.vllm import upstream
 from serve.engine.vllm.counters import read_counters
 from serve.engine.vllm.outputs import OutputHook, OutputParser
 from serve.engine.vllm.prompts import PromptRenderer, Rendered, refusal_of
@@ -49,7 +50,7 @@ _PROBE_LOGPROBS = 20
 
 
 class VllmEngine:
-    """One AsyncLLM, its adapters and its counters. Make it with `start`."""
+    """Owns one AsyncLLM, its adapters and its counters. Make it with `start`."""
 
     def __init__(
         self,
@@ -67,12 +68,12 @@ class VllmEngine:
         self._boot = uuid.uuid4().hex
         self._cache = adapter_cache
         self._slots = slots
-        self._probed = (0, 0)
-        self._queues: dict[str, list[Any]] = {}  # of each request, one for each of its prompts
+        self._probe_tokens = (0, 0)
+        self._queues: dict[str, list[Any]] = {}  # request id → vLLM's queue for each of its prompts
         self._usage_log = UsageLog(self.abort)
         self._unloads = 0
         self._worker: dict[str, Any] = {}
-        self._moved: tuple[int, ...] = ()
+        self._residency_key: tuple[int, ...] = ()
         self.desired_count = 0  # adapter versions that this base should serve
 
     @classmethod
@@ -85,25 +86,16 @@ class VllmEngine:
         replica: str,
         otlp_endpoint: str | None = None,
     ) -> "VllmEngine":
-        """Load the base and prove with one real request that it answers. Takes tens of seconds."""
+        """Loads the base and proves with one real request that it answers. Takes tens of seconds."""
         prepare_environment(settings)
         prepare_vllm(otlp_endpoint)
-        from vllm import AsyncEngineArgs
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.async_llm import AsyncLLM
-
         targets = target_suffixes(base_dir) if settings.max_loras else []
-        args = AsyncEngineArgs(
+        llm = upstream.start_llm(
             model=str(base_dir),
             served_model_name=base,
             otlp_traces_endpoint=traces_url(otlp_endpoint) if otlp_endpoint else None,
             **engine_args(settings, targets),
         )
-        config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        # A small model may write free whitespace until its tokens are spent. Both grammar backends that
-        # `auto` chooses between know the switch; vLLM's check of the arguments overlooks that.
-        config.structured_outputs_config.disable_any_whitespace = True
-        llm = AsyncLLM.from_vllm_config(config)
         card = read_card(base_dir)
         renderer = PromptRenderer(llm, tool_parser=card.tool_parser, reasoning_parser=card.reasoning_parser)
         if not settings.max_loras:
@@ -137,9 +129,9 @@ class VllmEngine:
         return self._cache.cached_ids if self._cache else []
 
     async def logprobs(self, adapter: AdapterVersion | None) -> dict[int, float]:
-        """Log-probabilities of the likeliest first tokens of an answer: what `probe` compares.
+        """Returns log-probabilities of the likeliest first tokens of an answer, which `probe` compares.
 
-        Billed to nobody, cached for nobody. Raises EngineUnavailable, EngineLost.
+        The request is billed to nobody and cached for nobody. Raises EngineUnavailable, EngineLost.
         """
         number = f"probe-{uuid.uuid4().hex}"
         sampling = Sampling(completion_tokens_max=1, temperature=0.0, logprobs=_PROBE_LOGPROBS)
@@ -148,7 +140,10 @@ class VllmEngine:
         ((prompt,), (params,)) = rendered.inputs, rendered.params
         try:
             async with self._lora(adapter) as lora:
-                self._probed = (self._probed[0] + rendered.prompt_tokens, self._probed[1] + 1)
+                self._probe_tokens = (
+                    self._probe_tokens[0] + rendered.prompt_tokens,
+                    self._probe_tokens[1] + 1,
+                )
                 async for output in self._llm.generate(prompt, params, number, lora_request=lora):
                     (first,) = output.outputs[0].logprobs
                     return {int(token): float(entry.logprob) for token, entry in first.items()}
@@ -160,7 +155,7 @@ class VllmEngine:
         raise EngineUnavailable()
 
     async def apply_desired(self, wanted: frozenset[int], pinned: list[AdapterVersion]) -> None:
-        """Hold `pinned` in memory from now on; drop what is neither `wanted` nor in use."""
+        """Holds `pinned` in memory from now on, and drops what is neither `wanted` nor in use."""
         if self._cache is None:
             return
         self.desired_count = len(wanted)
@@ -176,14 +171,14 @@ class VllmEngine:
                 await self.unload(adapter)
 
     async def unload(self, adapter: int) -> None:
-        """Out of the slots and out of memory, unless a request still holds it."""
+        """Removes an adapter from the slots and from memory, unless a request still holds it."""
         if self._cache is not None and self._cache.drop(adapter):
             await self._llm.remove_lora(adapter)
             self._unloads += 1
 
     @contextlib.asynccontextmanager
     async def _lora(self, adapter: AdapterVersion | None) -> AsyncIterator[Any]:
-        """The adapter's LoRARequest, packed in memory and sure of a slot; None for the base."""
+        """Gives the adapter's LoRARequest, once it is packed in memory and has a slot; None for the base."""
         if adapter is None:
             yield None
             return
@@ -198,15 +193,15 @@ class VllmEngine:
         """See `serve.engine.protocol.Engine.generate`. Cancelled, it ends the request."""
         logs.set_log_context(request.request_id, trace_id=trace_id_of(request.trace_headers))
         rendered = await self._renderer.render(request)
-        reader = self._reader(request, rendered)
+        parser = self._parser(request, rendered)
         adapter = request.adapter
         cold = int(adapter is not None and self._cache is not None and not self._cache.has(adapter.id))
-        async with contextlib.AsyncExitStack() as held:
+        async with contextlib.AsyncExitStack() as resources:
             try:
-                lora = await held.enter_async_context(self._lora(request.adapter))
-                count = partial(self._final, reader, cold)
-                held.enter_context(self._usage_log.recording(request.request_id, count))
-                queues = await held.enter_async_context(self._added(request, rendered, lora, reader))
+                lora = await resources.enter_async_context(self._lora(request.adapter))
+                count = partial(self._usage, parser, cold)
+                resources.enter_context(self._usage_log.recording(request.request_id, count))
+                queues = await resources.enter_async_context(self._added(request, rendered, lora, parser))
             except BespokeError:
                 raise
             except Exception as error:
@@ -216,16 +211,16 @@ class VllmEngine:
                 raise _lost_or(EngineUnavailable(), self._llm) from error
             try:
                 take([Accepted(self._replica, self._boot, rendered.prompt_tokens, cold)])
-                tap = OutputHook(reader, take)
+                hook = OutputHook(parser, take)
                 for part, queue in enumerate(queues):
-                    tap.open(part, queue)
-                await tap.ended
+                    hook.open(part, queue)
+                await hook.ended
             except Exception as error:
-                # Nothing of vLLM's own may travel to the gateway: unpickling it there would load torch.
+                # vLLM's own errors do not travel. The gateway must know whether another replica may be tried.
                 log.exception("request %s failed in vLLM", request.request_id)
                 raise _lost_or(EngineFailed(), self._llm) from error
 
-    def _reader(self, request: GenerationRequest, rendered: Rendered) -> OutputParser:
+    def _parser(self, request: GenerationRequest, rendered: Rendered) -> OutputParser:
         tokenizer, sampling = self._renderer.tokenizer, request.sampling
         prompts = [each["prompt_token_ids"] for each in rendered.inputs]
         echo = []
@@ -238,20 +233,23 @@ class VllmEngine:
             request=rendered.request,
             samples=sampling.n,
             parser=lambda: self._renderer.parser(rendered),
-            whole=request.collect,
+            collect=request.collect,
             logprobs=sampling.logprobs,
             echo=echo,
         )
 
     @contextlib.asynccontextmanager
     async def _added(
-        self, request: GenerationRequest, rendered: Rendered, lora: Any, reader: OutputParser
+        self, request: GenerationRequest, rendered: Rendered, lora: Any, parser: OutputParser
     ) -> AsyncIterator[list[Any]]:
-        """vLLM's queues of outputs, one for each prompt; what `reader` has not seen the end of is aborted."""
+        """Adds the request to vLLM and gives its queues of outputs, one for each prompt.
+
+        At the end of the block it aborts the request, unless `parser` has seen its end.
+        """
         queues = self._queues[request.request_id] = []
         try:
             for part, (prompt, params) in enumerate(zip(rendered.inputs, rendered.params, strict=True)):
-                name = _part(request.request_id, part)
+                name = _name(request.request_id, part)
                 headers = request.trace_headers
                 queues.append(
                     await self._llm.add_request(
@@ -261,31 +259,34 @@ class VllmEngine:
             yield queues
         finally:
             del self._queues[request.request_id]
-            if not reader.finished:
+            if not parser.finished:
                 await self._abort(queues)
-                # What vLLM has counted is in its queues, or a tap has read it, and must be known (`finals`).
+                # What vLLM has counted by now lies in its queues, unless a hook took it; the usage log needs
+                # it.
                 for part, queue in enumerate(queues):
                     if (output := queue.get_nowait()) is not None:
-                        reader.read(part, output)
+                        parser.read(part, output)
             for queue in queues:
                 queue.close()
 
-    def _final(self, reader: OutputParser, cold_loads: int) -> RequestUsage:
-        return RequestUsage(self._replica, self._boot, Tokens(*reader.counts), cold_loads=cold_loads)
+    def _usage(self, parser: OutputParser, cold_loads: int) -> RequestUsage:
+        return RequestUsage(self._replica, self._boot, Tokens(*parser.counts), cold_loads=cold_loads)
 
     async def final_usage(self, request_id: str) -> RequestUsage | None:
-        """See `serve.engine.protocol.Engine.final_usage`: this replica's, None if it has done nothing."""
+        """Returns this replica's final usage of the request, None if it has done nothing for it.
+
+        See `serve.engine.protocol.Engine.final_usage`.
+        """
         return await self._usage_log.final_usage(request_id)
 
     async def abort(self, request_id: str) -> None:
         await self._abort(self._queues.get(request_id, ()))
 
     async def _abort(self, queues: Iterable[Any]) -> None:
-        """By vLLM's own names: by ours it would keep for ever what several samples have in common."""
-        await self._llm.abort([queue.request_id for queue in queues], internal=True)
+        await upstream.abort(self._llm, queues)
 
     async def counters(self) -> Counters:
-        """vLLM's own counters, read from its Prometheus registry."""
+        """Returns vLLM's own counters, read from its Prometheus registry."""
         prompt_tokens, completion_tokens, running, load = read_counters()
         return Counters(
             self._base,
@@ -293,28 +294,28 @@ class VllmEngine:
             self._boot,
             prompt_tokens,
             completion_tokens,
-            *self._probed,
+            *self._probe_tokens,
             running,
             await self._residency((prompt_tokens, completion_tokens, running)),
             load,
         )
 
-    async def _residency(self, moved: tuple[int, ...]) -> Residency:
-        """`moved` is what changes whenever a worker's slots can have changed.
+    async def _residency(self, counts: tuple[int, ...]) -> Residency:
+        """Counts adapters by tier. It asks the worker only if `counts` show that slots can have changed.
 
-        Only then is the worker asked, which answers between two steps. Workers in processes of their own
-        wait actively for a second after each call: a fifth of a core, if a steward asks every five seconds.
+        The worker answers between two steps. Workers in processes of their own wait actively for a second
+        after each call: a fifth of a core, if a steward asks every five seconds.
         """
         if self._cache is None or self._slots is None:
             return Residency()
-        moved += (self._cache.loads, self._cache.evictions, self._unloads)
-        if moved != self._moved:
+        counts += (self._cache.loads, self._cache.evictions, self._unloads)
+        if counts != self._residency_key:
             try:
                 (self._worker, *_) = await self._llm.collective_rpc("bespoke_residency")
             except Exception as error:
-                log.exception("vLLM does not tell what it holds")
+                log.exception("vLLM does not answer which adapters it holds")
                 raise _lost_or(EngineUnavailable(), self._llm) from error
-            self._moved = moved
+            self._residency_key = counts
         worker = self._worker
         return Residency(
             slots=len(worker["slots"]),
@@ -342,21 +343,24 @@ class VllmEngine:
 
 
 def _lost_or(error: BespokeError, llm: Any) -> BespokeError:
-    """EngineLost if vLLM's core process has died, so that the gateway tries another replica; else `error`."""
+    """Returns EngineLost if vLLM's core process has died, so that another replica is tried; else `error`."""
     return EngineLost() if llm.errored else error
 
 
 async def _layout(llm: Any) -> Layout | None:
-    (found, *_) = await llm.collective_rpc("bespoke_layout")
-    if found is None:
+    (layout, *_) = await llm.collective_rpc("bespoke_layout")
+    if layout is None:
         log.warning("adapters of this model are loaded by vLLM's own loader, within its steps")
         return None
-    layers = (Layer(tuple(parts), width, tuple(outs)) for parts, width, outs in found["layers"])
-    return Layout(tuple(layers), found["dtype"])
+    layers = (Layer(tuple(parts), width, tuple(outs)) for parts, width, outs in layout["layers"])
+    return Layout(tuple(layers), layout["dtype"])
 
 
 def _preload(llm: Any) -> Callable[[AdapterVersion, Path], Awaitable[None]]:
-    """vLLM's own loading, before the first request: an error there is an answer, in a step it is the end."""
+    """Returns a function that loads an adapter in vLLM before its first request.
+
+    An error there refuses the request. Within a step of the engine it would end the engine.
+    """
     from vllm.lora.request import LoRARequest
 
     async def preload(ref: AdapterVersion, path: Path) -> None:
@@ -370,6 +374,6 @@ def _preload(llm: Any) -> Callable[[AdapterVersion, Path], Awaitable[None]]:
     return preload
 
 
-def _part(request_id: str, part: int) -> str:
-    """What vLLM calls the request for one of several prompts."""
+def _name(request_id: str, part: int) -> str:
+    """Names the request for one of several prompts in vLLM."""
     return f"{request_id}.{part}" if part else request_id

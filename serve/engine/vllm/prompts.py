@@ -1,8 +1,8 @@
-"""From a request to what vLLM computes: prompt tokens and sampling parameters.
+"""Renders a request into vLLM's input: prompt tokens and sampling parameters.
 
-The chat template, tools and structured output are vLLM's own code (`vllm.renderers`), which knows the formats
-of the models; here is only the translation of our typed request into vLLM's and of its refusals into ours.
-vLLM is imported inside functions: the gateway shares this package and must not load torch.
+Chat templates, tools and structured output are vLLM's own code (`vllm.renderers`), which knows the models'
+formats. This module translates our typed request into vLLM's, and vLLM's refusals into ours. vLLM is imported
+inside functions: the gateway shares this package and must not load torch.
 """
 
 import json
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.engine.protocol import GenerationRequest, Message, Texts, Toolbox
+from serve.engine.vllm import upstream
 from serve.errors import BespokeError, ContextLengthExceeded, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """What vLLM gets: an input and parameters for each prompt; `request` is the whole in vLLM's own form."""
+    """Holds vLLM's input and parameters for each prompt. `request` is vLLM's own form of it."""
 
     request: Any
     inputs: list[Any]
@@ -30,24 +31,12 @@ class Rendered:
 
 
 class PromptRenderer:
-    """Renders for one AsyncLLM. The parsers are names of vLLM's, or None where the base has none."""
+    """Renders requests for one AsyncLLM. The parsers are vLLM's names, or None where the base has none."""
 
     def __init__(self, llm: Any, *, tool_parser: str | None, reasoning_parser: str | None) -> None:
-        from vllm.renderers.online_renderer import OnlineRenderer
-
         self._config = llm.model_config
-        self._tools = tool_parser is not None
-        self._online = OnlineRenderer(
-            llm.model_config,
-            llm.renderer,
-            request_logger=None,
-            chat_template=None,
-            chat_template_content_format="auto",
-            enable_auto_tools=self._tools,
-            exclude_tools_when_tool_choice_none=True,
-            tool_parser=tool_parser,
-            reasoning_parser=reasoning_parser,
-        )
+        self._has_tools = tool_parser is not None
+        self._online = upstream.make_renderer(llm, tool_parser=tool_parser, reasoning_parser=reasoning_parser)
 
     @property
     def context_tokens_max(self) -> int:
@@ -58,83 +47,71 @@ class PromptRenderer:
         return self._online.renderer.get_tokenizer()
 
     async def render(self, request: GenerationRequest) -> Rendered:
-        """Raises InvalidRequest, ContextLengthExceeded."""
-        where = "prompt" if isinstance(request.prompt, Texts) else "messages"
+        """Renders `request`. Raises InvalidRequest, ContextLengthExceeded."""
+        param = "prompt" if isinstance(request.prompt, Texts) else "messages"
         from vllm.exceptions import VLLMValidationError
 
         try:
             if isinstance(request.prompt, Texts):
-                asked, inputs = await self._texts(request, request.prompt)
+                vllm_request, inputs = await self._texts(request, request.prompt)
             else:
-                asked, inputs = await self._chat(request, request.prompt)
+                vllm_request, inputs = await self._chat(request, request.prompt)
         except BespokeError:
             raise
         except VLLMValidationError as error:
             if error.parameter in ("input_tokens", "input_text"):
-                raise self._too_long(request, error.value, where) from error
-            raise InvalidRequest(error.args[0], where, "invalid_value") from error
+                raise self._too_long(request, error.value, param) from error
+            raise InvalidRequest(error.args[0], param, "invalid_value") from error
         except Exception as error:
             # A template refuses conversations that its model was not made for, each with an error of its own.
             log.info("request %s cannot be rendered", request.request_id, exc_info=True)
-            raise InvalidRequest("The model's chat template refuses these messages.", where) from error
+            raise InvalidRequest("The model's chat template refuses these messages.", param) from error
         if not inputs or not all(each["prompt_token_ids"] for each in inputs):
-            raise InvalidRequest("The prompt is empty.", where, "invalid_value")
-        return Rendered(asked, inputs, [self._params(request, asked, each, where) for each in inputs])
+            raise InvalidRequest("The prompt is empty.", param, "invalid_value")
+        return Rendered(
+            vllm_request, inputs, [self._params(request, vllm_request, each, param) for each in inputs]
+        )
 
     def parser(self, rendered: Rendered) -> Any:
-        """A new parser of vLLM's for one choice; None if its text is the answer as it stands."""
-        made, asked = self._online.parser, rendered.request
-        plain = made is None or not hasattr(asked, "messages")
-        if plain or (made.reasoning_parser_cls is None and not (asked.tools and asked.tool_choice != "none")):
-            return None
-        kwargs = self._online.effective_chat_template_kwargs(asked)
-        parser = made(self.tokenizer, asked.tools, chat_template_kwargs=kwargs, model_config=self._config)
-        parser.set_prompt_token_ids(rendered.inputs[0]["prompt_token_ids"])
-        return parser
+        """Makes one of vLLM's parsers for one choice; None if its text is the answer as it stands."""
+        return upstream.make_parser(self._online, rendered.request, rendered.inputs[0]["prompt_token_ids"])
 
     async def _chat(self, request: GenerationRequest, messages: tuple[Message, ...]) -> tuple[Any, list[Any]]:
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-
-        asked = ChatCompletionRequest(
+        vllm_request = upstream.chat_request(
             messages=[_message(message) for message in messages],
             logprobs=request.sampling.logprobs is not None,
             top_logprobs=request.sampling.logprobs or 0,
             reasoning_effort=request.reasoning_effort,
-            **self._tools_of(request.toolbox),
+            **self._tool_fields(request.toolbox),
             **_common(request),
         )
-        result = await self._online.render_chat(asked)
+        result = await self._online.render_chat(vllm_request)
         if not isinstance(result, tuple):
             raise InvalidRequest(result.error.message, result.error.param, "invalid_value")
-        if asked.structured_outputs is not None and asked.structured_outputs.structural_tag is not None:
-            tag = json.loads(asked.structured_outputs.structural_tag)
-            _bound_whitespace(tag)
-            asked.structured_outputs.structural_tag = json.dumps(tag)
-        return asked, result[1]
+        upstream.bound_whitespace(vllm_request)
+        return vllm_request, result[1]
 
     async def _texts(self, request: GenerationRequest, texts: Texts) -> tuple[Any, list[Any]]:
-        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
-        asked = CompletionRequest(
+        vllm_request = upstream.completion_request(
             prompt=[text if isinstance(text, str) else list(text) for text in texts.prompts],
             logprobs=request.sampling.logprobs,
             echo=request.sampling.echo,
             **_common(request),
         )
-        result = await self._online.render_completion(asked)
+        result = await self._online.render_completion(vllm_request)
         if not isinstance(result, list):
             raise InvalidRequest(result.error.message, result.error.param, "invalid_value")
-        return asked, result
+        return vllm_request, result
 
-    def _tools_of(self, toolbox: Toolbox | None) -> dict[str, Any]:
+    def _tool_fields(self, toolbox: Toolbox | None) -> dict[str, Any]:
         if toolbox is None:
             return {}
-        if not self._tools and toolbox.choice != "none":
+        if not self._has_tools and toolbox.choice != "none":
             raise InvalidRequest("This model does not support tools.", "tools", "unsupported_parameter")
         choice: Any = toolbox.choice
         if toolbox.function is not None:
             choice = {"type": "function", "function": {"name": toolbox.function}}
-        # Unless told otherwise a call's arguments follow their schema: small models need the grammar for it.
+        # By default a call's arguments must follow their schema: small models need the grammar for it.
         functions = [
             {"name": tool.name, "description": tool.description, "strict": tool.strict is not False}
             | ({"parameters": json.loads(tool.parameters)} if tool.parameters else {})
@@ -143,16 +120,16 @@ class PromptRenderer:
         tools = [{"type": "function", "function": function} for function in functions]
         return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": toolbox.parallel}
 
-    def _params(self, request: GenerationRequest, asked: Any, rendered: Any, where: str) -> Any:
+    def _params(self, request: GenerationRequest, vllm_request: Any, rendered: Any, param: str) -> Any:
         sampling = request.sampling
         prompt_tokens = len(rendered["prompt_token_ids"])
-        room, wanted = self._context(request) - prompt_tokens, sampling.completion_tokens_max
-        if room < (wanted or 1):
-            where = request.length_param if wanted and room > 0 else where
-            raise self._too_long(request, prompt_tokens, where)
+        available, requested = self._context(request) - prompt_tokens, sampling.completion_tokens_max
+        if available < (requested or 1):
+            param = request.length_param if requested and available > 0 else param
+            raise self._too_long(request, prompt_tokens, param)
         try:
-            params = asked.to_sampling_params(wanted or room, {})
-            if sampling.logprobs is None and hasattr(asked, "messages"):
+            params = vllm_request.to_sampling_params(requested or available, {})
+            if sampling.logprobs is None and hasattr(vllm_request, "messages"):
                 params.logprobs = None
             return params
         except Exception as error:
@@ -163,14 +140,14 @@ class PromptRenderer:
     def _context(self, request: GenerationRequest) -> int:
         return min(self.context_tokens_max, request.context_tokens_max or self.context_tokens_max)
 
-    def _too_long(self, request: GenerationRequest, tokens: Any, where: str) -> ContextLengthExceeded:
+    def _too_long(self, request: GenerationRequest, tokens: Any, param: str) -> ContextLengthExceeded:
         limit = self._context(request)
-        count = tokens if isinstance(tokens, int) else limit + 1  # vLLM stops counting where it is too much
-        return ContextLengthExceeded(limit, count, request.sampling.completion_tokens_max or 1, where)
+        count = tokens if isinstance(tokens, int) else limit + 1  # vLLM stops counting at its limit
+        return ContextLengthExceeded(limit, count, request.sampling.completion_tokens_max or 1, param)
 
 
 def refusal_of(error: Exception) -> InvalidRequest | None:
-    """vLLM's refusal of a request in our terms; None if it is none."""
+    """Translates vLLM's refusal of a request into ours; None for any other error."""
     from vllm.exceptions import VLLMClientError
 
     if not isinstance(error, VLLMClientError | ValueError):
@@ -180,7 +157,10 @@ def refusal_of(error: Exception) -> InvalidRequest | None:
 
 
 def _common(request: GenerationRequest) -> dict[str, Any]:
-    """The fields that vLLM's chat and completion requests share. Streamed: then outputs are deltas."""
+    """Returns the fields that vLLM's chat and completion requests share.
+
+    They stream: outputs are then deltas.
+    """
     sampling = request.sampling
     fields: dict[str, Any] = {
         "stream": True,
@@ -206,19 +186,6 @@ def _common(request: GenerationRequest) -> dict[str, Any]:
             else {"type": "json_schema", "json_schema": {"name": "answer", "schema": json.loads(schema)}}
         )
     return fields
-
-
-def _bound_whitespace(tag: Any) -> None:
-    """In tool calls too (see `VllmEngine.start`): one space may follow a comma, and no more."""
-    if isinstance(tag, dict):
-        if tag.get("type") == "json_schema" and "json_schema" in tag:
-            tag["max_whitespace_cnt"] = 1
-            return
-        for part in tag.values():
-            _bound_whitespace(part)
-    elif isinstance(tag, list):
-        for part in tag:
-            _bound_whitespace(part)
 
 
 def _message(message: Message) -> dict[str, Any]:

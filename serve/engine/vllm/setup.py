@@ -1,29 +1,25 @@
-"""How vLLM is set up in a replica's process: its variables, its arguments, its threads."""
+"""Sets up vLLM in a replica's process: its variables, its arguments, its threads."""
 
 import os
 from typing import Any
 
+from serve.engine.vllm.upstream import CPU_EXECUTOR
 from serve.settings import EngineSettings
-
-# vLLM's core computes in its own process, as on a GPU. On CPUs vLLM would start a worker process, because
-# OpenMP's threads can only be set before a process starts, and each would wait actively for the other: a core
-# less to compute on. We set the threads before the core starts (docs/performance.md).
-CPU_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def prepare_environment(settings: EngineSettings) -> None:
-    """vLLM reads these at import and in the processes it starts."""
+    """Sets the variables that vLLM reads at import and in the processes it starts."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # its internal sockets stay on this machine
     if settings.device == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))
-        # Not by default: Ray's workers have a 1 there.
+        # Not `setdefault`: Ray's workers have a 1 there.
         os.environ["OMP_NUM_THREADS"] = str(settings.compute_threads or 1)
 
 
 def engine_args(settings: EngineSettings, lora_targets: list[str]) -> dict[str, Any]:
-    """vLLM's arguments for a replica; without `lora_targets` it serves no adapters."""
+    """Returns vLLM's arguments for a replica. Without `lora_targets` it serves no adapters."""
     args: dict[str, Any] = {
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
@@ -52,18 +48,11 @@ def engine_args(settings: EngineSettings, lora_targets: list[str]) -> dict[str, 
 
 
 def compute_on_one_thread() -> None:
-    """For a replica's process: to pack an adapter takes 34 ms so, and 48 on all threads.
+    """Limits PyTorch to one thread in a replica's process: packing an adapter takes 34 ms, 48 on all threads.
 
-    vLLM computes in a process of its own. The tensors are small, and other threads would wait actively
-    on its cores.
+    vLLM computes in a process of its own. The tensors here are small, and other threads would wait actively
+    on vLLM's cores.
     """
     import torch
 
     torch.set_num_threads(1)
-
-
-def read_variables_once() -> None:
-    """For a replica's process, once its engine runs: vLLM looks several up for every token."""
-    from vllm.envs import enable_envs_cache
-
-    enable_envs_cache()

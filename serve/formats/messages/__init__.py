@@ -1,1 +1,1 @@
-"""Anthropic's Messages API: request, content blocks, message."""
+"""Translates Anthropic's Messages API: request, content blocks, message."""

@@ -1,7 +1,7 @@
-"""An answer's content as it grows: each delta changes blocks, and makes the events that tell of it.
+"""Builds a message's content blocks from deltas, and the stream events of each change.
 
 docs.anthropic.com/en/docs/build-with-claude/streaming: a block starts, grows and stops before the next one
-starts. An answer that comes whole goes the same way, as one delta whose events nobody is sent.
+starts. A complete answer takes the same path, as one delta whose events are discarded; so both agree.
 """
 
 import json
@@ -10,24 +10,27 @@ from typing import Any
 
 from serve.engine.protocol import Delta, ToolCall
 from serve.errors import EngineFailed
-from serve.inference.request import Choice
+from serve.inference.answer import Choice
 
 Json = dict[str, Any]
 
 
 class Blocks:
-    """The content of one answer. Reasoning is not part of it: nobody could ask for it."""
+    """Holds the content of one answer. Reasoning is left out: no request of ours can ask for it."""
 
     def __init__(self, message_id: str) -> None:
         self.content: list[Json] = []
         self._message_id = message_id
-        self._open: int | str | None = None  # the call's index, or "text"
+        self._open: int | str | None = None  # the open block: a tool call's index, or "text"
         self._arguments = ""
         self._finish_reason: str | None = None
         self._stop_sequence: str | None = None
 
     def take(self, delta: Delta) -> Iterator[Json]:
-        """Raises EngineFailed if a call goes on after the next one has begun: no event could say so."""
+        """Add a delta, and yield its events.
+
+        Raises EngineFailed if a call goes on after the next one has begun: no event can express that.
+        """
         self._finish_reason = delta.finish_reason or self._finish_reason
         self._stop_sequence = delta.stop_sequence or self._stop_sequence
         if delta.text:
@@ -35,18 +38,17 @@ class Blocks:
                 yield from self._start("text", {"type": "text", "text": ""})
             self.content[-1]["text"] += delta.text
             yield self._grow({"type": "text_delta", "text": delta.text})
-        for piece in delta.tool_calls:
-            yield from self._call(piece)
+        for call in delta.tool_calls:
+            yield from self._take_call(call)
 
-    def whole(self, choice: Choice) -> None:
-        """Take an answer that is complete, and end."""
-        calls = tuple(choice.tool_calls)
+    def take_complete(self, choice: Choice) -> None:
+        """Add a complete answer, and stop."""
         delta = Delta(
             choice.index,
             choice.text,
             0,
             choice.finish_reason,
-            tool_calls=calls,
+            tool_calls=tuple(choice.tool_calls),
             stop_sequence=choice.stop_sequence,
         )
         for _ in (*self.take(delta), *self.stop()):
@@ -62,8 +64,8 @@ class Blocks:
         yield {"type": "content_block_stop", "index": len(self.content) - 1}
 
     @property
-    def end(self) -> Json:
-        """Why the message ended, as its last fields say it."""
+    def ending(self) -> Json:
+        """The message's fields about why it ended."""
         reason = self._stop_reason()
         return {
             "stop_reason": reason,
@@ -77,17 +79,17 @@ class Blocks:
             return "stop_sequence"
         return "tool_use" if any(block["type"] == "tool_use" for block in self.content) else "end_turn"
 
-    def _call(self, piece: ToolCall) -> Iterator[Json]:
-        if piece.index != self._open:
-            if piece.name is None:
+    def _take_call(self, call: ToolCall) -> Iterator[Json]:
+        if call.index != self._open:
+            if call.name is None:
                 raise EngineFailed()
-            used = piece.id or f"toolu_{self._message_id.removeprefix('msg_')}{piece.index:02x}"
-            block = {"type": "tool_use", "id": used, "name": piece.name, "input": {}}
-            yield from self._start(piece.index, block)
+            call_id = call.id or f"toolu_{self._message_id.removeprefix('msg_')}{call.index:02x}"
+            block = {"type": "tool_use", "id": call_id, "name": call.name, "input": {}}
+            yield from self._start(call.index, block)
             self._arguments = ""
-        if piece.arguments:
-            self._arguments += piece.arguments
-            yield self._grow({"type": "input_json_delta", "partial_json": piece.arguments})
+        if call.arguments:
+            self._arguments += call.arguments
+            yield self._grow({"type": "input_json_delta", "partial_json": call.arguments})
 
     def _start(self, key: int | str, block: Json) -> Iterator[Json]:
         yield from self.stop()
@@ -104,12 +106,12 @@ class Blocks:
 
 
 def _input(arguments: str) -> Json:
-    """The call's arguments; what is no object (it was cut short) goes where Anthropic's own clients put it.
+    """The call's arguments. Arguments that were cut short go where Anthropic's own clients put them.
 
     docs.anthropic.com/en/docs/agents-and-tools/tool-use/fine-grained-tool-streaming, "invalid JSON".
     """
     try:
-        found = json.loads(arguments or "{}")
+        parsed = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {"INVALID_JSON": arguments}
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {"INVALID_JSON": arguments}

@@ -1,4 +1,4 @@
-"""POST /v1/messages: the body into a Call, the generation into a message or its events."""
+"""Writes the answer to `POST /v1/messages`: one message object, or its stream of events."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -7,38 +7,38 @@ from serve.billing.pricing.plans import Tokens
 from serve.errors import BespokeError
 from serve.formats.errors import anthropic_body_of
 from serve.formats.messages.blocks import Blocks
-from serve.formats.shape import dumps
+from serve.formats.response_format import dumps
 from serve.inference.generation import Generation
 from serve.inference.request import GenerationResult
 
 Json = dict[str, Any]
 
 
-def whole(result: GenerationResult) -> Json:
-    """The message of a generation that has gathered its answer."""
+def complete_message(result: GenerationResult) -> Json:
+    """The message of a request that collects its answer."""
     assert result.choices
     blocks = Blocks(_id(result))
-    blocks.whole(result.choices[0])
-    return _message(result, blocks.content) | blocks.end
+    blocks.take_complete(result.choices[0])
+    return _message(result, blocks.content) | blocks.ending
 
 
 async def events(generation: Generation) -> AsyncIterator[bytes]:
-    """The message's events — docs.anthropic.com/en/docs/build-with-claude/streaming."""
+    """The message's server-sent events — docs.anthropic.com/en/docs/build-with-claude/streaming."""
     blocks = Blocks(_id(generation.result))
     yield _event({"type": "message_start", "message": _message(generation.result, [])})
     try:
         async for batch in generation:
-            yield b"".join(_event(one) for delta in batch for one in blocks.take(delta))
+            yield b"".join(_event(event) for delta in batch for event in blocks.take(delta))
     except BespokeError as error:
         yield _event(anthropic_body_of(error))
         return
     closing = b"".join(map(_event, blocks.stop()))
-    closing += _event({"type": "message_delta", "delta": blocks.end, "usage": usage(generation.tokens)})
+    closing += _event({"type": "message_delta", "delta": blocks.ending, "usage": usage(generation.tokens)})
     yield closing + _event({"type": "message_stop"})
 
 
 def usage(tokens: Tokens) -> Json:
-    """Cached prompt tokens are counted apart, and nobody pays to write the cache."""
+    """Anthropic's `usage` object: cached prompt tokens are counted apart; writing the cache is free."""
     return {
         "input_tokens": tokens.prompt - tokens.cached,
         "cache_creation_input_tokens": 0,

@@ -1,4 +1,4 @@
-"""POST /v1/messages: the body into a Call, the generation into a message or its events."""
+"""Describes the Messages API's answers for the OpenAPI document; see `serve.api.schemas`."""
 
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ class ToolUseContent(BaseModel):
 
 
 class MessageUsage(BaseModel):
-    """`input_tokens` are those that were not found in the cache."""
+    """`input_tokens` leaves out the tokens that were found in the cache."""
 
     input_tokens: int
     cache_creation_input_tokens: int
@@ -38,7 +38,7 @@ class AnthropicMessage(BaseModel):
 
 
 class AnthropicEvent(BaseModel):
-    """One of Anthropic's typed events; what else it holds depends on its type."""
+    """One of Anthropic's typed events. Its other fields depend on its type."""
 
     type: str
 

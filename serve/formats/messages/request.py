@@ -1,7 +1,7 @@
-"""The body of `POST /v1/messages` — docs.anthropic.com/en/api/messages.
+"""Parses the body of `POST /v1/messages` — docs.anthropic.com/en/api/messages.
 
-As in `serve.formats.sampling`: unknown fields are ignored; what would change the answer and is not
-done is refused by name. `anthropic.types.MessageCreateParams` is the reference.
+The rules are those of `serve.formats.sampling`: unknown fields are ignored, and a field that would change the
+answer but is not implemented is refused by name. Reference: `anthropic.types.MessageCreateParams`.
 """
 
 import json
@@ -18,7 +18,7 @@ from serve.formats.sampling import RequestBounds, refuse
 
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 
-# Known fields, each with the values that ask for nothing we lack.
+# Anthropic's fields that are not implemented, each with the values that change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "container": (),
     "context_management": (),
@@ -49,12 +49,12 @@ class ToolResultBlock(BaseModel):
 
 
 class ThinkingBlock(BaseModel):
-    """An earlier answer's thinking, sent back with the rest of it: no template wants it."""
+    """An earlier answer's thinking that the client sends back. No chat template takes it."""
 
     type: Literal["thinking", "redacted_thinking"]
 
 
-# Capitals, because `wire.parse` leaves such names out of the path of a field that is wrong.
+# In capitals, because `sampling.parse` leaves such names out of the path of a wrong field.
 _TAGS = {
     "text": "TextBlock",
     "tool_use": "ToolUseBlock",
@@ -85,7 +85,7 @@ class AnthropicTurn(BaseModel):
     content: str | list[Block]
 
     def messages(self) -> Iterator[Message]:
-        """In the engine's terms: a tool's result is a message of its own, a call joins the text before."""
+        """The turn in the engine's terms: a tool's result is its own message; a call joins its text."""
         text: str | None = None
         calls: list[ToolCall] = []
         blocks = [TextBlock(text=self.content)] if isinstance(self.content, str) else self.content
@@ -133,7 +133,7 @@ class AnthropicToolChoice(BaseModel):
 
 
 class Thinking(BaseModel):
-    # With "adaptive" it is the model that decides.
+    # "adaptive" leaves the decision to the model.
     type: Literal["disabled", "adaptive"]
 
 
@@ -197,18 +197,21 @@ class MessagesRequest(BaseModel):
         return self
 
     def prompt(self, limits: RequestBounds) -> tuple[Message, ...]:
-        """Raises InvalidRequest if there are too many, or one is the result of a use that is not there."""
+        """The messages in the engine's terms.
+
+        Raises InvalidRequest if there are too many, or a tool_result belongs to no earlier tool_use.
+        """
         system = [] if self.system is None else [Message("system", _text(self.system))]
-        found = [*system, *(one for given in self.messages for one in given.messages())]
-        bound("messages", len(found), limits.messages, "messages, each tool_result counted as one")
-        used: set[str | None] = set()
-        for message in found:
-            used |= {call.id for call in message.tool_calls}
-            if message.role == "tool" and message.tool_call_id not in used:
+        messages = [*system, *(message for turn in self.messages for message in turn.messages())]
+        bound("messages", len(messages), limits.messages, "messages, each tool_result counted as one")
+        call_ids: set[str | None] = set()
+        for message in messages:
+            call_ids |= {call.id for call in message.tool_calls}
+            if message.role == "tool" and message.tool_call_id not in call_ids:
                 raise InvalidRequest(
                     f"There is no tool_use '{message.tool_call_id}' for this tool_result.", "messages"
                 )
-        return tuple(found)
+        return tuple(messages)
 
     def toolbox(self, limits: RequestBounds) -> Toolbox | None:
         if not self.tools:
@@ -232,18 +235,21 @@ class MessagesRequest(BaseModel):
         bound("max_tokens", self.max_tokens, limits.completion_tokens)
         stop = tuple(self.stop_sequences or ())
         bound("stop_sequences", len(stop), limits.stop_sequences, "stop sequences")
-        asked = self.output_config.format if self.output_config else None
+        output = self.output_config.format if self.output_config else None
         return Sampling(
             completion_tokens_max=self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
             stop=stop,
-            format=JsonFormat(schema_text(asked.document, "output_config.format.schema")) if asked else None,
+            format=JsonFormat(schema_text(output.document, "output_config.format.schema"))
+            if output
+            else None,
         )
 
     @property
     def reasoning_effort(self) -> str | None:
+        """The effort in OpenAI's words, which the chat templates know."""
         effort = self.output_config.effort if self.output_config else None
         return "xhigh" if effort == "max" else effort
 

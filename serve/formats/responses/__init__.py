@@ -1,1 +1,1 @@
-"""OpenAI's Responses API: request, items, response object, events."""
+"""Translates OpenAI's Responses API: request, items, response object, events."""

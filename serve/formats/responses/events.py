@@ -1,4 +1,4 @@
-"""A streamed response: typed, numbered events.
+"""Streams a response as typed, numbered server-sent events.
 
 platform.openai.com/docs/api-reference/responses-streaming.
 """
@@ -11,19 +11,19 @@ from typing import Any
 
 from serve.client_data.stored_responses import StoredResponses
 from serve.errors import BespokeError
-from serve.formats.responses.shape import ResponseObjectFormat
-from serve.formats.shape import dumps
+from serve.formats.response_format import dumps
+from serve.formats.responses.builder import ResponseBuilder
 from serve.inference.generation import Generation
 
 log = logging.getLogger(__name__)
 
 
 async def events(
-    generation: Generation, shape: ResponseObjectFormat, responses: StoredResponses | None, tenant: str
+    generation: Generation, builder: ResponseBuilder, responses: StoredResponses | None, tenant: str
 ) -> AsyncIterator[bytes]:
-    """The events of one response, in as many pieces as the engine has steps.
+    """The events of one response, in one chunk per engine step.
 
-    responses: where to store it, before its last event is sent; None if it is not to be stored.
+    responses: where the response is stored before its last event is sent; None if it is not stored.
     """
     numbers = itertools.count()
 
@@ -31,29 +31,29 @@ async def events(
         data = dumps({"type": kind, "sequence_number": next(numbers)} | body)
         return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
 
-    output, begun = shape.output(), shape.begun(generation.result)
-    yield event("response.created", {"response": begun}) + event("response.in_progress", {"response": begun})
+    output, started = builder.output(), {"response": builder.in_progress(generation.result)}
+    yield event("response.created", started) + event("response.in_progress", started)
     try:
         async for batch in generation:
-            yield b"".join(event(one["type"], one) for delta in batch for one in output.take(delta))
+            yield b"".join(event(body["type"], body) for delta in batch for body in output.take(delta))
     except BespokeError as error:
-        yield event("response.failed", {"response": shape.failed(generation.result, output, error)})
+        yield event("response.failed", {"response": builder.failed(generation.result, output, error)})
         return
-    closing = b"".join(event(one["type"], one) for one in output.end())
+    closing = b"".join(event(body["type"], body) for body in output.end())
     result = generation.result
-    body = shape.ended(result, output, stored=responses is not None)
+    response = builder.ended(result, output, stored=responses is not None)
     if responses is not None:
         try:
             await asyncio.to_thread(
                 responses.store,
                 tenant,
                 result.request.request_id,
-                shape.to_store(body),
+                builder.to_store(response),
                 at=result.created_at,
             )
         except Exception:
-            # The answer is complete and billed: better told that it is not stored than called a failure.
+            # The answer is complete and billed, so it is not a failure: the client learns it is not stored.
             log.exception("response of %s is not stored", result.request.request_id)
-            body = body | {"store": False}
+            response = response | {"store": False}
     kind = "response.completed" if output.complete else "response.incomplete"
-    yield closing + event(kind, {"response": body})
+    yield closing + event(kind, {"response": response})

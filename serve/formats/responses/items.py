@@ -1,7 +1,7 @@
-"""Items: what a conversation is made of in the Responses API, and the messages that a model reads.
+"""Converts the Responses API's items: input to stored items, items to the messages that a model reads.
 
-An item is plain JSON in OpenAI's shape (`openai.types.responses.ResponseItem`), as clients read it and as it
-is stored.
+An item is plain JSON in OpenAI's format (`openai.types.responses.ResponseItem`); clients read it and the
+store keeps it in this form.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,9 +20,9 @@ Json = dict[str, Any]
 
 
 class Ids:
-    """Makes the ids of a response and of its items: all tell the request that they belong to.
+    """Makes the ids of a response and of its items. Every id contains the request's id.
 
-    used: how many ids of items there are already.
+    used: how many item ids exist already.
     """
 
     def __init__(self, request_id: str, used: int = 0) -> None:
@@ -34,59 +34,60 @@ class Ids:
         return f"resp_{self._hex}"
 
     def next(self, prefix: str) -> str:
-        """Such as msg_…; each differs."""
+        """A new item id, such as msg_…"""
         self._count += 1
         return f"{prefix}_{self._hex}{self._count:04x}"
 
 
-def input_items(given: str | Sequence[InputItem], ids: Ids) -> list[Json]:
-    """What the client sent, as items with ids. Reasoning that it sends back is left out."""
-    if isinstance(given, str):
-        given = [InputMessage(role="user", content=given)]
-    return [item for one in given if (item := _item(one, ids)) is not None]
+def input_items(body_input: str | Sequence[InputItem], ids: Ids) -> list[Json]:
+    """The body's input as items with ids. Reasoning that the client sends back is left out."""
+    if isinstance(body_input, str):
+        body_input = [InputMessage(role="user", content=body_input)]
+    return [item for entry in body_input if (item := _item(entry, ids)) is not None]
 
 
 def messages(items: Iterable[Json], instructions: str | None) -> tuple[Message, ...]:
-    """The conversation in the engine's terms; calls join the assistant's turn that they follow.
+    """The conversation in the engine's terms. A call joins the assistant's turn before it.
 
-    Raises InvalidRequest if an item is the output of a call that is not there.
+    Raises InvalidRequest if an item is the output of a call that does not exist.
     """
-    found = [Message("system", instructions)] if instructions is not None else []
-    called: set[str] = set()
+    conversation = [Message("system", instructions)] if instructions is not None else []
+    call_ids: set[str] = set()
     for item in items:
         match item["type"]:
             case "message":
                 role = "system" if item["role"] == "developer" else item["role"]
-                found.append(Message(role, "".join(part["text"] for part in item["content"])))
+                conversation.append(Message(role, "".join(part["text"] for part in item["content"])))
             case "function_call":
-                called.add(item["call_id"])
-                last = found.pop() if found and found[-1].role == "assistant" else Message("assistant", None)
-                index = len(last.tool_calls)
+                call_ids.add(item["call_id"])
+                follows_assistant = bool(conversation) and conversation[-1].role == "assistant"
+                turn = conversation.pop() if follows_assistant else Message("assistant", None)
+                index = len(turn.tool_calls)
                 call = ToolCall(index, item["call_id"], item["name"], item["arguments"] or "{}")
-                # An empty text is what a model says that only calls.
-                found.append(Message("assistant", last.content or None, (*last.tool_calls, call)))
+                # A turn that only calls has an empty text, which is no content.
+                conversation.append(Message("assistant", turn.content or None, (*turn.tool_calls, call)))
             case "function_call_output":
-                if item["call_id"] not in called:
+                if item["call_id"] not in call_ids:
                     raise InvalidRequest(
                         f"No tool call found for function call output with call_id {item['call_id']}.",
                         "input",
                     )
-                found.append(Message("tool", item["output"], tool_call_id=item["call_id"]))
-    return tuple(found)
+                conversation.append(Message("tool", item["output"], tool_call_id=item["call_id"]))
+    return tuple(conversation)
 
 
-def _item(one: InputItem, ids: Ids) -> Json | None:
-    if isinstance(one, InputMessage):
-        return message_item(ids.next("msg"), one.role, one.text)
-    if isinstance(one, FunctionCall):
-        return call_item(ids.next("fc"), one.call_id, one.name, one.arguments)
-    if isinstance(one, FunctionCallOutput):
+def _item(entry: InputItem, ids: Ids) -> Json | None:
+    if isinstance(entry, InputMessage):
+        return message_item(ids.next("msg"), entry.role, entry.text)
+    if isinstance(entry, FunctionCall):
+        return call_item(ids.next("fc"), entry.call_id, entry.name, entry.arguments)
+    if isinstance(entry, FunctionCallOutput):
         return {
             "type": "function_call_output",
             "id": ids.next("fco"),
             "status": "completed",
-            "call_id": one.call_id,
-            "output": one.text,
+            "call_id": entry.call_id,
+            "output": entry.text,
         }
     return None
 

@@ -1,4 +1,4 @@
-"""What the Responses API answers, as the OpenAPI document describes it; see `serve.api.schemas`."""
+"""Describes the Responses API's answers for the OpenAPI document; see `serve.api.schemas`."""
 
 from typing import Any, Literal
 
@@ -134,7 +134,7 @@ class ResponseObject(_Object):
 
 
 class ResponseEvent(BaseModel):
-    """One of OpenAI's typed events; what else it holds depends on its type."""
+    """One of OpenAI's typed events. Its other fields depend on its type."""
 
     type: str
     sequence_number: int

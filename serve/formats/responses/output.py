@@ -1,45 +1,47 @@
-"""A response's output as it grows: each delta changes items, and makes the events that tell of it.
+"""Builds a response's output items from deltas, and the stream events of each change.
 
-An answer that comes whole goes the same way, as one delta whose events nobody is sent: so both agree.
+A complete answer takes the same path, as one delta whose events are discarded; so both agree.
 Events: platform.openai.com/docs/api-reference/responses-streaming; `events.py` numbers them.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from serve.engine.protocol import Delta, TokenLogprob, ToolCall
+from serve.engine.protocol import Delta, ToolCall
+from serve.formats.chat import token_logprob
 from serve.formats.responses.items import Ids, call_item
-from serve.inference.request import Choice
+from serve.inference.answer import Choice
 
 Json = dict[str, Any]
 
 
 class Output:
-    """The items of one answer. Texts end where another item begins, calls with the answer."""
+    """Holds the items of one answer. A text ends when another item begins; calls end with the answer."""
 
     def __init__(self, ids: Ids) -> None:
         self.items: list[Json] = []
         self.finish_reason: str | None = None
         self._ids = ids
-        self._texts: int | None = None  # the index of the text or reasoning that is open
-        self._calls: dict[int, int] = {}
+        self._open_index: int | None = None  # of the open message or reasoning in `items`
+        self._calls: dict[int, int] = {}  # tool call index -> index in `items`
         self._logprobs: list[Json] = []  # of tokens that have added no text yet
 
     def take(self, delta: Delta) -> Iterator[Json]:
+        """Add a delta, and yield its events."""
         self.finish_reason = delta.finish_reason or self.finish_reason
         if delta.reasoning:
             yield from self._open("reasoning")
             yield from self._add(delta.reasoning)
         if delta.text or not (delta.reasoning or delta.tool_calls):
-            self._logprobs += [_logprob(one) for one in delta.logprobs]
+            self._logprobs += map(token_logprob, delta.logprobs)
         if delta.text:
             yield from self._open("message")
             yield from self._add(delta.text)
-        for piece in delta.tool_calls:
-            yield from self._call(piece)
+        for call in delta.tool_calls:
+            yield from self._take_call(call)
 
-    def whole(self, choice: Choice) -> None:
-        """Take an answer that is complete, and end."""
+    def take_complete(self, choice: Choice) -> None:
+        """Add a complete answer, and end."""
         delta = Delta(
             choice.index,
             choice.text,
@@ -57,95 +59,100 @@ class Output:
         return self.finish_reason != "length"
 
     def end(self) -> Iterator[Json]:
-        """Close what is open. An answer that says nothing at all is an empty message."""
+        """Close the open items, and yield their events. An empty answer is an empty message."""
         if not any(item["type"] != "reasoning" for item in self.items):
             yield from self._open("message")
         last = len(self.items) - 1
         status = "completed" if self.complete else "incomplete"
-        yield from self._close(status if self._texts == last else "completed")
+        yield from self._close(status if self._open_index == last else "completed")
         for index in self._calls.values():
             item = self.items[index]
             item["status"] = status if index == last else "completed"
-            where = {"item_id": item["id"], "output_index": index}
+            position = {"item_id": item["id"], "output_index": index}
             done = {"type": "response.function_call_arguments.done", "name": item["name"]}
-            yield done | where | {"arguments": item["arguments"]}
+            yield done | position | {"arguments": item["arguments"]}
             yield _done(index, item)
 
     def abandon(self) -> None:
-        """The answer broke off: what was open stays incomplete."""
+        """Mark the open items as incomplete, because the answer broke off."""
         for item in self.items:
             if item["status"] == "in_progress":
                 item["status"] = "incomplete"
 
     def _open(self, kind: str) -> Iterator[Json]:
-        """Make sure that an item of this kind, message or reasoning, is the one that text goes to."""
-        if self._texts is not None:
-            if self.items[self._texts]["type"] == kind:
+        """Open an item of this kind ("message" or "reasoning"), unless it is open already."""
+        if self._open_index is not None:
+            if self.items[self._open_index]["type"] == kind:
                 return
             yield from self._close("completed")
         item: Json = {"type": kind, "id": self._ids.next("rs" if kind == "reasoning" else "msg")}
-        own: Json = {"summary": []} if kind == "reasoning" else {"role": "assistant"}
-        item |= own | {"status": "in_progress", "content": []}
-        self._texts = len(self.items)
+        fields: Json = {"summary": []} if kind == "reasoning" else {"role": "assistant"}
+        item |= fields | {"status": "in_progress", "content": []}
+        self._open_index = len(self.items)
         self.items.append(item)
-        yield _added(self._texts, item)
+        yield _added(self._open_index, item)
         part: Json = {"type": "reasoning_text", "text": ""}
         if kind == "message":
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         item["content"].append(part)
-        yield {"type": "response.content_part.added"} | self._where() | {"part": dict(part)}
+        yield {"type": "response.content_part.added"} | self._position() | {"part": dict(part)}
 
     def _add(self, text: str) -> Iterator[Json]:
-        assert self._texts is not None
-        item = self.items[self._texts]
+        index = self._open_index
+        assert index is not None
+        item = self.items[index]
         part = item["content"][0]
         part["text"] += text
         if item["type"] == "reasoning":
-            yield {"type": "response.reasoning_text.delta"} | self._where() | {"delta": text}
+            yield {"type": "response.reasoning_text.delta"} | self._position() | {"delta": text}
             return
-        told = self._tell(part)
-        yield {"type": "response.output_text.delta"} | self._where() | {"delta": text, "logprobs": told}
+        logprobs = self._flush_logprobs(part)
+        yield (
+            {"type": "response.output_text.delta"} | self._position() | {"delta": text, "logprobs": logprobs}
+        )
 
-    def _tell(self, part: Json) -> list[Json]:
-        told, self._logprobs = self._logprobs, []
-        part["logprobs"] = part["logprobs"] + told
-        return told
+    def _flush_logprobs(self, part: Json) -> list[Json]:
+        """Move the waiting log-probabilities to the part, and return them."""
+        logprobs, self._logprobs = self._logprobs, []
+        part["logprobs"] = part["logprobs"] + logprobs
+        return logprobs
 
     def _close(self, status: str) -> Iterator[Json]:
         """End the open message or reasoning, if there is one."""
-        if self._texts is None:
+        if self._open_index is None:
             return
-        index, item = self._texts, self.items[self._texts]
-        part, where = item["content"][0], self._where()
+        index, item = self._open_index, self.items[self._open_index]
+        part, position = item["content"][0], self._position()
         if item["type"] == "reasoning":
-            yield {"type": "response.reasoning_text.done"} | where | {"text": part["text"]}
+            yield {"type": "response.reasoning_text.done"} | position | {"text": part["text"]}
         else:
-            self._tell(part)
-            told = {"text": part["text"], "logprobs": part["logprobs"]}
-            yield {"type": "response.output_text.done"} | where | told
-        yield {"type": "response.content_part.done"} | where | {"part": dict(part)}
+            self._flush_logprobs(part)
+            text = {"text": part["text"], "logprobs": part["logprobs"]}
+            yield {"type": "response.output_text.done"} | position | text
+        yield {"type": "response.content_part.done"} | position | {"part": dict(part)}
         item["status"] = status
-        self._texts = None
+        self._open_index = None
         yield _done(index, item)
 
-    def _call(self, piece: ToolCall) -> Iterator[Json]:
-        index = self._calls.get(piece.index)
+    def _take_call(self, call: ToolCall) -> Iterator[Json]:
+        index = self._calls.get(call.index)
         if index is None:
             yield from self._close("completed")
-            index = self._calls[piece.index] = len(self.items)
+            index = self._calls[call.index] = len(self.items)
             item_id = self._ids.next("fc")
-            item = call_item(item_id, piece.id or item_id.replace("fc_", "call_"), piece.name or "", "")
+            item = call_item(item_id, call.id or item_id.replace("fc_", "call_"), call.name or "", "")
             self.items.append(item | {"status": "in_progress"})
             yield _added(index, self.items[index])
-        if piece.arguments:
+        if call.arguments:
             item = self.items[index]
-            item["arguments"] += piece.arguments
-            where = {"item_id": item["id"], "output_index": index}
-            yield {"type": "response.function_call_arguments.delta"} | where | {"delta": piece.arguments}
+            item["arguments"] += call.arguments
+            position = {"item_id": item["id"], "output_index": index}
+            yield {"type": "response.function_call_arguments.delta"} | position | {"delta": call.arguments}
 
-    def _where(self) -> Json:
-        assert self._texts is not None
-        return {"item_id": self.items[self._texts]["id"], "output_index": self._texts, "content_index": 0}
+    def _position(self) -> Json:
+        index = self._open_index
+        assert index is not None
+        return {"item_id": self.items[index]["id"], "output_index": index, "content_index": 0}
 
 
 def _added(index: int, item: Json) -> Json:
@@ -155,11 +162,3 @@ def _added(index: int, item: Json) -> Json:
 
 def _done(index: int, item: Json) -> Json:
     return {"type": "response.output_item.done", "output_index": index, "item": item}
-
-
-def _logprob(one: TokenLogprob) -> Json:
-    return _entry(one.token, one.logprob or 0.0) | {"top_logprobs": [_entry(*other) for other in one.top]}
-
-
-def _entry(token: str, logprob: float) -> Json:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode(errors="replace"))}

@@ -1,7 +1,7 @@
-"""The body of `POST /v1/responses` — platform.openai.com/docs/api-reference/responses/create.
+"""Parses the body of `POST /v1/responses` — platform.openai.com/docs/api-reference/responses/create.
 
-As in `serve.formats.sampling`: unknown fields are ignored; what would change the answer and is not
-done is refused by name. `openai.types.responses.ResponseCreateParams` is the reference.
+The rules are those of `serve.formats.sampling`: unknown fields are ignored, and a field that would change the
+answer but is not implemented is refused by name. Reference: `openai.types.responses.ResponseCreateParams`.
 """
 
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from serve.formats.sampling import RequestBounds, refuse
 METADATA_PAIRS_MAX = 16
 LOGPROBS = "message.output_text.logprobs"
 
-# Known fields, each with the values that ask for nothing we lack.
+# OpenAI's fields that are not implemented, each with the values that change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "context_management": ([],),
@@ -26,7 +26,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt": (),
     "truncation": ("disabled",),
 }
-# What the Responses API calls by another name than chat does; ignored, they would change the answer.
+# Fields of chat that have another name in the Responses API; to ignore them would change the answer.
 MOVED = {
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
@@ -67,12 +67,12 @@ class FunctionCallOutput(BaseModel):
 
 
 class Reasoning(BaseModel):
-    """A reasoning item of an earlier answer, sent back with the rest of it: no template wants it."""
+    """An earlier answer's reasoning item that the client sends back. No chat template takes it."""
 
     type: Literal["reasoning"]
 
 
-# Capitals, because `wire.parse` leaves such names out of the path of a field that is wrong.
+# In capitals, because `sampling.parse` leaves such names out of the path of a wrong field.
 _TAGS = {
     "message": "Message",
     "function_call": "FunctionCall",
@@ -117,7 +117,7 @@ class TextFormat(BaseModel):
     strict: bool | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> "TextFormat":
+    def _schema_given(self) -> "TextFormat":
         if self.type == "json_schema" and (self.document is None or self.name is None):
             raise ValueError("the type json_schema needs a name and a schema")
         return self
@@ -130,7 +130,7 @@ class TextConfig(BaseModel):
 
 class ReasoningConfig(BaseModel):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    # "auto" leaves it to us, and we make none.
+    # "auto" leaves the choice to the server, which writes no summary.
     summary: Literal["auto"] | None = None
     generate_summary: Literal["auto"] | None = None
 
@@ -200,8 +200,8 @@ class ResponsesRequest(BaseModel):
         return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
 
     @property
-    def keeps(self) -> bool:
-        """Whether the answer is stored: unless the client says no, as OpenAI's."""
+    def stores(self) -> bool:
+        """True if the answer is stored: by default, as OpenAI's API does."""
         return self.store is not False
 
     def toolbox(self, limits: RequestBounds) -> Toolbox | None:
@@ -221,16 +221,16 @@ class ResponsesRequest(BaseModel):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
-            format=self._format(),
+            format=self._json_format(),
         )
 
-    def _format(self) -> JsonFormat | None:
-        asked = self.text.format if self.text else None
-        if asked is None or asked.type == "text":
+    def _json_format(self) -> JsonFormat | None:
+        text_format = self.text.format if self.text else None
+        if text_format is None or text_format.type == "text":
             return None
-        if asked.type == "json_object":
+        if text_format.type == "json_object":
             return JsonFormat()
-        return JsonFormat(schema_text(asked.document, "text.format.schema"))
+        return JsonFormat(schema_text(text_format.document, "text.format.schema"))
 
 
 def _tool(tool: FunctionTool, index: int) -> Tool:

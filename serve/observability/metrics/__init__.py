@@ -1,7 +1,7 @@
-"""Prometheus metrics of gateways and budgets, and the exposition that joins all gateways.
+"""Collects Prometheus metrics of gateways and budgets, and joins the expositions of all gateways.
 
 `gateway.py` counts what one process does, `token_latency.py` the time between its tokens; `budgets.py`
-renders how full budgets are; `aggregate.py` merges what all gateways say. Engines render theirs in
+renders the use of budgets, `aggregate.py` merges all gateways' expositions. Engines render theirs in
 `serve.engine.metrics`, the steward in `serve.maintenance.metrics`.
 """
 

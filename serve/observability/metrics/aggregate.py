@@ -1,7 +1,7 @@
-"""One view of all gateways, whichever of them is asked.
+"""Merges the metrics of all gateways, so that each of them answers a scrape for all.
 
-Each series of a gateway bears the label `gateway`. The one that is scraped asks all others for theirs and
-merges them, so a counter never goes back when a gateway dies: its series end, and queries sum the others.
+Each series of a gateway has the label `gateway`. The gateway that is scraped asks all others for their series
+and merges them. So no counter goes back when a gateway dies: its series end, and queries sum the others.
 """
 
 import re
@@ -19,47 +19,47 @@ _LABELLED, _BARE = re.compile(rb"^(\w+)\{", re.MULTILINE), re.compile(rb"^(\w+) 
 
 @dataclass(frozen=True, slots=True)
 class Exposition:
-    """What one gateway says in Prometheus' text format, its name in each series."""
+    """Holds one gateway's metrics in Prometheus' text format, with its name in each series."""
 
     gateway: str
     text: bytes
 
 
 class GatewayPeers(Protocol):
-    """All gateways of the service, as one of them sees them."""
+    """Reaches all gateways of the service from one of them."""
 
     @property
     def name(self) -> str:
-        """This one's own: its label."""
+        """This gateway's own name, its label."""
 
     @property
     def wanted(self) -> int:
-        """How many there should be."""
+        """The number of gateways that there should be."""
 
     async def expositions(self) -> list[Exposition | None]:
-        """What each says, this one too; None for one that does not answer. Takes seconds at most."""
+        """Returns each gateway's exposition, also this one's; None for one that does not answer in time."""
 
 
 def labelled(text: bytes, gateway: str) -> bytes:
-    """`text` with the label `gateway`, first of all, in each series. Comments begin with no word."""
+    """Puts the label `gateway` first in each series of `text`. Comments begin with no word character."""
     mark = b'{gateway="' + gateway.encode() + b'"'
     return _BARE.sub(rb"\1" + mark + b"} ", _LABELLED.sub(rb"\1" + mark + b",", text))
 
 
 def merge(texts: Iterable[bytes]) -> bytes:
-    """One valid exposition: what several say of a family stands together, below one HELP and TYPE."""
+    """Merges expositions into a valid one: a family's series stand together below one HELP and TYPE."""
     families: dict[bytes, list[bytes]] = {}
     for text in texts:
         # A label's value holds no newline that is not escaped, so this is a family's first line.
         for part in (b"\n" + text).split(b"\n" + _HELP)[1:]:
             name, _, _ = part.partition(b" ")
-            described, typed, *series = part.rstrip(b"\n").split(b"\n")
-            families.setdefault(name, [_HELP + described, typed]).extend(series)
+            help_text, type_line, *series = part.rstrip(b"\n").split(b"\n")
+            families.setdefault(name, [_HELP + help_text, type_line]).extend(series)
     return b"".join(b"\n".join(lines) + b"\n" for lines in families.values())
 
 
 class AggregateCollector(Collector):
-    """`engines` says for each base how many of its replicas have answered."""
+    """Counts gateways and engine replicas. `engines` holds, by base, how many replicas have answered."""
 
     def __init__(self, gateways: int, answering: int, engines: Mapping[str, int]) -> None:
         self._gateways, self._answering, self._engines = gateways, answering, engines

@@ -1,4 +1,4 @@
-"""Renders how full budgets are, in Prometheus' form."""
+"""Renders the use of budgets in Prometheus' form."""
 
 from collections.abc import Iterable
 
@@ -6,13 +6,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serve.billing.budgets.alerts import SHOWN_MAX, BudgetFigures
+from serve.billing.budgets.alerts import SHOWN_MAX, BudgetMetrics
 
 
 class BudgetCollector(Collector):
-    """The fullest budgets, by ids that tell nobody who the customers are."""
+    """Collects the fullest budgets, by ids that do not reveal the customers."""
 
-    def __init__(self, figures: BudgetFigures) -> None:
+    def __init__(self, figures: BudgetMetrics) -> None:
         self._figures = figures
 
     def collect(self) -> Iterable[Metric]:
@@ -23,12 +23,12 @@ class BudgetCollector(Collector):
         )
         for budget, level, period, ratio in self._figures.used:
             used.add_metric([budget, level, period], ratio)
-        told = CounterMetricFamily("bespoke_budget_notices", "Thresholds of budgets that were told.")
-        told.add_metric([], self._figures.notices)
-        return [used, told]
+        alerts = CounterMetricFamily("bespoke_budget_alerts", "Thresholds of budgets that were told.")
+        alerts.add_metric([], self._figures.alerts)
+        return [used, alerts]
 
 
-def render_budgets(figures: BudgetFigures) -> bytes:
+def render_budgets(figures: BudgetMetrics) -> bytes:
     registry = CollectorRegistry()
     registry.register(BudgetCollector(figures))
     return generate_latest(registry)

@@ -1,8 +1,8 @@
-"""What one gateway process counts.
+"""Counts what one gateway process does.
 
-Labels are bases, routes, status codes and, within limits, adapters. The number of adapters has no bound
-and their names are customers' own, so only the first `adapters_max` that a process sees are named and the
-rest are `other`; whoever builds Metrics names none unless only the operator can read them.
+Labels are bases, routes, status codes and, within limits, adapters. The number of adapters has no bound and
+their names are customers' own. So only the first `adapters_max` that a process sees get a label and the rest
+are `other`. The composition root allows none unless only the operator can read the metrics.
 """
 
 import itertools
@@ -32,19 +32,19 @@ disable_created_metrics()  # type: ignore[no-untyped-call] # a second series per
 
 _TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _ADAPTER_TTFT_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 10.0)  # each is a series per adapter
-_ADAPTER_PACE_BUCKETS_S = (0.01, 0.03, 0.1, 0.25, 1.0)
+_ADAPTER_TOKEN_LATENCY_BUCKETS_S = (0.01, 0.03, 0.1, 0.25, 1.0)
 _REQUEST_BUCKETS_S = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _SETTLEMENT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
 _COMMIT_ENTRIES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_CODES_MAX = 64  # our own error codes are fewer: a label that is taken from an error must have a bound
+_CODES_MAX = 64  # our own error codes are fewer; a label that is taken from an error must have a bound
 ALONE = "alone"
 
 
 class Metrics:
-    """One gateway's metrics, in a registry of their own.
+    """Holds one gateway's metrics, in a registry of their own.
 
-    `adapters_max` is how many adapters get a label of their own; `token` is what a reader must present;
-    `gateway` is the name that tells this gateway's series from others'.
+    `adapters_max` is how many adapters get a label of their own. A reader must present `token`. `gateway` is
+    the label that distinguishes this gateway's series.
     """
 
     def __init__(self, *, adapters_max: int = 0, token: str | None = None, gateway: str = ALONE) -> None:
@@ -53,16 +53,16 @@ class Metrics:
         self._adapters_max = adapters_max
         self._adapters: set[str] = set()
         self._codes: set[str] = set()
-        self._settling: dict[int, float] = {}
+        self._unsettled_since_s: dict[int, float] = {}
         self._numbers = itertools.count()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._make_http_metrics()
-        self._make_generation_metrics()
-        self._make_ledger_metrics()
-        self._make_adapter_metrics()
+        self._add_http_metrics()
+        self._add_generation_metrics()
+        self._add_ledger_metrics()
+        self._add_adapter_metrics()
 
-    def _make_http_metrics(self) -> None:
+    def _add_http_metrics(self) -> None:
         build = Info("bespoke_build", "What runs.", registry=self.registry)
         build.info({"version": _version(), "python": python_version()})
         self._requests = Counter(
@@ -94,7 +94,7 @@ class Metrics:
             registry=self.registry,
         )
 
-    def _make_generation_metrics(self) -> None:
+    def _add_generation_metrics(self) -> None:
         self.in_progress = Gauge(
             "bespoke_requests_in_progress", "Admitted requests not yet closed.", registry=self.registry
         )
@@ -127,18 +127,18 @@ class Metrics:
             buckets=_TTFT_BUCKETS_S,
             registry=self.registry,
         )
-        self._pace = TokenLatencyHistogram(
+        self._token_latency = TokenLatencyHistogram(
             "bespoke_inter_token_latency_seconds",
             "Between tokens of a choice, once the request has ended.",
             ["base"],
             BUCKETS_S,
         )
-        self.registry.register(self._pace)
+        self.registry.register(self._token_latency)
 
-    def _make_ledger_metrics(self) -> None:
-        self._journal_failures = Counter(
-            "bespoke_journal_failures",
-            "Writes to the gateway's journal that failed: its counts are safe only while it lives.",
+    def _add_ledger_metrics(self) -> None:
+        self._checkpoint_failures = Counter(
+            "bespoke_checkpoint_failures",
+            "Writes of checkpoints that failed: its counts are safe only while it lives.",
             registry=self.registry,
         )
         self._settlement = Histogram(
@@ -152,7 +152,7 @@ class Metrics:
             "Ended requests that are neither settled nor voided yet.",
             registry=self.registry,
         )
-        unsettled.set_function(lambda: len(self._settling))
+        unsettled.set_function(lambda: len(self._unsettled_since_s))
         oldest = Gauge(
             "bespoke_oldest_unsettled_seconds",
             "How long ago the first of them has ended.",
@@ -172,7 +172,7 @@ class Metrics:
             registry=self.registry,
         )
 
-    def _make_adapter_metrics(self) -> None:
+    def _add_adapter_metrics(self) -> None:
         self._adapter_requests = Counter(
             "bespoke_adapter_requests",
             "Admitted requests by adapter and outcome.",
@@ -192,42 +192,42 @@ class Metrics:
             buckets=_ADAPTER_TTFT_BUCKETS_S,
             registry=self.registry,
         )
-        self._adapter_pace = TokenLatencyHistogram(
+        self._adapter_token_latency = TokenLatencyHistogram(
             "bespoke_adapter_inter_token_latency_seconds",
             "Between tokens of a choice, once the request has ended, by adapter.",
             ["base", "adapter"],
-            _ADAPTER_PACE_BUCKETS_S,
+            _ADAPTER_TOKEN_LATENCY_BUCKETS_S,
         )
-        self.registry.register(self._adapter_pace)
+        self.registry.register(self._adapter_token_latency)
 
     def exposition(self) -> Exposition:
-        """All of it in Prometheus' text format, with this gateway's name.
+        """Renders all metrics in Prometheus' text format, with this gateway's name.
 
-        With many adapters it takes tens of ms, so event loops leave it to a thread.
+        With many adapters this takes tens of ms, so event loops leave it to a thread.
         """
         return Exposition(self.gateway, labelled(generate_latest(self.registry), self.gateway))
 
-    def journal_failed(self) -> None:
-        self._journal_failures.inc()
+    def checkpoint_failed(self) -> None:
+        self._checkpoint_failures.inc()
 
     def committed(self, entries: int, seconds: float) -> None:
-        """A transaction of the ledger with so many holds and settlements. Any thread may say so."""
+        """Notes a transaction of the ledger with `entries` holds and settlements. Any thread may call it."""
         self._commits.observe(seconds)
         self._commit_entries.observe(entries)
 
     @contextmanager
     def settling(self) -> Iterator[None]:
-        """From a request's end until it is closed in the store."""
+        """Measures the time from a request's end until it is closed in the store."""
         number, ended_s = next(self._numbers), monotonic()
-        self._settling[number] = ended_s
+        self._unsettled_since_s[number] = ended_s
         try:
             yield
         finally:
-            del self._settling[number]
+            del self._unsettled_since_s[number]
             self._settlement.observe(monotonic() - ended_s)
 
     def _oldest_unsettled_s(self) -> float:
-        ended_s = list(self._settling.values())  # at once: this may be another thread
+        ended_s = list(self._unsettled_since_s.values())  # at once: this may be another thread
         return monotonic() - ended_s[0] if ended_s else 0.0
 
     def request(self, route: str, code: int, seconds: float) -> None:
@@ -235,7 +235,7 @@ class Metrics:
         self._request_seconds.labels(route).observe(seconds)
 
     def refused(self, error: BespokeError, kind: str, code: str) -> None:
-        """A request was answered with `error`, which OpenAI calls `kind` and `code`."""
+        """Notes that a request was answered with `error`, which OpenAI calls `kind` and `code`."""
         self._note_error(kind, code)
         match error:
             case RateLimited():
@@ -246,7 +246,7 @@ class Metrics:
                 self._limited.labels("credit").inc()
 
     def broken(self, route: str, kind: str, code: str) -> None:
-        """An answer that had begun ended in an error, which OpenAI calls `kind` and `code`."""
+        """Notes that an answer that had begun ended in an error, which OpenAI calls `kind` and `code`."""
         self._broken.labels(route).inc()
         self._note_error(kind, code)
 
@@ -281,12 +281,12 @@ class Metrics:
         self._ttft.labels(base).observe(seconds)
         self._adapter_ttft.labels(base, self._label(adapter)).observe(seconds)
 
-    def token_latency(self, base: str, adapter: str | None, pace: TokenLatency) -> None:
-        self._pace.add((base,), pace)
-        self._adapter_pace.add((base, self._label(adapter)), pace)
+    def token_latency(self, base: str, adapter: str | None, token_latency: TokenLatency) -> None:
+        self._token_latency.add((base,), token_latency)
+        self._adapter_token_latency.add((base, self._label(adapter)), token_latency)
 
     def _label(self, adapter: str | None) -> str:
-        """`adapter` is a version's model name, or None for the bare base."""
+        """Returns the label of `adapter`, a version's model name or None for the bare base."""
         if adapter is None:
             return "none"
         if adapter not in self._adapters and len(self._adapters) >= self._adapters_max:

@@ -1,7 +1,7 @@
-"""How far apart a request's tokens are: inter-token latency.
+"""Measures the time between a request's tokens: inter-token latency.
 
-This is on the path of each token, so a request counts into a list of its own (a clock, a bisection, two
-additions) and the histogram gets the sums once, when the request has ended.
+This is on the path of each token. So a request counts into a list of its own (a clock, a bisection, two
+additions), and the histogram gets the sums once, when the request has ended.
 """
 
 from bisect import bisect_left
@@ -16,7 +16,7 @@ BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.
 
 
 class Counted(Protocol):
-    """Says which choice new tokens belong to, and how many there are."""
+    """Describes new tokens: the choice that they belong to, and their number."""
 
     @property
     def index(self) -> int: ...
@@ -26,7 +26,7 @@ class Counted(Protocol):
 
 
 class TokenLatency:
-    """Latencies of a request's tokens after each choice's first, by bucket; the last has no bound.
+    """Counts the latencies of a request's tokens after each choice's first, by bucket; the last has no bound.
 
     Tokens that come in one delta share the time since the one before.
     """
@@ -39,7 +39,7 @@ class TokenLatency:
         self.sum_s = 0.0
 
     def note(self, deltas: Sequence[Counted]) -> None:
-        """These have come now."""
+        """Counts tokens that have arrived now."""
         now_s, last_s = monotonic(), self._last_s
         for delta in deltas:
             if tokens := delta.tokens:
@@ -52,19 +52,19 @@ class TokenLatency:
 
 
 class TokenLatencyHistogram(Collector):
-    """The paces of many requests by labels. `buckets_s` are some of BUCKETS_S: each is a series per label."""
+    """Sums the latencies of many requests by labels. `buckets_s` are some of BUCKETS_S: each is a series."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], buckets_s: Sequence[float]) -> None:
         self._name, self._text, self._labels = name, text, labels
         self._bounds = [str(float(bound)) for bound in buckets_s] + ["+Inf"]
-        self._into = [bisect_left(buckets_s, bound) for bound in BUCKETS_S] + [len(buckets_s)]
+        self._bucket_of = [bisect_left(buckets_s, bound) for bound in BUCKETS_S] + [len(buckets_s)]
         self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
 
-    def add(self, labels: tuple[str, ...], pace: TokenLatency) -> None:
+    def add(self, labels: tuple[str, ...], latency: TokenLatency) -> None:
         counts, sums = self._series.setdefault(labels, ([0] * len(self._bounds), [0.0]))
-        for bucket, count in zip(self._into, pace.counts, strict=True):
+        for bucket, count in zip(self._bucket_of, latency.counts, strict=True):
             counts[bucket] += count
-        sums[0] += pace.sum_s
+        sums[0] += latency.sum_s
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)

@@ -1,4 +1,4 @@
-"""Run by alembic; the connection is the caller's, so that migrating is one transaction."""
+"""Configures alembic. The connection is the caller's, so that a migration is one transaction."""
 
 from alembic import context
 

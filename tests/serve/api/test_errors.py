@@ -1,4 +1,4 @@
-"""One tree, one map: every error has a status, an OpenAI shape and survives a process boundary."""
+"""Every error has a status and a body in OpenAI's format, and survives a process boundary."""
 
 import pickle
 from collections.abc import Iterator

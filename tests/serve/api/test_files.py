@@ -1,4 +1,4 @@
-"""/v1/files and /v1/batches, as OpenAI's own client sees them."""
+"""/v1/files and /v1/batches work with OpenAI's own client."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ LIMITS = LimitSettings(
 
 
 class Served:
-    """The whole gateway over HTTP, with its worker, for the tenants acme and rival."""
+    """Runs the complete gateway over HTTP, with its worker, for the tenants acme and rival."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -59,7 +59,7 @@ class Served:
         return self.ask("POST", "/v1/files", files={"file": (filename, content)}, data=data)
 
     def live(self, test: Callable[[Callable[[str], openai.AsyncOpenAI]], Coroutine[Any, Any, None]]) -> None:
-        """With the worker at work; `test` gets a maker of clients."""
+        """Run `test` while the worker runs; it gets a function that makes clients."""
 
         async def scenario() -> None:
             async with self.app.router.lifespan_context(self.app), self.http() as http:
@@ -82,19 +82,19 @@ def served(tmp_path: Path) -> Served:
 
 def test_a_file_comes_back_as_it_was_sent(served: Served) -> None:
     content = bytes(range(256)) * 300
-    made = served.upload(content, filename="../../etc/pass wd\r\n\x00.jsonl").json()
-    assert made["object"] == "file"
-    assert (made["bytes"], made["purpose"], made["expires_at"]) == (len(content), "batch", None)
-    assert "/" not in made["filename"]
-    assert "\n" not in made["filename"]
-    path = f"/v1/files/{made['id']}"
-    assert served.ask("GET", path).json() == made
+    created = served.upload(content, filename="../../etc/pass wd\r\n\x00.jsonl").json()
+    assert created["object"] == "file"
+    assert (created["bytes"], created["purpose"], created["expires_at"]) == (len(content), "batch", None)
+    assert "/" not in created["filename"]
+    assert "\n" not in created["filename"]
+    path = f"/v1/files/{created['id']}"
+    assert served.ask("GET", path).json() == created
     got = served.ask("GET", f"{path}/content")
     assert got.content == content
     assert got.headers["content-type"] == "application/octet-stream"
     assert got.headers["content-disposition"].startswith("attachment")
-    assert (served.home / "files" / "acme" / made["id"]).read_bytes() == content
-    assert served.ask("DELETE", path).json() == {"id": made["id"], "object": "file", "deleted": True}
+    assert (served.home / "files" / "acme" / created["id"]).read_bytes() == content
+    assert served.ask("DELETE", path).json() == {"id": created["id"], "object": "file", "deleted": True}
     assert served.ask("GET", path).status_code == 404
     assert not list((served.home / "files" / "acme").iterdir())
 
@@ -171,8 +171,8 @@ def test_a_malformed_upload_is_refused_and_leaves_nothing(
 
 def test_a_file_may_be_kept_for_a_time(served: Served) -> None:
     times = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
-    made = served.upload(b"x", **times).json()
-    assert made["expires_at"] - made["created_at"] == 3600
+    created = served.upload(b"x", **times).json()
+    assert created["expires_at"] - created["created_at"] == 3600
 
 
 def test_files_need_their_scope(served: Served) -> None:
@@ -253,8 +253,8 @@ def test_openais_client_runs_a_batch(served: Served) -> None:
         assert lines[0]["response"]["body"]["choices"][0]["message"]["content"] == "a"
         assert '"custom_id":"c"' in (await acme.files.content(batch.error_file_id)).text
         assert [one.id for one in (await acme.batches.list()).data] == [batch.id]
-        made = await acme.files.retrieve(batch.output_file_id)
-        assert (made.purpose, made.filename) == ("batch_output", f"{batch.id}_output.jsonl")
+        created = await acme.files.retrieve(batch.output_file_id)
+        assert (created.purpose, created.filename) == ("batch_output", f"{batch.id}_output.jsonl")
         with pytest.raises(openai.ConflictError):
             await acme.batches.cancel(batch.id)
 
@@ -284,7 +284,7 @@ def files(shop: BillingFixture, tmp_path: Path) -> Files:
 
 def test_a_file_that_has_expired_is_gone_and_swept(files: Files, tmp_path: Path) -> None:
     end = NOON + timedelta(hours=1)
-    kept = files.add(files.draft("acme"), "acme", purpose="batch", filename="a", at=NOON)
+    stored = files.add(files.draft("acme"), "acme", purpose="batch", filename="a", at=NOON)
     soon = files.add(files.draft("acme"), "acme", purpose="batch", filename="a", at=NOON, expires_at=end)
     half = files.draft("acme")
     assert files.get("acme", soon.id, at=NOON) == soon
@@ -295,7 +295,7 @@ def test_a_file_that_has_expired_is_gone_and_swept(files: Files, tmp_path: Path)
     for path in (tmp_path / "files" / "acme").iterdir():
         os.utime(path, (old_s, old_s))
     assert files.sweep(at=end) == 2
-    assert [path.name for path in (tmp_path / "files" / "acme").iterdir()] == [kept.id]
+    assert [path.name for path in (tmp_path / "files" / "acme").iterdir()] == [stored.id]
     half.discard()
 
 

@@ -1,4 +1,4 @@
-"""POST /v1/messages, held against the types of Anthropic's own client (which comes with vLLM)."""
+"""POST /v1/messages answers what the types of Anthropic's own client accept (it comes with vLLM)."""
 
 import contextlib
 import json
@@ -178,8 +178,8 @@ def test_a_conversation_with_tool_results_reaches_the_engine(tmp_path: Path) -> 
 def test_sampling_and_format_reach_the_engine(tmp_path: Path) -> None:
     played = ScriptedApp(tmp_path, HELLO)
     output = {"format": {"type": "json_schema", "schema": {"type": "object"}}, "effort": "max"}
-    asked = {"temperature": 0, "top_p": 0.5, "top_k": 7, "stop_sequences": ["x"], "output_config": output}
-    played.say(PATH, ASK | asked)
+    body = {"temperature": 0, "top_p": 0.5, "top_k": 7, "stop_sequences": ["x"], "output_config": output}
+    played.say(PATH, ASK | body)
     (request,) = played.engine.requests
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop) == (0, 0.5, 7, ("x",))
@@ -262,10 +262,10 @@ LIMITS = RequestBounds(messages=4, n=2, stop_sequences=4, completion_tokens=100,
 )
 def test_whatever_a_field_holds_it_is_accepted_or_refused_by_our_error(fields: Json) -> None:
     with contextlib.suppress(InvalidRequest):
-        asked = parse(MessagesRequest, json.dumps(ASK | fields).encode())
-        asked.prompt(LIMITS)
-        asked.sampling(LIMITS)
-        asked.toolbox(LIMITS)
+        body = parse(MessagesRequest, json.dumps(ASK | fields).encode())
+        body.prompt(LIMITS)
+        body.sampling(LIMITS)
+        body.toolbox(LIMITS)
 
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
@@ -331,9 +331,9 @@ def test_the_official_client_reads_it_with_a_key_of_its_own_kind(tmp_path: Path)
             http_client=httpx2.AsyncClient(transport=transport),
             max_retries=0,
         ) as client:
-            asked: Any = ASK | {"tools": [WEATHER]}
-            whole = await client.messages.create(**asked)
-            async with client.messages.stream(**asked) as stream:
+            body: Any = ASK | {"tools": [WEATHER]}
+            whole = await client.messages.create(**body)
+            async with client.messages.stream(**body) as stream:
                 streamed = await stream.get_final_message()
             assert [block.type for block in whole.content] == ["text", "tool_use", "tool_use"]
             assert streamed.to_dict()["content"] == whole.to_dict()["content"]
@@ -341,7 +341,7 @@ def test_the_official_client_reads_it_with_a_key_of_its_own_kind(tmp_path: Path)
             assert whole._request_id is not None
             assert whole._request_id.startswith("req_")
             with pytest.raises(anthropic.NotFoundError, match="does not exist"):
-                await client.messages.create(**asked | {"model": "other"})
+                await client.messages.create(**body | {"model": "other"})
 
     played.run(scenario())
     assert len(played.bills()) == 2

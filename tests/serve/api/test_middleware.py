@@ -1,4 +1,4 @@
-"""Invariant 10 at the door: what comes in has a bound before anyone reads it."""
+"""Invariant 10 in the middleware: headers and bodies are bounded before a route reads them."""
 
 import asyncio
 import gzip
@@ -18,17 +18,17 @@ MOST = 10_000
 
 
 def app(body_timeout_s: float = 5) -> FastAPI:
-    made = FastAPI()
+    echo_app = FastAPI()
 
-    @made.post("/echo")
+    @echo_app.post("/echo")
     async def echo(request: Request) -> dict[str, int]:
         return {"bytes": len(await request.body())}
 
-    errors.install(made)
+    errors.install(echo_app)
     slowest = MOST / body_timeout_s
-    made.add_middleware(BodyMiddleware, body_bytes_max=lambda _scope: MOST, bytes_per_s_min=slowest)
-    made.add_middleware(RequestMiddleware, metrics=Metrics(), body_bytes_max=MOST)
-    return made
+    echo_app.add_middleware(BodyMiddleware, body_bytes_max=lambda _scope: MOST, bytes_per_s_min=slowest)
+    echo_app.add_middleware(RequestMiddleware, metrics=Metrics(), body_bytes_max=MOST)
+    return echo_app
 
 
 def post(content: bytes | AsyncIterator[bytes], body_timeout_s: float = 5, **headers: str) -> httpx.Response:

@@ -1,4 +1,4 @@
-"""POST /v1/responses, held against the types of OpenAI's own client."""
+"""POST /v1/responses answers what the types of OpenAI's own client accept."""
 
 import contextlib
 import json
@@ -178,19 +178,21 @@ def test_the_format_of_the_text_reaches_the_engine(tmp_path: Path, wanted: Json,
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("body", "expected"),
     [({"include": ["message.output_text.logprobs"]}, 0), ({"top_logprobs": 2}, 2), ({}, None)],
 )
-def test_logprobs_are_told_if_asked_for(tmp_path: Path, asked: Json, expected: int | None) -> None:
-    told = (TokenLogprob("Hi", -0.5, (("Hi", -0.5), ("Ho", -1.5))),)
+def test_logprobs_are_answered_on_request(tmp_path: Path, body: Json, expected: int | None) -> None:
+    logprobs = (TokenLogprob("Hi", -0.5, (("Hi", -0.5), ("Ho", -1.5))),)
     half = (TokenLogprob("!", -0.25),)
-    script = says(Delta(0, "Hi", 1, logprobs=told), Delta(0, "", 1, logprobs=half), Delta(0, "!", 0, "stop"))
+    script = says(
+        Delta(0, "Hi", 1, logprobs=logprobs), Delta(0, "", 1, logprobs=half), Delta(0, "!", 0, "stop")
+    )
     played = ScriptedApp(tmp_path, script)
-    part = checked(played.say(PATH, ASK | asked)).output[0].content[0]  # type: ignore[union-attr]
+    part = checked(played.say(PATH, ASK | body)).output[0].content[0]  # type: ignore[union-attr]
     assert played.engine.requests[0].sampling.logprobs == expected
     assert [(one.token, one.logprob) for one in part.logprobs] == [("Hi", -0.5), ("!", -0.25)]  # type: ignore[union-attr]
     assert [one.token for one in part.logprobs[0].top_logprobs] == ["Hi", "Ho"]  # type: ignore[union-attr]
-    events = checked_events(played.stream(PATH, ASK | asked))
+    events = checked_events(played.stream(PATH, ASK | body))
     deltas = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
     assert [[one["token"] for one in logprobs] for logprobs in deltas] == [["Hi"], ["!"]]
 
@@ -298,10 +300,10 @@ LIMITS = RequestBounds(messages=4, n=2, stop_sequences=4, completion_tokens=100,
 )
 def test_whatever_a_field_holds_it_is_accepted_or_refused_by_our_error(fields: Json) -> None:
     with contextlib.suppress(InvalidRequest):
-        asked = parse(ResponsesRequest, json.dumps(ASK | fields).encode())
-        messages(input_items(asked.input, Ids("req_1")), asked.instructions)
-        asked.sampling(LIMITS)
-        asked.toolbox(LIMITS)
+        body = parse(ResponsesRequest, json.dumps(ASK | fields).encode())
+        messages(input_items(body.input, Ids("req_1")), body.instructions)
+        body.sampling(LIMITS)
+        body.toolbox(LIMITS)
 
 
 def test_unknown_fields_and_empty_wishes_are_ignored(tmp_path: Path) -> None:

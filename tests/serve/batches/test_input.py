@@ -1,4 +1,4 @@
-"""What is wrong with a batch's input is found before anything runs, and told by line."""
+"""Errors in a batch's input are reported by line, before any line runs."""
 
 from dataclasses import replace
 from pathlib import Path

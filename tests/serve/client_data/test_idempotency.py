@@ -1,4 +1,4 @@
-"""An Idempotency-Key's answer is given again and billed once, whatever goes wrong in between."""
+"""An Idempotency-Key's answer is repeated and billed once, whatever fails in between."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -42,9 +42,9 @@ def test_the_second_request_gets_the_firsts_answer_to_the_byte(tmp_path: Path) -
 
 
 def test_the_log_probabilities_of_a_kept_answer_are_counted_from_its_beginning(tmp_path: Path) -> None:
-    """The answer is made twice, to be kept and to be sent: both must be the same."""
-    told = (TokenLogprob("Hel", -0.5), TokenLogprob("lo", -0.25))
-    played = ScriptedApp(tmp_path, [[ACCEPTED], [Delta(0, "Hello", 2, "stop", logprobs=told), FINISHED]])
+    """The answer is rendered twice, to be stored and to be sent: both must be the same."""
+    logprobs = (TokenLogprob("Hel", -0.5), TokenLogprob("lo", -0.25))
+    played = ScriptedApp(tmp_path, [[ACCEPTED], [Delta(0, "Hello", 2, "stop", logprobs=logprobs), FINISHED]])
     text = {"model": "tiny", "prompt": "Say", "logprobs": 1}
     first, second = (played.ask("POST", "/v1/completions", text, **KEY) for _ in range(2))
     assert second.headers["idempotency-replayed"] == "true"
@@ -84,7 +84,7 @@ def test_while_the_first_request_runs_another_gets_409(tmp_path: Path) -> None:
 def test_a_key_whose_gateway_died_is_free_once_its_lease_is_over(tmp_path: Path) -> None:
     played = ScriptedApp(tmp_path, HELLO)
     played.ask("POST", CHAT, BODY, **KEY)
-    past = played.gateway.terms.now() - timedelta(seconds=1)
+    past = played.gateway.context.now() - timedelta(seconds=1)
     with played.store.write() as connection:
         connection.execute(idempotency_table.update().values(body=None, expires_at=past))
     assert played.ask("POST", CHAT, BODY, **KEY).status_code == 200
@@ -109,7 +109,7 @@ def test_a_bug_in_keeping_leaves_the_request_billed_and_answered(
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(IdempotencyCommitHook, "keep", broken)
+    monkeypatch.setattr(IdempotencyCommitHook, "on_settle", broken)
     played = ScriptedApp(tmp_path, HELLO)
     assert played.ask("POST", CHAT, BODY, **KEY).status_code == 200
     assert (events(played), keys(played)) == (1, 0)
@@ -120,7 +120,7 @@ def test_what_has_expired_is_swept(tmp_path: Path) -> None:
     played = ScriptedApp(tmp_path, HELLO)
     played.ask("POST", CHAT, BODY, **KEY)
     idempotency = played.app.state.context.idempotency
-    now = played.gateway.terms.now()
+    now = played.gateway.context.now()
     assert idempotency.sweep(at=now) == 0
     assert idempotency.sweep(at=now + timedelta(hours=25)) == 1
     assert keys(played) == 0

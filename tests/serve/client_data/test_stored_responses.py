@@ -1,4 +1,4 @@
-"""What `POST /v1/responses` stores: there when the client has its answer, its tenant's alone, and bounded."""
+"""A response is stored before the client has its answer, belongs to one tenant, and is bounded."""
 
 import asyncio
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from serve.billing.ledger.ledger import HoldRequest, Ledger, Outcome, Resolution
+from serve.billing.ledger.holds import HoldRequest, Outcome, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.client_data.stored_responses import (
-    KEPT_FOR,
+    RETENTION,
     StoredResponse,
     StoredResponses,
     responses_table,
@@ -37,14 +38,14 @@ def stored(name: str, size: int = 0) -> StoredResponse:
 
 
 def shelf(store: Store, tenant: str = "acme") -> tuple[int, int]:
-    """What the tenant's shelf says it holds, which must be what there is."""
+    """The tenant's counted responses and bytes, which must equal the stored ones."""
     c, s = responses_table.c, shelves_table.c
-    found = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(c.bytes), 0)).where(c.tenant_id == tenant)
+    items = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(c.bytes), 0)).where(c.tenant_id == tenant)
     with store.read() as connection:
-        there = tuple(connection.execute(found).one())
-        said = connection.execute(sa.select(s.responses, s.bytes).where(s.tenant_id == tenant)).one()
-    assert there == tuple(said)
-    return there
+        actual = tuple(connection.execute(items).one())
+        counted = connection.execute(sa.select(s.responses, s.bytes).where(s.tenant_id == tenant)).one()
+    assert actual == tuple(counted)
+    return actual
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -150,14 +151,14 @@ def test_input_items_come_in_pages(tmp_path: Path) -> None:
         page = played.ask("GET", path + query).json()
         InputItemList.model_validate(page)
         assert [page["data"][0]["id"], page["data"][-1]["id"]] == [page["first_id"], page["last_id"]]
-        found = [item["content"][0]["text"] for item in page["data"]]
-        return ",".join(found), page["has_more"], page["last_id"]
+        items = [item["content"][0]["text"] for item in page["data"]]
+        return ",".join(items), page["has_more"], page["last_id"]
 
     assert texts("?order=asc")[:2] == ("a,b,c,Hello,d", False)
-    found, more, last = texts("?limit=2")
-    assert (found, more) == ("d,Hello", True)
-    found, more, last = texts(f"?limit=2&after={last}")
-    assert (found, more) == ("c,b", True)
+    items, more, last = texts("?limit=2")
+    assert (items, more) == ("d,Hello", True)
+    items, more, last = texts(f"?limit=2&after={last}")
+    assert (items, more) == ("c,b", True)
     assert texts(f"?limit=2&after={last}")[:2] == ("a", False)
     assert played.ask("GET", f"{path}?after={last}").json()["data"][0]["content"][0]["text"] == "a"
     end = played.ask("GET", f"{path}?order=asc&after={second['output'][0]['id']}")
@@ -170,8 +171,8 @@ def test_input_items_come_in_pages(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_not_to_be_stored_is_not(tmp_path: Path, stream: bool) -> None:
     played = ScriptedApp(tmp_path, HELLO)
-    asked = ASK | {"store": False}
-    body = played.stream(PATH, asked)[-1]["response"] if stream else played.say(PATH, asked)
+    request = ASK | {"store": False}
+    body = played.stream(PATH, request)[-1]["response"] if stream else played.say(PATH, request)
     assert not body["store"]
     assert played.ask("GET", f"{PATH}/{body['id']}").status_code == 404
 
@@ -245,7 +246,7 @@ def test_an_answer_that_cannot_be_stored_is_billed_all_the_same(
         raise RuntimeError("a bug")
 
     played = ScriptedApp(tmp_path, HELLO)
-    monkeypatch.setattr(StoredResponses, "keep", broken)
+    monkeypatch.setattr(StoredResponses, "insert", broken)
     body = played.say(PATH, ASK)
     assert (body["status"], body["store"]) == ("completed", False)
     assert played.bills() == [("acme", "complete", 10, 4, 2)]
@@ -267,7 +268,7 @@ def test_an_answer_is_stored_in_the_transaction_that_bills_it(
             entry.in_transaction(connection)
             raise sa.exc.OperationalError("commit", None, Exception())
 
-        return apply(self, [replace(entry, also=away)])
+        return apply(self, [replace(entry, in_transaction=away)])
 
     played = ScriptedApp(tmp_path, HELLO)
     monkeypatch.setattr(Ledger, "apply", flaky)
@@ -322,11 +323,11 @@ def test_what_has_expired_is_not_there_and_then_is_swept(
         responses.store("acme", f"req_{number}", stored(str(number)), at=NOON)
     later = NOON + timedelta(hours=1)
     responses.store("acme", "req_later", stored("later"), at=later)
-    assert responses.sweep(at=NOON + KEPT_FOR - timedelta(seconds=1)) == 0
+    assert responses.sweep(at=NOON + RETENTION - timedelta(seconds=1)) == 0
     with pytest.raises(ResponseNotFound):
-        responses.find("acme", "resp_0", at=NOON + KEPT_FOR)
+        responses.find("acme", "resp_0", at=NOON + RETENTION)
     with pytest.raises(ResponseNotFound):
-        responses.delete("acme", "resp_0", at=NOON + KEPT_FOR)
-    assert responses.sweep(at=NOON + KEPT_FOR) == 5
+        responses.delete("acme", "resp_0", at=NOON + RETENTION)
+    assert responses.sweep(at=NOON + RETENTION) == 5
     assert shelf(shop.store)[0] == 1
-    responses.find("acme", "resp_later", at=NOON + KEPT_FOR)
+    responses.find("acme", "resp_later", at=NOON + RETENTION)

@@ -6,14 +6,15 @@ import re
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from serve.cli import SUBCOMMANDS, app
-from serve.commands.common import console
-from serve.errors import RegistryError
+from serve.commands import usage
+from serve.errors import OperatorError, ReconciliationFailed, RegistryError
 from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
 from serve.tenants import Tenants
@@ -24,7 +25,7 @@ BESPOKE = [str(Path(sys.executable).with_name("bespoke"))]
 
 
 def bespoke(home: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    env = os.environ | {"BESPOKE_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1"} | environment
+    env = os.environ | {"BESPOKE_HOME": str(home), "COLUMNS": "80", "NO_COLOR": "1"} | environment
     return subprocess.run([*BESPOKE, *arguments], capture_output=True, text=True, env=env, timeout=120)
 
 
@@ -39,9 +40,9 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
         heavy = {"torch", "vllm", "ray", "transformers", "sqlalchemy"} & set(sys.modules)
         sys.exit(f"loaded {heavy}" if heavy else 0)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in SUBCOMMANDS)
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(name in result.stdout for name in SUBCOMMANDS)
 
 
 @pytest.mark.parametrize("command", SUBCOMMANDS)
@@ -61,8 +62,8 @@ def test_a_tenant_from_nothing_to_an_invoice(tmp_path: Path) -> None:
         ("usage", "show", "acme"),
         ("tenant", "credit", "acme", "20"),
     ):
-        done = bespoke(tmp_path, *arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
+        result = bespoke(tmp_path, *arguments)
+        assert result.returncode == 0, result.stdout + result.stderr
     key = bespoke(tmp_path, "key", "create", "acme")
     (secret,) = re.findall(r"bsk-\S+", key.stdout)
     assert secret.encode() not in (tmp_path / "ledger.db").read_bytes()
@@ -79,7 +80,6 @@ def test_an_adapter_from_its_files_to_the_tenants_alias(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BESPOKE_HOME", str(tmp_path))
-    monkeypatch.setattr(console, "width", 200)
     publish_base(tmp_path, "tiny")
     old, new = (publish_sample(tmp_path, "acme", "support", alpha=alpha).name for alpha in (1, 2))
     store = Store(f"sqlite:///{tmp_path / 'ledger.db'}")
@@ -87,30 +87,40 @@ def test_an_adapter_from_its_files_to_the_tenants_alias(
     Tenants(store, b"secret").create("acme", at=NOON)
     registry = AdapterRegistry(store, ["tiny"])
 
-    def say(verb: str, model: str = "acme") -> str:
-        done = CliRunner().invoke(app, ["adapter", verb, model], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        return " ".join(done.output.split())
+    def bespoke_adapter(verb: str, model: str = "acme") -> str:
+        result = CliRunner().invoke(app, ["adapter", verb, model], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
 
     old_model, new_model = f"acme/support@{old}", f"acme/support@{new}"
-    assert say("register", old_model) == f"registered {old_model}: pending"
+    assert bespoke_adapter("register", old_model) == f"registered {old_model}: pending"
     registry.mark_ready(registry.find("acme", "support", old), NOON)
-    assert say("register", old_model) == f"registered {old_model}: ready"
-    assert say("promote", old_model) == f"acme/support now means {old_model}"
-    say("pin", old_model)
-    assert f"acme/support will mean, once an engine has probed it, {new_model}" in say("promote", new_model)
-    listed = say("list")
-    assert re.search(rf"{old_model} │ tiny │ 2 │ \S+ \S+ │ ready │ yes │ now", listed), listed
-    assert re.search(rf"{new_model} │ tiny │ 2 │ \S+ \S+ │ pending │ │ next", listed), listed
+    assert bespoke_adapter("register", old_model) == f"registered {old_model}: ready"
+    assert bespoke_adapter("promote", old_model) == f"acme/support now means {old_model}"
+    bespoke_adapter("pin", old_model)
+    assert f"acme/support will mean, once an engine has probed it, {new_model}" in bespoke_adapter(
+        "promote", new_model
+    )
+    listed = bespoke_adapter("list")
+    assert re.search(rf"{old_model} tiny 2 \S+ \S+ ready yes now", listed), listed
+    assert re.search(rf"{new_model} tiny 2 \S+ \S+ pending next", listed), listed
+    for verb in ("pin", "retire"):
+        with pytest.raises(OperatorError, match=f"means {old_model} now and {new_model} once it is probed"):
+            bespoke_adapter(verb, "acme/support")
+    shown = bespoke_adapter("show", "acme/support")
+    assert shown.startswith(f"model {old_model} ")
+    assert f"alias next {new_model}" in shown
     registry.reject(registry.find("acme", "support", new), "its logits are [the base's]", NOON)
-    shown = say("show", new_model)
+    assert f"acme/support is {old_model}" in bespoke_adapter("unpin", "acme/support")
+    assert f"every replica keeps {old_model} loaded" in bespoke_adapter("pin", "acme/support")
+    shown = bespoke_adapter("show", new_model)
     assert "rejected" in shown
     assert "its logits are [the base's]" in shown
     with pytest.raises(RegistryError, match="'acme/support' points to"):
-        say("retire", old_model)
-    say("unpin", old_model)
-    say("retire", new_model)
-    assert "rejected, retired" in say("list")
+        bespoke_adapter("retire", "acme/support")
+    bespoke_adapter("unpin", old_model)
+    bespoke_adapter("retire", new_model)
+    assert "rejected, retired" in bespoke_adapter("list")
     assert not registry.entry(registry.find("acme", "support", old)).pinned
     store.close()
 
@@ -124,7 +134,8 @@ def test_an_adapter_from_its_files_to_the_tenants_alias(
         (("adapter", "promote", "acme/support"), "acme/support"),
         (("adapter", "promote", "../../etc"), "invalid name '..'"),
         (("adapter", "register", "acme/support"), "No version of 'acme/support' is published"),
-        (("adapter", "pin", "acme/support"), "say tenant/name@version"),
+        (("adapter", "pin", "acme/support"), "No version of 'acme/support' is registered"),
+        (("key", "list", "nobody", "--json"), "no tenant 'nobody'"),
         (("adapter", "show", "acme/support@0"), "no registered version 'acme/support@0'"),
         (("invoice", "create", "acme", "--month", "soon"), "soon"),
         (("usage", "check", "--url", "http://127.0.0.1:9"), "127.0.0.1:9"),
@@ -135,20 +146,74 @@ def test_an_adapter_from_its_files_to_the_tenants_alias(
 def test_what_is_wrong_is_one_clear_line_and_exit_status_1(
     tmp_path: Path, arguments: tuple[str, ...], words: str
 ) -> None:
-    done = bespoke(tmp_path, *arguments)
-    assert done.returncode == 1
-    assert words in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    process = bespoke(tmp_path, *arguments)
+    assert process.returncode == 1
+    assert words in process.stderr
+    assert process.stdout == ""
+    assert len(process.stderr.strip().splitlines()) == 1
+
+
+def test_an_alias_that_means_no_version_names_those_that_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BESPOKE_HOME", str(tmp_path))
+    publish_base(tmp_path, "tiny")
+    with closing(Store(f"sqlite:///{tmp_path / 'ledger.db'}")) as store:
+        store.migrate()
+        Tenants(store, b"secret").create("acme", at=NOON)
+        base_dir, registry = tmp_path / "bases" / "tiny", AdapterRegistry(store, ["tiny"])
+        models = [
+            registry.register(
+                publish_sample(tmp_path, "acme", "support", alpha=alpha),
+                at=NOON,
+                base_dir=base_dir,
+                max_rank=16,
+            ).model
+            for alpha in (1, 2)
+        ]
+    result = CliRunner().invoke(app, ["adapter", "show", "acme/support"])
+    assert isinstance(result.exception, OperatorError)
+    assert all(model in str(result.exception) for model in models)
+
+
+@pytest.mark.parametrize(
+    ("profile", "environment", "url"),
+    [
+        ("", {}, "http://127.0.0.1:8000"),
+        ("port: 8123", {}, "http://127.0.0.1:8123"),
+        ("port: 8123", {"BESPOKE_PORT": "8124"}, "http://127.0.0.1:8124"),
+        ("host: 0.0.0.0", {}, "http://127.0.0.1:8000"),
+        ("host: '::'", {}, "http://[::1]:8000"),
+    ],
+)
+def test_usage_check_asks_the_gateway_of_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, environment: dict[str, str], url: str
+) -> None:
+    urls: list[str] = []
+    monkeypatch.setattr(usage, "engine_counts", lambda url, token: urls.append(url) or [])
+    monkeypatch.setenv("BESPOKE_HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = tmp_path / "serve.yaml"
+    config.write_text(profile or "{}")
+    result = CliRunner().invoke(app, ["usage", "check", "--config", str(config)])
+    assert isinstance(result.exception, ReconciliationFailed)  # no engine counted anything
+    assert urls == [url]
+
+
+def test_a_port_that_the_system_chooses_wants_a_url(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["usage", "check", "--home", str(tmp_path)], env={"BESPOKE_PORT": "0"})
+    assert isinstance(result.exception, OperatorError)
+    assert "--url" in str(result.exception)
 
 
 def test_a_setting_with_a_typing_mistake_is_refused_by_name(tmp_path: Path) -> None:
     profile = tmp_path / "serve.yaml"
     profile.write_text("portt: 1\nengine: {max_lora: 2}\n")
-    done = bespoke(tmp_path, "serve", "--config", str(profile))
-    assert done.returncode == 1
-    assert "portt" in done.stderr
-    assert "engine.max_lora" in done.stderr
+    result = bespoke(tmp_path, "serve", "--config", str(profile))
+    assert result.returncode == 1
+    assert "portt" in result.stderr
+    assert "engine.max_lora" in result.stderr
 
 
 def test_the_profiles_that_we_ship_are_valid() -> None:

@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 
 from serve.billing.pricing.plans import read_plan
 from serve.cli import app
-from serve.commands import invoice as command
-from serve.commands.common import console
+from serve.commands import credit_note, invoice
 from tests.serve.billing.invoicing.test_calculation import MONTH, buy
 from tests.support.billing_fixture import BillingFixture
 from tests.support.constants import CONFIGS
@@ -21,17 +20,17 @@ NEXT_MONTH = datetime(2026, 12, 2, tzinfo=UTC)
 
 @pytest.fixture
 def bespoke(shop: BillingFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Types a command, at a time when November is over; says what it printed."""
+    """Types a command, at a time when November is over; returns its output."""
     monkeypatch.setenv("BESPOKE_DATABASE_URL", shop.store.url)
     monkeypatch.setenv("BESPOKE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(command, "now", lambda: NEXT_MONTH)
-    monkeypatch.setattr(console, "_width", 200)
+    for module in (invoice, credit_note):
+        monkeypatch.setattr(module, "now", lambda: NEXT_MONTH)
     runner = CliRunner()
 
     def run(*words: str) -> str:
-        done = runner.invoke(app, list(words))
-        assert done.exit_code == 0, (done.output, done.exception)
-        return done.output
+        result = runner.invoke(app, list(words))
+        assert result.exit_code == 0, (result.output, result.exception)
+        return result.output
 
     return run
 
@@ -48,8 +47,8 @@ def test_an_invoice_goes_from_draft_to_paid(shop: BillingFixture, bespoke, tmp_p
     bespoke("invoice", "review", "acme-2026-11-r1")
     assert "INV-2026-000001" in bespoke("invoice", "finalize", "acme-2026-11-r1", "--reason", "checked")
     folder = tmp_path / "home" / "invoices" / "acme"
-    said = json.loads((folder / "INV-2026-000001.json").read_text())
-    assert said["document"]["buyer"]["name"] == "Łódź Käse"
+    exported = json.loads((folder / "INV-2026-000001.json").read_text())
+    assert exported["document"]["buyer"]["name"] == "Łódź Käse"
     assert "to the nano" in bespoke("invoice", "verify", "INV-2026-000001")
     for by, expected in (("day", "2026-11-22"), ("key", shop.principal.key_id), ("request", "r2")):
         assert expected in bespoke("invoice", "lines", "INV-2026-000001", "--by", by)
@@ -75,9 +74,7 @@ def test_credit_is_granted_and_listed(shop: BillingFixture, bespoke) -> None:  #
 
 
 @on_sqlite
-def test_a_plan_that_says_all_that_a_plan_can_say_is_assigned_from_its_day_on(
-    shop: BillingFixture, bespoke
-) -> None:  # type: ignore[no-untyped-def]
+def test_a_plan_with_every_field_is_assigned_from_its_day_on(shop: BillingFixture, bespoke) -> None:  # type: ignore[no-untyped-def]
     path = CONFIGS / "prices" / "enterprise.yaml"
     bespoke("price", "publish", str(path))
     assert "2099-12-01" in bespoke("price", "assign", "acme", "enterprise", "--from", "2099-12-01")

@@ -1,4 +1,4 @@
-"""A gateway's own HTTP server, and clients that do not read what they have asked for."""
+"""Checks a gateway's own HTTP server with clients that do not read their answers."""
 
 import asyncio
 import socket
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from serve.deployment import http_server as server_module
+from serve.deployment import upstream
 from serve.deployment.http_server import HttpServer
 from tests.support.ports import free_port
 
@@ -17,7 +17,7 @@ HOST = "127.0.0.1"
 
 
 async def endless(scope: Scope, receive: Receive, send: Send) -> None:
-    """Sends as fast as it is taken, until the client is gone."""
+    """Sends as fast as the client reads, until it is gone."""
     if scope["type"] == "lifespan":
         while True:
             kind = (await receive())["type"]
@@ -61,7 +61,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 def test_a_client_that_reads_no_more_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "STALLED_S", 0.3)
+    monkeypatch.setattr(upstream, "STALLED_S", 0.3)
 
     async def scenario(server: HttpServer, port: int) -> None:
         with closing(ask(port)):
@@ -72,7 +72,7 @@ def test_a_client_that_reads_no_more_is_cut_off(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_client_that_reads_slowly_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "STALLED_S", 0.2)
+    monkeypatch.setattr(upstream, "STALLED_S", 0.2)
 
     async def scenario(server: HttpServer, port: int) -> None:
         with closing(ask(port)) as client:

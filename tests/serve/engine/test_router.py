@@ -1,4 +1,4 @@
-"""Routing as a function of plain values."""
+"""Checks the router as a function of plain values."""
 
 import random
 from dataclasses import dataclass, field
@@ -26,15 +26,15 @@ class Candidate:
 
 
 def candidates(loads: st.SearchStrategy[int], adapter: int = 1) -> st.SearchStrategy[list[Candidate]]:
-    """One to six replicas, some of which hold `adapter`."""
-    one = st.builds(
+    """Generates one to six replicas, some of which hold `adapter`."""
+    candidate = st.builds(
         Candidate,
         id=st.text("abcdefgh01234567", min_size=8, max_size=8),
         load=loads,
         load_max=st.just(ROOM),
         adapters=st.sampled_from([set(), {adapter}, {adapter + 1}]),
     )
-    return st.lists(one, min_size=1, max_size=6, unique_by=lambda c: c.id)
+    return st.lists(candidate, min_size=1, max_size=6, unique_by=lambda c: c.id)
 
 
 ANY_LOAD = st.integers(0, ROOM + 2)
@@ -46,25 +46,25 @@ def idle(*names: str) -> list[Candidate]:
 
 
 def first(adapter: int, replicas: list[Candidate]) -> Candidate:
-    found = choose(adapter, replicas, SLACK)
-    assert found is not None
-    return found
+    replica = choose(adapter, replicas, SLACK)
+    assert replica is not None
+    return replica
 
 
 def order(adapter: int, replicas: list[Candidate]) -> list[Candidate]:
-    """Who is chosen, who when that one is gone, and so on."""
-    left, found = list(replicas), []
+    """Returns the replicas in the order in which they are chosen, each once those before it are gone."""
+    left, order = list(replicas), []
     while left:
-        found.append(first(adapter, left))
-        left.remove(found[-1])
-    return found
+        order.append(first(adapter, left))
+        left.remove(order[-1])
+    return order
 
 
 @given(st.none() | st.just(1), candidates(ANY_LOAD))
 def test_one_with_room_is_chosen_unless_all_are_full(adapter: int | None, replicas: list[Candidate]) -> None:
-    found = choose(adapter, replicas, SLACK)
-    assert (found is None) == all(c.full for c in replicas)
-    assert found is None or not found.full
+    replica = choose(adapter, replicas, SLACK)
+    assert (replica is None) == all(c.full for c in replicas)
+    assert replica is None or not replica.full
 
 
 @given(candidates(ANY_LOAD), st.randoms())
@@ -133,4 +133,4 @@ def test_of_two_for_the_base_the_less_loaded_is_chosen() -> None:
 
 def test_the_base_reaches_every_replica() -> None:
     replicas = idle("a", "b", "c")
-    assert {found.id for _ in range(100) if (found := choose(None, replicas))} == {"a", "b", "c"}
+    assert {replica.id for _ in range(100) if (replica := choose(None, replicas))} == {"a", "b", "c"}

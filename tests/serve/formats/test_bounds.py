@@ -101,23 +101,23 @@ def test_too_many_messages_are_refused() -> None:
 
 
 def test_unknown_fields_are_ignored_and_null_means_absent() -> None:
-    asked = chat(
+    body = chat(
         brand_new=1, user="u", metadata={}, temperature=None, stop=None, n=None, stream=None, tools=[]
     )
-    sampling = asked.sampling(LIMITS)
+    sampling = body.sampling(LIMITS)
     assert (sampling.temperature, sampling.n, sampling.stop) == (1.0, 1, ())
 
 
 def test_content_parts_are_joined_and_developer_means_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    asked = chat(messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}])
-    assert asked.prompt(LIMITS) == (Message("system", "be brief"), Message("user", "ab"))
+    body = chat(messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}])
+    assert body.prompt(LIMITS) == (Message("system", "be brief"), Message("user", "ab"))
 
 
 def test_the_newer_length_field_wins_and_names_itself_in_errors() -> None:
-    asked = chat(max_tokens=5, max_completion_tokens=7)
-    assert asked.sampling(LIMITS).completion_tokens_max == 7
-    assert asked.length_param == "max_completion_tokens"
+    body = chat(max_tokens=5, max_completion_tokens=7)
+    assert body.sampling(LIMITS).completion_tokens_max == 7
+    assert body.length_param == "max_completion_tokens"
 
 
 def completion(**fields: Any) -> CompletionRequest:
@@ -131,9 +131,9 @@ def completion(**fields: Any) -> CompletionRequest:
 def test_a_completion_takes_texts_and_token_ids_and_has_openais_default_length(
     prompt: Any, prompts: Any
 ) -> None:
-    asked = completion(prompt=prompt)
-    assert asked.texts(LIMITS) == Texts(prompts)
-    assert asked.sampling(LIMITS).completion_tokens_max == 16
+    body = completion(prompt=prompt)
+    assert body.texts(LIMITS) == Texts(prompts)
+    assert body.sampling(LIMITS).completion_tokens_max == 16
 
 
 @pytest.mark.parametrize(
@@ -158,13 +158,13 @@ def test_a_wrong_field_of_a_completion_is_named(fields: dict[str, Any], param: s
 def test_tools_and_their_calls_arrive_as_the_engine_wants_them() -> None:
     turns = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [CALLED]}]
     turns.append({"role": "tool", "content": "sunny", "tool_call_id": "c1"})
-    asked = chat(messages=turns, tools=[WEATHER], parallel_tool_calls=False)
-    assert asked.prompt(LIMITS)[1:] == (
+    body = chat(messages=turns, tools=[WEATHER], parallel_tool_calls=False)
+    assert body.prompt(LIMITS)[1:] == (
         Message("assistant", None, (ToolCall(0, "c1", "weather", '{"city":"Rome"}'),)),
         Message("tool", "sunny", tool_call_id="c1"),
     )
     tool = Tool("weather", None, json.dumps(CITY, separators=(",", ":")))
-    assert asked.toolbox(LIMITS) == Toolbox((tool,), "auto", None, parallel=False)
+    assert body.toolbox(LIMITS) == Toolbox((tool,), "auto", None, parallel=False)
     named = {"type": "function", "function": {"name": "weather"}}
     assert chat(tools=[WEATHER], tool_choice=named).toolbox(LIMITS) == Toolbox((tool,), "required", "weather")
 
@@ -228,10 +228,10 @@ field_names = st.sampled_from([*ChatCompletionRequest.model_fields, "functions",
 @given(st.dictionaries(field_names, json_values, max_size=5))
 def test_whatever_a_field_holds_it_is_accepted_or_refused_by_our_error(fields: dict[str, Any]) -> None:
     with contextlib.suppress(InvalidRequest):
-        asked = chat(**fields)
-        asked.prompt(LIMITS)
-        asked.toolbox(LIMITS)
-        asked.sampling(LIMITS)
+        body = chat(**fields)
+        body.prompt(LIMITS)
+        body.toolbox(LIMITS)
+        body.sampling(LIMITS)
 
 
 @given(st.dictionaries(st.sampled_from(list(CompletionRequest.model_fields)), json_values, max_size=5))
@@ -239,9 +239,9 @@ def test_whatever_a_completions_field_holds_it_is_accepted_or_refused_by_our_err
     fields: dict[str, Any],
 ) -> None:
     with contextlib.suppress(InvalidRequest):
-        asked = completion(**fields)
-        asked.texts(LIMITS)
-        asked.sampling(LIMITS)
+        body = completion(**fields)
+        body.texts(LIMITS)
+        body.sampling(LIMITS)
 
 
 @given(st.binary(max_size=200))

@@ -1,4 +1,4 @@
-"""What a gateway does before it dispatches a request, and the life of one that goes well."""
+"""The gateway checks a request before it dispatches it, and settles one that succeeds."""
 
 import asyncio
 from dataclasses import replace
@@ -17,13 +17,13 @@ from serve.tenants import Principal
 from tests.support.billing_fixture import BillingFixture
 from tests.support.constants import NOON, TINY
 from tests.support.scripted_app import ACCEPTED, HELLO, ScriptedEngine
-from tests.support.scripted_gateway import call, collect, events, gateway_of, metric, play
+from tests.support.scripted_gateway import collect, events, gateway_of, inference_request, metric, play
 
 
 def test_a_finished_request_is_settled_before_the_client_has_its_end(shop: BillingFixture) -> None:
     async def scenario() -> None:
         gateway = gateway_of(shop, ScriptedEngine(HELLO))
-        generation = await gateway.generate(shop.principal, call())
+        generation = await gateway.generate(shop.principal, inference_request())
         async for batch in generation:
             if any(delta.finish_reason for delta in batch):
                 assert len(events(shop.store)) == 1
@@ -51,16 +51,16 @@ def test_a_request_is_counted_under_its_adapters_version(
 
     async def scenario() -> None:
         gateway = gateway_of(shop, ScriptedEngine(HELLO))
-        await collect(await gateway.generate(shop.principal, call()))
+        await collect(await gateway.generate(shop.principal, inference_request()))
         await gateway.drain()
-        who = {"base": "tiny", "adapter": label}
-        assert metric(gateway, "bespoke_adapter_requests_total", status="complete", **who) == 1
+        labels = {"base": "tiny", "adapter": label}
+        assert metric(gateway, "bespoke_adapter_requests_total", status="complete", **labels) == 1
         classes = ("prompt", "cached_prompt", "completion")
         counts = [
-            metric(gateway, "bespoke_adapter_tokens_total", **who, **{"class": kind}) for kind in classes
+            metric(gateway, "bespoke_adapter_tokens_total", **labels, **{"class": kind}) for kind in classes
         ]
         assert counts == [6, 4, 2]
-        assert metric(gateway, "bespoke_adapter_time_to_first_token_seconds_count", **who) == 1
+        assert metric(gateway, "bespoke_adapter_time_to_first_token_seconds_count", **labels) == 1
 
     asyncio.run(scenario())
 
@@ -86,13 +86,13 @@ def test_a_tenant_without_a_price_plan_is_not_sold_to(shop: BillingFixture) -> N
     newcomer = Principal("newcomer", key.id, key.scopes)
     gateway = gateway_of(shop, ScriptedEngine(HELLO))
     with pytest.raises(NotBillable):
-        asyncio.run(gateway.generate(newcomer, call()))
+        asyncio.run(gateway.generate(newcomer, inference_request()))
 
 
 def test_an_unknown_model_is_refused_before_anything_is_held(shop: BillingFixture) -> None:
     gateway = gateway_of(shop, ScriptedEngine(HELLO))
     with pytest.raises(ModelNotFound):
-        asyncio.run(gateway.generate(shop.principal, call("acme/nothing")))
+        asyncio.run(gateway.generate(shop.principal, inference_request("acme/nothing")))
     assert not shop.ledger.open_holds()
 
 
@@ -102,7 +102,7 @@ def test_the_bound_on_prompt_tokens_is_never_below_the_tokenizers_count(home: Pa
 
     tokenizer = AutoTokenizer.from_pretrained(home / "bases" / TINY)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
-    hello = call()
+    hello = inference_request()
     assert len(chat["input_ids"]) <= prompt_tokens_max(
         replace(hello, prompt=(Message("user", text),)), 10_000
     )

@@ -1,11 +1,11 @@
-"""Faults that a real engine cannot be asked for: a scripted engine injects them behind the seam."""
+"""A generation settles or voids after faults, which a scripted engine injects."""
 
 import asyncio
 from collections.abc import Sequence
 
 import pytest
 
-from serve.billing.ledger.ledger import HoldRequest, Outcome, Resolution
+from serve.billing.ledger.holds import HoldRequest, Outcome, Resolution
 from serve.engine.protocol import Accepted, Event, Finished
 from serve.errors import (
     BespokeError,
@@ -21,7 +21,15 @@ from serve.inference import generation as generation_module
 from serve.inference import settlement
 from tests.support.billing_fixture import BillingFixture
 from tests.support.scripted_app import ACCEPTED, HELLO, Script, ScriptedEngine
-from tests.support.scripted_gateway import call, closings, collect, events, gateway_of, metric, play
+from tests.support.scripted_gateway import (
+    closings,
+    collect,
+    events,
+    gateway_of,
+    inference_request,
+    metric,
+    play,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +84,7 @@ def test_a_client_that_leaves_aborts_the_engine_and_pays_the_engines_last_count(
     async def scenario() -> None:
         last: list[Event] = [Finished(10, 0, 3, aborted=True)]
         gateway = gateway_of(shop, ScriptedEngine([*HELLO[:2], "hang", last]))
-        generation = await gateway.generate(shop.principal, call())
+        generation = await gateway.generate(shop.principal, inference_request())
         generation.close()
         await gateway.drain()
 
@@ -92,7 +100,7 @@ def test_a_client_that_leaves_before_the_engine_accepts_pays_nothing(
     async def scenario() -> None:
         engine = ScriptedEngine(["hang", [ACCEPTED], [Finished(10, 0, 0, aborted=True)]])
         gateway = gateway_of(shop, engine)
-        asking = asyncio.create_task(gateway.generate(shop.principal, call()))
+        asking = asyncio.create_task(gateway.generate(shop.principal, inference_request()))
         await asyncio.sleep(0)  # it has begun
         while moment == "while the engine is asked" and not shop.ledger.open_holds():
             await asyncio.sleep(0.001)
@@ -115,7 +123,7 @@ def test_a_request_that_takes_too_long_is_stopped_and_billed_as_failed(shop: Bil
         last: list[Event] = [Finished(10, 0, 1, aborted=True)]
         engine = ScriptedEngine([*HELLO[:2], "hang", last])
         gateway = gateway_of(shop, engine, request_timeout_s=0.2)
-        generation = await gateway.generate(shop.principal, call())
+        generation = await gateway.generate(shop.principal, inference_request())
         with pytest.raises(EngineFailed, match="longer"):
             await collect(generation)
         await gateway.drain()
@@ -138,9 +146,9 @@ def test_a_request_whose_replica_dies_before_the_first_token_is_retried_and_bill
         second: Script = [[Accepted("r2", "b2", 10)], *HELLO[1:]]
         engine = ScriptedEngine(lost, second)
         gateway = gateway_of(shop, engine)
-        assert await collect(await gateway.generate(shop.principal, call())) == "Hello"
+        assert await collect(await gateway.generate(shop.principal, inference_request())) == "Hello"
         await gateway.drain()
-        assert engine.asked == ["req_1", "req_1-2"]
+        assert engine.request_ids == ["req_1", "req_1-2"]
         assert metric(gateway, "bespoke_requests_retried_total") == 1
 
     asyncio.run(scenario())
@@ -155,11 +163,11 @@ def test_a_request_whose_replica_dies_after_a_token_is_not_retried_and_settled(s
     async def scenario() -> None:
         engine = ScriptedEngine([*HELLO[:2], EngineLost()], HELLO)
         gateway = gateway_of(shop, engine)
-        generation = await gateway.generate(shop.principal, call())
+        generation = await gateway.generate(shop.principal, inference_request())
         with pytest.raises(EngineFailed):
             await collect(generation)
         await gateway.drain()
-        assert engine.asked == ["req_1"]
+        assert engine.request_ids == ["req_1"]
 
     asyncio.run(scenario())
     (event,) = events(shop.store)
@@ -170,10 +178,10 @@ def test_a_lost_request_is_not_retried_for_a_client_that_is_gone(shop: BillingFi
     async def scenario() -> None:
         engine = ScriptedEngine([[ACCEPTED], "hang", EngineLost()], HELLO)
         gateway = gateway_of(shop, engine)
-        generation = await gateway.generate(shop.principal, call())
+        generation = await gateway.generate(shop.principal, inference_request())
         generation.close()
         await gateway.drain()
-        assert engine.asked == ["req_1"]
+        assert engine.request_ids == ["req_1"]
 
     asyncio.run(scenario())
     assert closings(shop.store) == ["void"]
@@ -185,10 +193,10 @@ def test_a_request_that_is_lost_twice_is_voided_and_unavailable(shop: BillingFix
         engine = ScriptedEngine([EngineLost()], second, HELLO)
         gateway = gateway_of(shop, engine)
         with pytest.raises(EngineLost) as lost:
-            await collect(await gateway.generate(shop.principal, call()))
+            await collect(await gateway.generate(shop.principal, inference_request()))
         assert status_of(lost.value)[0] == 503
         await gateway.drain()
-        assert engine.asked == ["req_1", "req_1-2"]
+        assert engine.request_ids == ["req_1", "req_1-2"]
 
     asyncio.run(scenario())
     assert closings(shop.store) == ["void"]
@@ -201,8 +209,8 @@ def test_a_refused_request_is_not_retried(shop: BillingFixture, refusal: Bespoke
         engine = ScriptedEngine([refusal], HELLO)
         gateway = gateway_of(shop, engine)
         with pytest.raises(type(refusal)):
-            await gateway.generate(shop.principal, call())
-        assert engine.asked == ["req_1"]
+            await gateway.generate(shop.principal, inference_request())
+        assert engine.request_ids == ["req_1"]
 
     asyncio.run(scenario())
     assert closings(shop.store) == ["void"]
@@ -213,7 +221,7 @@ def test_an_abort_names_the_attempt_that_runs(shop: BillingFixture) -> None:
         last: list[Event] = [Finished(10, 0, 1, aborted=True)]
         engine = ScriptedEngine([[ACCEPTED], EngineLost()], [[ACCEPTED], "hang", last])
         gateway = gateway_of(shop, engine)
-        generation = await gateway.generate(shop.principal, call())
+        generation = await gateway.generate(shop.principal, inference_request())
         async with asyncio.timeout(10):
             await engine.hanging.wait()
         generation.close()
@@ -229,7 +237,7 @@ def test_an_abort_between_two_attempts_waits_until_the_second_is_accepted(shop: 
         end: list[Event] = [Finished(10, 0, 0, aborted=True)]
         engine = ScriptedEngine([[ACCEPTED], EngineLost()], ["hang", [ACCEPTED], end])
         gateway = gateway_of(shop, engine)
-        generation = await gateway.generate(shop.principal, call())
+        generation = await gateway.generate(shop.principal, inference_request())
         async with asyncio.timeout(10):
             await engine.hanging.wait()
         generation.close()
@@ -250,7 +258,7 @@ def test_a_first_token_that_is_late_aborts_the_request_and_only_tokens_are_bille
         last: list[Event] = [Finished(10, 0, tokens, aborted=True)]
         engine = ScriptedEngine([[ACCEPTED], "hang", last])
         gateway = gateway_of(shop, engine, first_token_timeout_s=0.05)
-        generation = await gateway.generate(shop.principal, call())
+        generation = await gateway.generate(shop.principal, inference_request())
         with pytest.raises(EngineUnavailable, match="did not begin"):
             await collect(generation)
         await gateway.drain()
@@ -273,7 +281,7 @@ def test_a_late_first_token_is_given_up_even_if_the_engine_does_not_answer_the_a
         engine = ScriptedEngine([[ACCEPTED], "hang"])
         monkeypatch.setattr(engine, "abort", deaf)
         gateway = gateway_of(shop, engine, first_token_timeout_s=0.05)
-        generation = await gateway.generate(shop.principal, call())
+        generation = await gateway.generate(shop.principal, inference_request())
         async with asyncio.timeout(10):
             with pytest.raises(EngineUnavailable, match="did not begin"):
                 await collect(generation)
@@ -287,7 +295,7 @@ def test_a_first_token_in_time_lets_the_rest_take_its_time(shop: BillingFixture)
     async def scenario() -> None:
         engine = ScriptedEngine([*HELLO[:2], "hang", HELLO[2]])
         gateway = gateway_of(shop, engine, first_token_timeout_s=0.01)
-        generation = await gateway.generate(shop.principal, call())
+        generation = await gateway.generate(shop.principal, inference_request())
         late = asyncio.get_running_loop().call_later(0.05, engine.aborted.set)
         assert await collect(generation) == "Hello"
         late.cancel()
@@ -313,7 +321,7 @@ def test_nobody_waits_for_a_settlement_that_a_bug_prevents(
     async def scenario() -> None:
         gateway = gateway_of(shop, ScriptedEngine(HELLO))
         monkeypatch.setattr(shop.ledger, "apply", broken)
-        generation = await gateway.generate(shop.principal, call())
+        generation = await gateway.generate(shop.principal, inference_request())
         assert await asyncio.wait_for(collect(generation), 10) == "Hello"
         await gateway.drain()
         assert metric(gateway, "bespoke_requests_in_progress") == 0
@@ -335,7 +343,7 @@ def test_a_settlement_waits_for_the_store_to_come_back(
     async def scenario() -> str:
         gateway = gateway_of(shop, ScriptedEngine(HELLO))
         monkeypatch.setattr(shop.ledger, "apply", flaky)
-        return await collect(await gateway.generate(shop.principal, call()))
+        return await collect(await gateway.generate(shop.principal, inference_request()))
 
     assert asyncio.run(scenario()) == "Hello"
     assert len(events(shop.store)) == 1

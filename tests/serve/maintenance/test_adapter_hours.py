@@ -1,4 +1,4 @@
-"""What is billed besides requests: training, once, and adapters that are ready, by the hour."""
+"""Tests the charges besides requests: training, once, and ready adapters, by the hour."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +24,7 @@ HOUR = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Works:
-    """A shop's tenant, an adapter of its, and where it lies."""
+    """Provides a shop's tenant with an adapter and its folder."""
 
     shop: BillingFixture
     registry: AdapterRegistry

@@ -1,4 +1,4 @@
-"""What dead gateways leave: closed once, by the highest count that anybody knows."""
+"""Tests that holds of dead gateways are resolved once, by the highest known count."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from serve.billing.ledger.accounts import transfers_table
 from serve.billing.ledger.checkpoints import UsageCheckpoints, checkpoint_files
-from serve.billing.ledger.ledger import Hold
+from serve.billing.ledger.holds import Hold
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.events import UsageStatus, attempts_table, usage_table
 from serve.billing.metering.queries import UsageQueries
@@ -29,7 +29,7 @@ ONE = "req_1"
 
 
 class RememberingEngine:
-    """Knows what it did for requests, by the names that the gateway gave them."""
+    """Reports its usage of requests by the names that the gateway gave them."""
 
     def __init__(self) -> None:
         self.done: dict[str, RequestUsage] = {}
@@ -66,7 +66,7 @@ class Scene:
     def hold(
         self, owner: str, request_id: str = ONE, *, again: bool = False, at: datetime = NOON
     ) -> BillingTerms:
-        sale = BillingTerms(
+        terms = BillingTerms(
             "acme",
             self.shop.principal.key_id,
             None,
@@ -79,9 +79,9 @@ class Scene:
             "default",
             again,
         )
-        hold = Hold(request_id, "acme", 100_000, terms=sale.to_json(), owner=owner)
+        hold = Hold(request_id, "acme", 100_000, terms=terms.to_json(), owner=owner)
         self.shop.ledger.hold(hold, at=at, lease=LEASE)
-        return sale
+        return terms
 
     def run(self) -> None:
         asyncio.run(self.recovery.run())
@@ -107,7 +107,7 @@ def scene(shop: BillingFixture, tmp_path: Path) -> Iterator[Scene]:
 
 
 def die(checkpoints: UsageCheckpoints) -> None:
-    """The process is gone: its thread, its lock, and nothing is tidied up."""
+    """Simulate the process's death: its thread and lock are gone, and nothing is cleaned up."""
     checkpoints._stopped.set()
     checkpoints._flusher.join()
     os.close(checkpoints._file)
@@ -189,8 +189,8 @@ def test_an_engine_that_does_not_answer_is_waited_for_a_while(scene: Scene) -> N
 
 def test_what_the_gateway_was_about_to_settle_is_settled_so(scene: Scene) -> None:
     checkpoints = scene.gateway()
-    sale = scene.hold(checkpoints.name)
-    event = sale.event(ONE, served(5), UsageStatus.COMPLETE, "stop", ttft_ms=7, latency_ms=9, at=NOON)
+    terms = scene.hold(checkpoints.name)
+    event = terms.event(ONE, served(5), UsageStatus.COMPLETE, "stop", ttft_ms=7, latency_ms=9, at=NOON)
     checkpoints.note_end(event)
     die(checkpoints)
     scene.now += timedelta(minutes=1)
@@ -228,7 +228,7 @@ def test_the_second_attempt_is_billed_and_the_first_recorded(scene: Scene) -> No
 
 
 def test_an_answer_that_somebody_asks_for_again_is_billed_when_it_arrives(scene: Scene) -> None:
-    """Its tokens are accounted for, so that the ledger still agrees with the engine; nobody pays them."""
+    """Its tokens are recorded, so that the ledger still agrees with the engine, but are not billed."""
     checkpoints = scene.gateway()
     scene.hold(checkpoints.name, again=True)
     checkpoints.track(ONE, partial(served, 3))
@@ -286,6 +286,6 @@ def test_a_clock_that_steps_back_closes_nothing_twice_and_leaks_nothing(scene: S
 
 
 def test_a_sale_is_kept_as_it_was(scene: Scene) -> None:
-    sale = scene.hold("somebody", again=True)
-    dear = replace(sale, rates=RATES.model_copy(update={"cold_load_nanos": 5}))
+    terms = scene.hold("somebody", again=True)
+    dear = replace(terms, rates=RATES.model_copy(update={"cold_load_nanos": 5}))
     assert BillingTerms.from_json(dear.to_json()) == dear

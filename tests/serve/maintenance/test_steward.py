@@ -1,4 +1,4 @@
-"""The steward's chores stand alone, and what it measures is what /metrics says."""
+"""Tests that the steward's jobs are independent, and that /metrics shows its status."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.billing.ledger.ledger import Hold
+from serve.billing.ledger.holds import Hold
 from serve.engine.protocol import Counters
 from serve.errors import EngineUnavailable, StoreUnavailable
 from serve.maintenance import metrics as steward_metrics
@@ -21,7 +21,7 @@ LEASE = timedelta(minutes=10)
 
 
 class CountingEngine:
-    """An engine process with the counters that tests give it."""
+    """Simulates an engine process with the counters that a test sets."""
 
     def __init__(self, prompt: int = 0, completion: int = 0) -> None:
         self.counted = (prompt, completion)
@@ -53,7 +53,7 @@ def steward_of(
 
 
 def watch(steward: Steward, seen: Callable[[StewardStatus], bool]) -> StewardStatus:
-    """What it measures once `seen` is true of it."""
+    """Return the first status for which `seen` is true."""
 
     async def scenario() -> StewardStatus:
         running = asyncio.create_task(steward.run())
@@ -106,9 +106,7 @@ def test_an_engine_that_is_down_is_compared_with_nothing(shop: BillingFixture, t
     assert watch(steward_of(shop, tmp_path, engine), lambda m: m.drift_at is not None).drift == ()
 
 
-def test_a_chore_that_fails_is_tried_again_and_holds_up_no_other(
-    shop: BillingFixture, tmp_path: Path
-) -> None:
+def test_a_job_that_fails_is_tried_again_and_holds_up_no_other(shop: BillingFixture, tmp_path: Path) -> None:
     tried: list[str] = []
 
     def failing(_at: datetime) -> None:

@@ -1,4 +1,4 @@
-"""Logs: what their lines say, where they are kept, and that no key and no prompt is in any of them."""
+"""Checks what log lines hold, where they are stored, and that no key and no prompt is in any."""
 
 import asyncio
 import gc
@@ -33,11 +33,11 @@ log = logging.getLogger("serve.somewhere")
 
 @contextmanager
 def logging_to(directory: Path, **spec: object) -> Iterator[logs.LogFile]:
-    """This process logs as a gateway does, for a while."""
+    """Lets this process log as a gateway does, within the block."""
     root = logging.getLogger()
     levels = {logger: logger.level for logger in (root, *map(logging.getLogger, logs.OURS))}
     logs.install(logs.LogSpec(str(directory), **spec), "gateway")  # type: ignore[arg-type]
-    (file,) = [one for one in root.handlers if isinstance(one, logs.LogFile)]
+    (file,) = [handler for handler in root.handlers if isinstance(handler, logs.LogFile)]
     try:
         yield file
     finally:
@@ -54,17 +54,17 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def book(directory: Path) -> Iterator[LogFiles]:
-    """Read when its text is first asked for."""
+def log_files(directory: Path) -> Iterator[LogFiles]:
+    """Gives the log files, which are read when their text is first used."""
     with logging_to(directory):
         yield LogFiles(directory)
 
 
-def test_a_request_is_told_by_its_answer_and_its_generation(tmp_path: Path, book: LogFiles) -> None:
+def test_a_request_is_told_by_its_answer_and_its_generation(tmp_path: Path, log_files: LogFiles) -> None:
     before = datetime.now(UTC) - timedelta(milliseconds=1)
-    played = ScriptedApp(tmp_path, HELLO)
-    answer = played.ask("POST", CHAT, BODY)
-    records = {record["message"]: record for record in book.of(answer.headers["x-request-id"])}
+    scripted_app = ScriptedApp(tmp_path, HELLO)
+    answer = scripted_app.ask("POST", CHAT, BODY)
+    records = {record["message"]: record for record in log_files.of(answer.headers["x-request-id"])}
     answered, generation = records.pop("answered"), records.pop("generation complete")
     assert not records
     for record in (answered, generation):
@@ -97,13 +97,17 @@ def test_a_request_is_told_by_its_answer_and_its_generation(tmp_path: Path, book
     }
 
 
-def test_what_goes_wrong_in_a_task_of_its_own_still_names_the_request(tmp_path: Path, book: LogFiles) -> None:
+def test_what_goes_wrong_in_a_task_of_its_own_still_names_the_request(
+    tmp_path: Path, log_files: LogFiles
+) -> None:
     """Generations run in an empty context, so that Ray cannot cancel them with their client."""
-    played = ScriptedApp(tmp_path, [EngineLost()], [RuntimeError("a bug")])
-    answer = played.ask("POST", CHAT, BODY)
-    told = [(record["level"], record["message"]) for record in book.of(answer.headers["x-request-id"])]
+    scripted_app = ScriptedApp(tmp_path, [EngineLost()], [RuntimeError("a bug")])
+    answer = scripted_app.ask("POST", CHAT, BODY)
+    messages = [
+        (record["level"], record["message"]) for record in log_files.of(answer.headers["x-request-id"])
+    ]
     request = f"request {answer.headers['x-request-id']}"
-    assert told == [
+    assert messages == [
         ("WARNING", f"{request} lost its replica and is tried again"),
         ("ERROR", f"{request} failed"),
         ("INFO", "generation void"),
@@ -111,50 +115,50 @@ def test_what_goes_wrong_in_a_task_of_its_own_still_names_the_request(tmp_path: 
     ]
     # What is logged under no request names none.
     log.info("nobody's")
-    assert "request_id" not in json.loads(LogFiles(book._paths[0].parent).text.splitlines()[-1])
+    assert "request_id" not in json.loads(LogFiles(log_files._paths[0].parent).text.splitlines()[-1])
 
 
-def test_a_line_names_the_trace_if_there_is_one(tmp_path: Path, book: LogFiles) -> None:
+def test_a_line_names_the_trace_if_there_is_one(tmp_path: Path, log_files: LogFiles) -> None:
     trace = "0af7651916cd43dd8448eb211c80319c"
-    played = ScriptedApp(tmp_path, HELLO, otlp_endpoint="http://127.0.0.1:9")
-    answer = played.ask("POST", CHAT, BODY, traceparent=f"00-{trace}-b7ad6b7169203331-01")
-    played.gateway.terms.tracing.close()
-    records = book.of(answer.headers["x-request-id"])
+    scripted_app = ScriptedApp(tmp_path, HELLO, otlp_endpoint="http://127.0.0.1:9")
+    answer = scripted_app.ask("POST", CHAT, BODY, traceparent=f"00-{trace}-b7ad6b7169203331-01")
+    scripted_app.gateway.context.tracing.close()
+    records = log_files.of(answer.headers["x-request-id"])
     assert len(records) == 2
     assert {record["trace_id"] for record in records} == {trace}
 
 
 def test_keys_prompts_and_answers_are_in_no_log(
-    tmp_path: Path, book: LogFiles, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, log_files: LogFiles, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Success, refusals, faults of every layer with the words in their messages, a client that leaves."""
+    """It tries success, refusals, faults of every layer that hold the words, and a disconnect."""
     bug = ValueError(f"cannot read {MARKER}")
     bug.__cause__ = KeyError(MARKER)
-    played = ScriptedApp(tmp_path, SAYING, [bug], [EngineUnavailable()], [*SAYING[:1], bug], LEFT)
-    statuses = [played.ask("POST", CHAT, BODY).status_code for _ in range(4)]
-    played.leave(CHAT, BODY | {"stream": True}, after=b"Hel")
+    scripted_app = ScriptedApp(tmp_path, SAYING, [bug], [EngineUnavailable()], [*SAYING[:1], bug], LEFT)
+    statuses = [scripted_app.ask("POST", CHAT, BODY).status_code for _ in range(4)]
+    scripted_app.leave(CHAT, BODY | {"stream": True}, after=b"Hel")
     for wrong in ({"temperature": MARKER}, {"model": MARKER}, {"messages": MARKER}):
-        statuses.append(played.ask("POST", CHAT, BODY | wrong).status_code)
-    statuses.append(played.ask("GET", f"/v1/{MARKER}").status_code)
-    statuses.append(played.ask("GET", "/v1/models", authorization=f"Bearer bsk-{MARKER}").status_code)
+        statuses.append(scripted_app.ask("POST", CHAT, BODY | wrong).status_code)
+    statuses.append(scripted_app.ask("GET", f"/v1/{MARKER}").status_code)
+    statuses.append(scripted_app.ask("GET", "/v1/models", authorization=f"Bearer bsk-{MARKER}").status_code)
 
     def broken(*_: object) -> None:
-        pydantic.TypeAdapter(int).validate_python(f"{MARKER} {played.keys['acme']}")
+        pydantic.TypeAdapter(int).validate_python(f"{MARKER} {scripted_app.keys['acme']}")
 
     with monkeypatch.context() as patched:
-        patched.setattr(played.gateway, "_quote", broken)  # an error that nobody expects, in the app
-        statuses.append(played.ask("POST", CHAT, BODY).status_code)
+        patched.setattr(scripted_app.gateway, "_quote", broken)  # an error that nobody expects, in the app
+        statuses.append(scripted_app.ask("POST", CHAT, BODY).status_code)
     assert statuses == [200, 503, 503, 500, 400, 404, 400, 404, 401, 500]
     printed = capfd.readouterr()
-    assert book.text.count('"level": "ERROR"') == 3
-    assert "pydantic_core._pydantic_core.ValidationError (its message is not logged)" in book.text
-    assert "caused by KeyError" in book.text
-    for word in (MARKER, SAID, *played.keys.values()):
-        for text in (book.text, printed.out, printed.err):
+    assert log_files.text.count('"level": "ERROR"') == 3
+    assert "pydantic_core._pydantic_core.ValidationError (its message is not logged)" in log_files.text
+    assert "caused by KeyError" in log_files.text
+    for word in (MARKER, SAID, *scripted_app.keys.values()):
+        for text in (log_files.text, printed.out, printed.err):
             assert word not in text
 
 
-def test_what_libraries_say_of_values_is_left_out(book: LogFiles) -> None:
+def test_what_libraries_say_of_values_is_left_out(log_files: LogFiles) -> None:
     async def forgotten() -> None:
         async def failing() -> None:
             raise RuntimeError(MARKER)
@@ -171,7 +175,7 @@ def test_what_libraries_say_of_values_is_left_out(book: LogFiles) -> None:
         warnings.warn(f"input_value='{MARKER}'", UserWarning, stacklevel=1)
     log.warning("not done yet: %s", RuntimeError(MARKER))
     log.error(InvalidRequest(MARKER))
-    messages = [record["message"] for record in book.records]
+    messages = [record["message"] for record in log_files.records]
     assert messages[:2] == [
         "Exception in callback test_what_libraries_say_of_values_is_left_out.",
         *messages[1:2],
@@ -180,7 +184,7 @@ def test_what_libraries_say_of_values_is_left_out(book: LogFiles) -> None:
     assert messages[2].endswith("UserWarning")
     assert "RuntimeError (its message is not logged)" in messages[3]
     assert len(messages) == 5
-    assert MARKER not in book.text
+    assert MARKER not in log_files.text
 
 
 @pytest.mark.parametrize(
@@ -196,14 +200,16 @@ def test_what_libraries_say_of_values_is_left_out(book: LogFiles) -> None:
         "cannot connect to postgresql://bespoke:S3cret_part-1@db.internal/bespoke",
     ],
 )
-def test_a_secret_in_a_message_or_a_field_is_redacted(book: LogFiles, text: str) -> None:
+def test_a_secret_in_a_message_or_a_field_is_redacted(log_files: LogFiles, text: str) -> None:
     log.warning("%s", text, extra={"model": text})
     log.exception("failed", exc_info=OSError(text))
-    assert "[redacted]" in book.text
-    assert "S3cret" not in book.text
+    assert "[redacted]" in log_files.text
+    assert "S3cret" not in log_files.text
 
 
-def test_a_databases_error_says_what_is_wrong_and_not_with_which_row(store: Store, book: LogFiles) -> None:
+def test_a_databases_error_says_what_is_wrong_and_not_with_which_row(
+    store: Store, log_files: LogFiles
+) -> None:
     def run(values: str) -> None:
         with store.write() as connection:
             connection.exec_driver_sql(
@@ -217,26 +223,26 @@ def test_a_databases_error_says_what_is_wrong_and_not_with_which_row(store: Stor
             run(values)
         except sa.exc.DBAPIError:
             log.exception("not kept")
-    assert "IntegrityError: " in book.text
-    assert MARKER not in book.text
+    assert "IntegrityError: " in log_files.text
+    assert MARKER not in log_files.text
 
 
-def test_what_programs_say_is_kept(book: LogFiles) -> None:
+def test_what_programs_say_is_kept(log_files: LogFiles) -> None:
     log.error("x", exc_info=OSError(28, "No space left on device", "/journals/a"))
     log.error("x", exc_info=AttributeError("'NoneType' object has no attribute 'price'"))
-    told = [record["exception"] for record in book.records]
-    assert told == [
+    exceptions = [record["exception"] for record in log_files.records]
+    assert exceptions == [
         "OSError: [Errno 28] No space left on device: '/journals/a'",
         "AttributeError: 'NoneType' object has no attribute 'price'",
     ]
 
 
-def test_a_traceback_names_its_frames(book: LogFiles) -> None:
+def test_a_traceback_names_its_frames(log_files: LogFiles) -> None:
     try:
         json.loads("{")
     except ValueError:
         log.exception("x")
-    (record,) = book.records
+    (record,) = log_files.records
     assert "in test_a_traceback_names_its_frames" in record["exception"]
     assert "decoder.py" in record["exception"]
 
@@ -247,9 +253,9 @@ def test_others_are_heard_from_warnings_on_and_we_from_the_level_that_is_set(dir
             logging.getLogger(name).debug("debug")
             logging.getLogger(name).info("info")
         logging.getLogger("httpx").warning("warning")
-    told = [(record["logger"], record["message"]) for record in LogFiles(directory).records]
+    messages = [(record["logger"], record["message"]) for record in LogFiles(directory).records]
     ours = [(name, level) for name in ("serve.x", "quantize.x") for level in ("debug", "info")]
-    assert told == [*ours, ("httpx", "warning")]
+    assert messages == [*ours, ("httpx", "warning")]
 
 
 def test_text_is_for_people(directory: Path) -> None:
@@ -263,15 +269,15 @@ def test_text_is_for_people(directory: Path) -> None:
     assert third == "OSError: away"
 
 
-def test_a_record_is_one_line_whatever_is_in_it(book: LogFiles) -> None:
+def test_a_record_is_one_line_whatever_is_in_it(log_files: LogFiles) -> None:
     log.warning("first\nsecond\r\u2028\x00 %s", "x" * 100_000)
-    assert len(book.text) < 6000
-    assert json.loads(book.text)["message"].startswith("first\nsecond\r\u2028\x00 x")
-    assert book.text.count("\n") == 1
+    assert len(log_files.text) < 6000
+    assert json.loads(log_files.text)["message"].startswith("first\nsecond\r\u2028\x00 x")
+    assert log_files.text.count("\n") == 1
 
 
 def test_files_are_rotated_and_their_number_is_bounded(directory: Path) -> None:
-    with logging_to(directory, file_bytes=4096, kept=2):
+    with logging_to(directory, file_bytes=4096, rotated_files=2):
         for number in range(200):
             log.info("record %d", number)
     files = [path for path in directory.iterdir() if ".log" in path.name]

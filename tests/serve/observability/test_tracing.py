@@ -1,4 +1,4 @@
-"""Traces as a collector gets them: real OTLP over HTTP, and in one test real Ray Serve and vLLM."""
+"""Checks traces as a collector receives them, by real OTLP over HTTP."""
 
 import socket
 import subprocess
@@ -36,25 +36,25 @@ def collector() -> Iterator[Collector]:
 
 
 class Traced(ScriptedApp):
-    """A gateway that traces; `ended` has told everything to the collector."""
+    """Runs a gateway that traces. `ended` sends the remaining spans to the collector."""
 
     def __init__(self, home: Path, endpoint: str, *scripts: Script, **settings: Any) -> None:
         super().__init__(home, *scripts, otlp_endpoint=endpoint, **settings)
 
     def ended(self) -> None:
-        self.gateway.terms.tracing.close()
+        self.gateway.context.tracing.close()
 
 
 def tree(spans: list[Received]) -> dict[str, list[str]]:
     """parent's name → its children's, in the order in which they began."""
     names = {span.id: span.name for span in spans}
-    found: dict[str, list[str]] = {}
-    for span in sorted(spans, key=lambda one: one.start_ns):
-        found.setdefault(names.get(span.parent, "-"), []).append(span.name)
-    return found
+    children: dict[str, list[str]] = {}
+    for span in sorted(spans, key=lambda span: span.start_ns):
+        children.setdefault(names.get(span.parent, "-"), []).append(span.name)
+    return children
 
 
-def one(spans: list[Received], name: str) -> Received:
+def the_only(spans: list[Received], name: str) -> Received:
     (span,) = [span for span in spans if span.name == name]
     return span
 
@@ -70,7 +70,7 @@ def test_a_request_is_a_tree_of_spans_under_the_clients_own(tmp_path: Path, coll
         f"chat {TINY}": ["dispatch", "first_token", "generation", "settlement"],
     }
     assert {span.trace for span in spans} == {TRACE}
-    server, generation = one(spans, f"POST {CHAT}"), one(spans, f"chat {TINY}")
+    server, generation = the_only(spans, f"POST {CHAT}"), the_only(spans, f"chat {TINY}")
     assert (server.parent, server.kind, generation.kind) == (PARENT, SERVER, CLIENT)
     assert not any(span.failed for span in spans)
     request_id = answer.headers["x-request-id"]
@@ -81,9 +81,9 @@ def test_a_request_is_a_tree_of_spans_under_the_clients_own(tmp_path: Path, coll
         url_attributes.URL_SCHEME: "http",
         "bespoke.request_id": request_id,
     }
-    told = dict(generation.attributes)
-    assert told.pop(gen_ai_attributes.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK) >= 0
-    assert told == {
+    attributes = dict(generation.attributes)
+    assert attributes.pop(gen_ai_attributes.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK) >= 0
+    assert attributes == {
         gen_ai_attributes.GEN_AI_OPERATION_NAME: "chat",
         gen_ai_attributes.GEN_AI_PROVIDER_NAME: "bespoke",
         gen_ai_attributes.GEN_AI_REQUEST_MODEL: TINY,
@@ -108,18 +108,20 @@ def test_the_steps_of_a_generation_follow_each_other_without_a_gap(
     traced = Traced(tmp_path, collector.endpoint, HELLO)
     traced.say(CHAT, BODY)
     traced.ended()
-    generation = one(collector.spans, f"chat {TINY}")
-    steps = [one(collector.spans, name) for name in ("dispatch", "first_token", "generation", "settlement")]
+    generation = the_only(collector.spans, f"chat {TINY}")
+    steps = [
+        the_only(collector.spans, name) for name in ("dispatch", "first_token", "generation", "settlement")
+    ]
     assert [step.start_ns for step in steps[1:]] == [step.end_ns for step in steps[:-1]]
     assert generation.start_ns <= steps[0].start_ns
     assert steps[-1].end_ns <= generation.end_ns
 
 
-def test_the_engine_is_told_the_span_that_its_own_are_under(tmp_path: Path, collector: Collector) -> None:
+def test_the_engine_gets_the_span_that_its_own_are_under(tmp_path: Path, collector: Collector) -> None:
     traced = Traced(tmp_path, collector.endpoint, HELLO)
     traced.say(CHAT, BODY)
     traced.ended()
-    generation = one(collector.spans, f"chat {TINY}")
+    generation = the_only(collector.spans, f"chat {TINY}")
     (request,) = traced.engine.requests
     assert request.trace_headers is not None
     version, trace, parent, flags = request.trace_headers["traceparent"].split("-")
@@ -135,7 +137,7 @@ def test_a_request_that_is_tried_again_has_a_dispatch_for_each_attempt(
     traced.ended()
     dispatches = [span for span in collector.spans if span.name == "dispatch"]
     assert [span.attributes["bespoke.attempt"] for span in dispatches] == [1, 2]
-    assert one(collector.spans, f"chat {TINY}").attributes["bespoke.attempt"] == 2
+    assert the_only(collector.spans, f"chat {TINY}").attributes["bespoke.attempt"] == 2
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_what_failed_says_so_and_not_what_was_said(
     traced = Traced(tmp_path, collector.endpoint, script)
     assert traced.ask("POST", CHAT, BODY).status_code == status
     traced.ended()
-    server, generation = one(collector.spans, f"POST {CHAT}"), one(collector.spans, f"chat {TINY}")
+    server, generation = the_only(collector.spans, f"POST {CHAT}"), the_only(collector.spans, f"chat {TINY}")
     assert server.failed
     assert server.attributes[error_attributes.ERROR_TYPE] == str(status)
     assert generation.failed
@@ -165,7 +167,7 @@ def test_a_client_that_leaves_is_an_outcome_and_no_error(tmp_path: Path, collect
     traced = Traced(tmp_path, collector.endpoint, LEFT)
     traced.leave(CHAT, BODY | {"stream": True}, after=b"Hel")
     traced.ended()
-    generation = one(collector.spans, f"chat {TINY}")
+    generation = the_only(collector.spans, f"chat {TINY}")
     assert generation.attributes["bespoke.outcome"] == "disconnected"
     assert generation.attributes[gen_ai_attributes.GEN_AI_USAGE_OUTPUT_TOKENS] == 3
     assert not generation.failed
@@ -175,10 +177,10 @@ def test_a_refusal_is_a_step_that_failed_and_the_clients_fault(tmp_path: Path, c
     traced = Traced(tmp_path, collector.endpoint, HELLO)
     assert traced.ask("POST", CHAT, BODY | {"model": MARKER}).status_code == 404
     traced.ended()
-    admission = one(collector.spans, "admission")
+    admission = the_only(collector.spans, "admission")
     assert admission.failed
     assert admission.attributes == {error_attributes.ERROR_TYPE: "ModelNotFound"}
-    assert not one(collector.spans, f"POST {CHAT}").failed
+    assert not the_only(collector.spans, f"POST {CHAT}").failed
 
 
 def test_no_span_holds_a_prompt_an_answer_or_a_key(tmp_path: Path, collector: Collector) -> None:
@@ -220,7 +222,7 @@ def test_a_parent_that_is_none_begins_a_trace_of_its_own(
 
     assert traced.run(ask()).status_code == 200
     traced.ended()
-    server = one(collector.spans, f"POST {CHAT}")
+    server = the_only(collector.spans, f"POST {CHAT}")
     assert server.parent == ""
     assert server.trace != TRACE
 
@@ -228,11 +230,11 @@ def test_a_parent_that_is_none_begins_a_trace_of_its_own(
 def test_a_client_may_ask_for_less_than_the_ratio_and_never_for_more(
     tmp_path: Path, collector: Collector
 ) -> None:
-    asked, unasked = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
+    sampled, unsampled = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
     none = Traced(tmp_path / "none", collector.endpoint, HELLO, trace_ratio=0)
-    none.ask("POST", CHAT, BODY, traceparent=asked)
+    none.ask("POST", CHAT, BODY, traceparent=sampled)
     every = Traced(tmp_path / "every", collector.endpoint, HELLO)
-    every.ask("POST", CHAT, BODY, traceparent=unasked)
+    every.ask("POST", CHAT, BODY, traceparent=unsampled)
     for traced in (none, every):
         traced.ended()
         (request,) = traced.engine.requests
@@ -243,7 +245,7 @@ def test_a_client_may_ask_for_less_than_the_ratio_and_never_for_more(
 
 
 def test_a_generation_that_no_request_is_around_is_one_trace(tmp_path: Path, collector: Collector) -> None:
-    """A batch's line."""
+    """A batch's line has no HTTP request around it."""
     traced = Traced(tmp_path, collector.endpoint, HELLO)
     principal = traced.app.state.context.tenants.key_cache.authenticate(traced.keys["acme"])
     prompt = (Message("user", MARKER),)
@@ -310,9 +312,9 @@ def test_off_means_that_opentelemetry_is_not_even_imported(tmp_path: Path) -> No
 import sys
 from pathlib import Path
 from tests.support.scripted_app import HELLO, ScriptedApp
-played = ScriptedApp(Path({str(tmp_path)!r}), HELLO)
-played.say({CHAT!r}, {BODY!r})
-(request,) = played.engine.requests
+scripted_app = ScriptedApp(Path({str(tmp_path)!r}), HELLO)
+scripted_app.say({CHAT!r}, {BODY!r})
+(request,) = scripted_app.engine.requests
 assert request.trace_headers is None
 found = [name for name in sys.modules if name.startswith("opentelemetry")]
 assert not found, found

@@ -1,4 +1,4 @@
-"""Invariant 7: limits hold across gateways, and are never overshot."""
+"""Tests invariant 7: limits hold across gateways and are never exceeded."""
 
 import asyncio
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from serve.api.errors import render
 from serve.errors import RateLimited, StoreUnavailable
 from serve.formats.errors import body_of
 from serve.rate_limits import Permit
-from serve.rate_limits.leases import grants_table, places_table
+from serve.rate_limits.leases import concurrency_table, grants_table
 from serve.rate_limits.limits import Limits, Subject
 from serve.storage.database import Store
-from tests.support.gateways import LEASE_S, PLACES_LEASE_S, Gateways, attempt, burst, run, tenant
+from tests.support.gateways import CONCURRENCY_LEASE_S, LEASE_S, Gateways, attempt, burst, run, tenant
 
 
 @pytest.fixture
 def gateways(store: Store) -> Iterator[Gateways]:
-    made = Gateways(store.url)
-    yield made
-    made.close()
+    gateways = Gateways(store.url)
+    yield gateways
+    gateways.close()
 
 
 def test_a_request_passes_after_the_time_that_its_refusal_named_and_none_before(gateways: Gateways) -> None:
@@ -80,7 +80,7 @@ def test_without_limits_nothing_goes_to_the_store(gateways: Gateways) -> None:
             [Subject("tenant", "acme", Limits()), Subject("key", "k", Limits(context_tokens=5))], tokens=10
         )
         permit.release(3)
-        assert permit.standing is None
+        assert permit.status is None
         await gateways.all[0].settle()
         assert gateways.writes == 0
 
@@ -97,7 +97,7 @@ def test_tokens_that_were_not_used_can_be_spent_again_here_at_once_and_elsewhere
         first.release(400)
         second = await here.admit(subjects, tokens=600)
         gateways.clock.now += LEASE_S
-        second.release(100)  # the slice's lease has ended: this goes back to the store
+        second.release(100)  # the lease has ended, so this goes back to the store
         await here.settle()
         assert isinstance(await attempt(there, subjects, 501), RateLimited)
         gateways.clock.now += 1
@@ -177,11 +177,11 @@ def test_the_standing_is_that_of_the_tightest_subject(gateways: Gateways) -> Non
         permit = await gateways.all[0].admit(
             [*tenant(requests_per_min=100, tokens_per_min=50), key], tokens=20
         )
-        assert permit.standing is not None
-        assert permit.standing.requests is not None
-        assert permit.standing.tokens is not None
-        assert (permit.standing.requests.limit, permit.standing.requests.remaining) == (3, 2)
-        assert (permit.standing.tokens.limit, permit.standing.tokens.remaining) == (50, 30)
+        assert permit.status is not None
+        assert permit.status.requests is not None
+        assert permit.status.tokens is not None
+        assert (permit.status.requests.limit, permit.status.requests.remaining) == (3, 2)
+        assert (permit.status.tokens.limit, permit.status.tokens.remaining) == (50, 30)
 
     run(test)
 
@@ -222,7 +222,7 @@ def test_a_dead_gateways_places_come_back_when_its_lease_ends(gateways: Gateways
         subjects, (dead, alive, _) = tenant(concurrent_requests=2), gateways.all
         for _ in range(2):
             await dead.admit(subjects, tokens=1)
-        gateways.clock.now += PLACES_LEASE_S - 0.1
+        gateways.clock.now += CONCURRENCY_LEASE_S - 0.1
         assert isinstance(await attempt(alive, subjects), RateLimited)
         gateways.clock.now += 0.1
         await alive.admit(subjects, tokens=1)
@@ -263,7 +263,7 @@ def test_a_gateway_cut_off_from_the_store_spends_its_leases_and_not_a_moment_lon
             await here.admit(subjects, tokens=1)
         places_only = tenant(concurrent_requests=1000)
         (await here.admit(places_only, tokens=1)).release(0)
-        gateways.clock.now += PLACES_LEASE_S - LEASE_S
+        gateways.clock.now += CONCURRENCY_LEASE_S - LEASE_S
         with pytest.raises(StoreUnavailable):
             await here.admit(places_only, tokens=1)
         gateways.stores[0].away = False
@@ -310,7 +310,7 @@ def test_old_rows_are_dropped(gateways: Gateways) -> None:
         gateways.clock.now += 200
         await gateways.all[1].settle()
         with gateways.stores[0].read() as connection:
-            for table in (grants_table, places_table):
+            for table in (grants_table, concurrency_table):
                 assert connection.execute(sa.select(table)).all() == []
 
     run(test)

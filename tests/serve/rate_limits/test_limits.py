@@ -1,4 +1,4 @@
-"""What may be set as a limit, and what it then allows."""
+"""Tests which limits may be set and what they allow."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Invariant 7 under parallel requests, in processes of their own, and in any order of events."""
+"""Tests invariant 7 under parallel requests, in several processes, and in any order of events."""
 
 import asyncio
 import multiprocessing
@@ -22,12 +22,12 @@ from tests.support.gateways import Gateways, attempt, burst, run, tenant
 
 @pytest.fixture
 def gateways(store: Store) -> Iterator[Gateways]:
-    made = Gateways(store.url)
-    yield made
-    made.close()
+    gateways = Gateways(store.url)
+    yield gateways
+    gateways.close()
 
 
-# A gateway holds at most one unfinished slice of limit / 20 units, and the gateway that refuses holds none.
+# A gateway holds at most one unfinished lease of limit / 20 units, and the gateway that refuses holds none.
 @pytest.mark.parametrize(("limit", "least"), [(5, 5), (100, 100 - 2 * 4), (199, 199 - 2 * 8)])
 def test_of_200_parallel_requests_over_three_gateways_the_limit_passes(
     gateways: Gateways, limit: int, least: int
@@ -66,7 +66,7 @@ def test_in_no_60_seconds_do_more_requests_start_than_the_limit(gateways: Gatewa
 
 
 def spend_in_a_process(url: str, number: int, start_at: float) -> int:
-    """How many of a process's share of 200 requests pass."""
+    """Return how many of a process's share of 200 requests pass."""
 
     async def spend() -> int:
         store = Store(url)
@@ -92,7 +92,7 @@ def test_three_processes_never_pass_more_than_the_limit(store: Store) -> None:
 
 
 class AdmissionMachine(RuleBasedStateMachine):
-    """Whatever happens in whatever order: no window and no number of places is overshot."""
+    """Tests that no order of events exceeds a window or the concurrency limit."""
 
     REQUESTS, TOKENS, PLACES = 12, 300, 5
 

@@ -1,4 +1,4 @@
-"""Invariants 1, 5 and 9: immutable versions, nobody else's, nothing without its gate and its probe."""
+"""Checks invariants 1, 5 and 9: versions are immutable, a tenant's own, and pass their gate and probe."""
 
 import shutil
 import threading
@@ -45,7 +45,7 @@ def published(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def enter(registry: AdapterRegistry, base: Path, tmp_path: Path) -> Enter:
-    """Publish and register the version `number` of an adapter, and let it pass its probe."""
+    """Publishes and registers version `number` of an adapter, and lets it pass its probe."""
 
     def enter(
         number: int = 1, tenant: str = LUMEN, *, ready: bool = True, at: datetime = NOON
@@ -145,9 +145,9 @@ def test_registering_again_is_the_same_adapter_as_it_is(
     adapter = registry.register(published, at=NOON, base_dir=base, max_rank=RANK)
     registry.mark_ready(adapter, NOON)
     registry.pin(adapter, True)
-    known = registry.entry(adapter)
+    info = registry.entry(adapter)
     assert registry.register(published, at=LATER, base_dir=base, max_rank=RANK) == adapter
-    assert registry.entry(adapter) == known
+    assert registry.entry(adapter) == info
     assert registry.find(LUMEN, "support", published.name) == adapter
 
 

@@ -1,4 +1,4 @@
-"""An adapter whose files do not fit its base, exactly, never becomes visible; each refusal says why."""
+"""Checks that an adapter whose files do not fit its base is refused, and that each refusal says why."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Invariant 6 on PostgreSQL: away, stuck or back, the store says so in time, without its password."""
+"""Tests invariant 6 on PostgreSQL: a stuck or unreachable store fails in time, without its password."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""Whatever is changed is written down with it, for good, and without secrets."""
+"""Tests that every change is in the audit log, permanently and without secrets."""
 
 import inspect
 import re
@@ -29,7 +29,7 @@ WHO = "platform:pkey_1"
 
 
 class Office:
-    """A shop with a project, a registered adapter and a platform key, on which everything can be done."""
+    """Provides a shop with a project, a registered adapter and a platform key, to try every action on."""
 
     def __init__(self, shop: BillingFixture, home: Path) -> None:
         self.home = home

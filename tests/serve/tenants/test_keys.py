@@ -1,4 +1,4 @@
-"""Keys: what opens the door, for how long, and how fast it shuts."""
+"""Tests which keys authenticate, for how long, and how fast a revoked key is refused."""
 
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -24,7 +24,7 @@ HOUR = timedelta(hours=1)
 
 
 class Clock:
-    """Both of a gateway's clocks, moved by hand."""
+    """Moves both of a gateway's clocks by hand."""
 
     def __init__(self) -> None:
         self.s = 0.0
@@ -34,7 +34,7 @@ class Clock:
 
 
 class Gateway:
-    """One gateway's view of the store: its own door, its own memory."""
+    """Provides one gateway's tenants with their own key caches."""
 
     def __init__(self, shop: BillingFixture, home: Path) -> None:
         self.clock = Clock()
@@ -43,7 +43,7 @@ class Gateway:
         )
 
     def ask(self, key: str) -> Principal:
-        return self.tenants.door.known(key) or self.tenants.door.authenticate(key)
+        return self.tenants.key_cache.cached(key) or self.tenants.key_cache.authenticate(key)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def gateway(shop: BillingFixture, tmp_path: Path) -> Gateway:
 
 
 def test_a_key_authenticates_its_tenant(shop: BillingFixture) -> None:
-    assert shop.tenants.door.authenticate(shop.secret) == shop.principal
+    assert shop.tenants.key_cache.authenticate(shop.secret) == shop.principal
 
 
 def test_the_store_holds_no_key_only_a_keyed_hash(shop: BillingFixture) -> None:
@@ -115,9 +115,9 @@ def test_a_known_key_needs_no_store_for_a_second_and_then_does(
 ) -> None:
     gateway.ask(shop.secret)
     gateway.clock.s += 0.99
-    assert gateway.tenants.door.known(shop.secret) == shop.principal
+    assert gateway.tenants.key_cache.cached(shop.secret) == shop.principal
     gateway.clock.s += 0.01
-    assert gateway.tenants.door.known(shop.secret) is None
+    assert gateway.tenants.key_cache.cached(shop.secret) is None
 
 
 def test_a_refusal_is_not_remembered(shop: BillingFixture, gateway: Gateway) -> None:
@@ -140,17 +140,19 @@ def test_a_look_up_that_took_long_is_as_old_as_its_question(shop: BillingFixture
 
     slow = key_cache.KeyCache(Slow(), clock_s=lambda: gateway.clock.s)
     slow.authenticate(shop.secret)
-    assert slow.known(shop.secret) is None
+    assert slow.cached(shop.secret) is None
 
 
 def test_a_door_remembers_a_bounded_number_of_keys(
     shop: BillingFixture, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(key_cache, "REMEMBERED_MAX", 3)
+    monkeypatch.setattr(key_cache, "CACHED_KEYS_MAX", 3)
     secrets = [shop.tenants.create_key("acme", at=NOON)[1] for _ in range(5)]
     for secret in secrets:
         gateway.ask(secret)
-    assert [gateway.tenants.door.known(secret) is not None for secret in secrets] == [False] * 2 + [True] * 3
+    assert [gateway.tenants.key_cache.cached(secret) is not None for secret in secrets] == [False] * 2 + [
+        True
+    ] * 3
 
 
 def test_a_store_that_is_away_is_said_to_be_never_that_the_key_is_wrong(
@@ -158,7 +160,7 @@ def test_a_store_that_is_away_is_said_to_be_never_that_the_key_is_wrong(
 ) -> None:
     away = Tenants(type(shop.store)(f"sqlite:///{tmp_path}/no/such/ledger.db"), server_secret(tmp_path))
     with pytest.raises(StoreUnavailable):
-        away.door.authenticate(shop.secret)
+        away.key_cache.authenticate(shop.secret)
 
 
 def test_a_key_works_until_it_expires(shop: BillingFixture, gateway: Gateway) -> None:
@@ -218,7 +220,7 @@ def test_last_use_is_written_in_batches_and_only_forward(shop: BillingFixture, g
     gateway.clock.s = 0.5
     gateway.ask(secret)  # from memory, and yet a use
     assert shop.tenants.keys.get(key.id).last_used_at is None
-    gateway.tenants.door.flush()
+    gateway.tenants.key_cache.flush()
     assert shop.tenants.keys.get(key.id).last_used_at == NOON + timedelta(seconds=0.5)
     assert shop.tenants.keys.get(shop.principal.key_id).last_used_at == NOON
     shop.tenants.keys.note_used({key.id: NOON - HOUR})
@@ -236,8 +238,8 @@ def test_last_use_survives_a_store_that_is_away(
 
         broken.setattr(gateway.tenants.keys, "note_used", away)
         with pytest.raises(StoreUnavailable):
-            gateway.tenants.door.flush()
-    gateway.tenants.door.flush()
+            gateway.tenants.key_cache.flush()
+    gateway.tenants.key_cache.flush()
     assert shop.tenants.keys.get(shop.principal.key_id).last_used_at == NOON
 
 
@@ -256,17 +258,17 @@ def test_what_does_not_exist_is_said(shop: BillingFixture) -> None:
 def test_platform_keys_and_tenant_keys_open_their_own_doors_only(shop: BillingFixture) -> None:
     key, secret = shop.tenants.platform_keys.create("ops", at=NOON)
     assert secret.startswith("bsp-")
-    assert shop.tenants.platform_door.authenticate(secret).key_id == key.id
+    assert shop.tenants.platform_key_cache.authenticate(secret).key_id == key.id
     with pytest.raises(Unauthenticated):
-        shop.tenants.door.authenticate(secret)
+        shop.tenants.key_cache.authenticate(secret)
     with pytest.raises(Unauthenticated):
-        shop.tenants.platform_door.authenticate(shop.secret)
-    shop.tenants.platform_door.flush()
+        shop.tenants.platform_key_cache.authenticate(shop.secret)
+    shop.tenants.platform_key_cache.flush()
     (shown,) = shop.tenants.platform_keys.page().items
     assert shown.last_used_at is not None
     shop.tenants.platform_keys.revoke(key.id, at=NOON)
     with pytest.raises(Unauthenticated):
-        shop.tenants.platform_door.authenticate(secret)
+        shop.tenants.platform_key_cache.authenticate(secret)
 
 
 def test_no_secret_is_in_what_a_key_looks_like(shop: BillingFixture) -> None:

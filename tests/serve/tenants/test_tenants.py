@@ -1,4 +1,4 @@
-"""Tenants, their projects, and the secret that hashes their keys."""
+"""Tests tenants, their projects, and the secret that hashes their keys."""
 
 import stat
 from datetime import timedelta

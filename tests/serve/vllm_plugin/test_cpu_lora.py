@@ -1,4 +1,4 @@
-"""The repaired CPU LoRA path against the formula, and against what vLLM does without the repair."""
+"""Checks the repaired CPU LoRA path against the formula, and vLLM without the repair."""
 
 import importlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ SLOTS, RANK, SIZE, WIDTHS = 2, 4, 8, (8, 4)
 
 
 class Wrapper:
-    """What the linear path reads of PunicaWrapperCPU: the groups of rows of this step."""
+    """Stands in for PunicaWrapperCPU, as far as the linear path reads it."""
 
     def __init__(self, slots: list[int], ranks: dict[int, int], *, compiled: bool) -> None:
         from serve.vllm_plugin.batch import Batch
@@ -31,13 +31,13 @@ def weights() -> tuple[Any, Any]:
 def expected(
     slots: list[int], x: Any, y: Any, a: Any, b: Any, scale: float, widths: tuple[int, ...] = WIDTHS
 ) -> Any:
-    want = y.clone()
+    expected_output = y.clone()
     for row, slot in enumerate(slots):
         if slot >= 0:
-            want[row] += scale * torch.cat(
+            expected_output[row] += scale * torch.cat(
                 [b[i][slot, 0] @ (a[i][slot, 0] @ x[row]) for i in range(len(widths))]
             )
-    return want
+    return expected_output
 
 
 MANY = [row % 3 - 1 for row in range(180)]
@@ -61,10 +61,10 @@ def test_each_token_gets_its_own_adapters_delta_and_base_tokens_none(
         pytest.skip("no C++ compiler here")
     a, b = (tuple(part.to(kind) for part in side) for side in weights)
     x, y = torch.randn(len(slots), SIZE).to(kind), torch.randn(len(slots), sum(WIDTHS)).to(kind)
-    want = expected(slots, x, y, a, b, 0.5)
+    expected_output = expected(slots, x, y, a, b, 0.5)
     _add_lora_linear(Wrapper(slots, {}, compiled=compiled), y, x, a, b, 0.5, WIDTHS)
     close = {"rtol": 1.6e-2, "atol": 1e-1} if dtype == "bfloat16" else {}
-    torch.testing.assert_close(y, want, **close)
+    torch.testing.assert_close(y, expected_output, **close)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["pytorch", "kernel"])
@@ -82,14 +82,14 @@ def test_sizes_that_fill_no_register_and_ranks_below_the_largest_count_as_well(
         for part in a:
             part[slot, 0, rank:] = 0
     x, y = torch.randn(len(slots), size), torch.randn(len(slots), sum(widths))
-    want = expected(slots, x, y, a, b, 1.0, widths)
+    expected_output = expected(slots, x, y, a, b, 1.0, widths)
     _add_lora_linear(Wrapper(slots, ranks, compiled=compiled), y, x, a, b, 1.0, widths)
-    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, expected_output, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
 def punica() -> Iterator[Any]:
-    """PunicaWrapperCPU as vLLM ships it, whatever this process did before; repaired again afterwards."""
+    """Gives PunicaWrapperCPU as vLLM ships it, and repairs it again afterwards."""
     from vllm.lora.punica_wrapper import punica_cpu
 
     from serve.vllm_plugin import register
@@ -112,17 +112,17 @@ def run_linear(punica: Any, slots: list[int], weights: Any) -> tuple[Any, Any]:
     wrapper = punica.PunicaWrapperCPU(64, 8, "cpu", max_loras=SLOTS)
     metadata(wrapper, slots)
     x, y = torch.randn(len(slots), SIZE), torch.zeros(len(slots), sum(WIDTHS))
-    want = expected(slots, x, y, a, b, 1.0)
+    expected_output = expected(slots, x, y, a, b, 1.0)
     wrapper.add_lora_linear(y, x, a, b, 1.0, WIDTHS)
-    return y, want
+    return y, expected_output
 
 
 def test_vllm_without_the_repair_gives_base_tokens_somebody_elses_adapter(punica: Any, weights: Any) -> None:
-    from serve.vllm_plugin.cpu_lora import needed
+    from serve.vllm_plugin.upstream import adapterless_rows_get_a_delta
 
-    assert needed(), "vLLM has fixed 48421: the repair can go"
-    got, want = run_linear(punica, [0, -1, 1], weights)
-    assert not torch.allclose(got[1], want[1])
+    assert adapterless_rows_get_a_delta(), "vLLM has fixed 48421: the repair can go"
+    output, expected_output = run_linear(punica, [0, -1, 1], weights)
+    assert not torch.allclose(output[1], expected_output[1])
 
 
 def test_the_installed_repair_gives_every_token_what_the_formula_says(punica: Any, weights: Any) -> None:
@@ -130,8 +130,8 @@ def test_the_installed_repair_gives_every_token_what_the_formula_says(punica: An
 
     register()
     register()  # vLLM calls it in every process, perhaps more than once
-    got, want = run_linear(punica, [0, -1, 1, -1], weights)
-    torch.testing.assert_close(got, want)
+    output, expected_output = run_linear(punica, [0, -1, 1, -1], weights)
+    torch.testing.assert_close(output, expected_output)
 
 
 def test_the_repaired_logits_path_leaves_base_tokens_alone(punica: Any, weights: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a slot holds: one adapter, as it was packed, and after it nothing."""
+"""Checks that a slot holds one adapter as it was packed, and nothing after it has left."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ SLOTS, RANK, WIDTH_IN, WIDTHS = 2, 4, 6, (8, 4)
 
 
 class Module:
-    """An adaptable layer, as far as the patches read it."""
+    """Stands in for an adaptable layer, as far as the replacements read it."""
 
     def __init__(self) -> None:
         from serve.vllm_plugin.cpu_lora import stack
@@ -88,15 +88,15 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> Manager:
 
 def add(manager: Manager, number: int, *, layers: tuple[int, ...] = (0, 1), packed: bool = True) -> Packed:
     rank = RANK - 1
-    kept = Packed(
+    packed_adapter = Packed(
         rank,
         {
             layer: (torch.randn(rank, len(WIDTHS), WIDTH_IN), torch.randn(rank, sum(WIDTHS)))
             for layer in layers
         },
     )
-    manager._add_adapter(Lora(number, kept if packed else None))
-    return kept
+    manager._add_adapter(Lora(number, packed_adapter if packed else None))
+    return packed_adapter
 
 
 def test_a_slot_holds_what_was_packed_and_is_zero_beyond_the_adapters_rank(manager: Manager) -> None:
@@ -165,9 +165,9 @@ def test_residency_says_what_is_where_and_what_moved(manager: Manager) -> None:
         add(manager, number)
         manager.activate_adapter(number)
     manager.deactivate(7)
-    found = cpu_slots.residency(manager)
-    assert found.pop("seconds") > 0
-    assert found == {"slots": [8], "memory": [7, 8], "activations": 2, "evictions": 1}
+    residency = cpu_slots.residency(manager)
+    assert residency.pop("seconds") > 0
+    assert residency == {"slots": [8], "memory": [7, 8], "activations": 2, "evictions": 1}
 
 
 def test_a_folder_that_was_not_packed_is_loaded_by_vllm(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is packed for the slots is what the adapter's files say."""
+"""Checks that packed weights are those of the adapter's files."""
 
 import json
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_the_product_of_what_is_packed_is_the_adapters_delta(tensors: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"base_model.model.layers.9.q_proj.lora_A.weight": (RANK, 6)}, r"layers\.9\.q_proj"),
         ({"layers.0.q_proj.lora_A.weight": (RANK, 6)}, r"layers\.0\.q_proj\.lora_A"),
@@ -97,14 +97,14 @@ def test_the_product_of_what_is_packed_is_the_adapters_delta(tensors: dict[str, 
     ],
 )
 def test_what_the_worker_has_no_place_for_is_not_packed(
-    tensors: dict[str, Any], change: dict[str, tuple[int, ...] | None], told: str, tmp_path: Path
+    tensors: dict[str, Any], change: dict[str, tuple[int, ...] | None], message: str, tmp_path: Path
 ) -> None:
     for name, shape in change.items():
         if shape is None:
             del tensors[name]
         else:
             tensors[name] = torch.ones(shape)
-    with pytest.raises(Unpackable, match=told):
+    with pytest.raises(Unpackable, match=message):
         pack(tensors, rank=RANK, scaling=SCALING, layout=LAYOUT, directory=tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""INT8 bases (W8A8, compressed-tensors) with LoRA on."""
+"""Checks INT8 bases (W8A8, compressed-tensors) with LoRA on."""
 
 import importlib
 import json
@@ -31,7 +31,7 @@ W8A8 = {
 
 
 def quantize(base_dir: Path, directory: Path) -> Path:
-    """Round every decoder layer's weights to INT8, one scale per output channel: weight ≈ scale · INT8."""
+    """Rounds every decoder layer's weights to INT8, one scale per output channel: weight ≈ scale · INT8."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(base_dir, directory)
@@ -68,7 +68,7 @@ def test_an_int8_base_answers_with_and_without_an_adapter(
 
 @pytest.fixture
 def unpatched() -> Iterator[Any]:
-    """vLLM's own functions, whatever this process did before; repaired again afterwards."""
+    """Gives vLLM's own functions, and repairs them again afterwards."""
     from vllm.lora.layers import base_linear, utils
 
     from serve.vllm_plugin import register
@@ -80,7 +80,7 @@ def unpatched() -> Iterator[Any]:
 
 
 class Packed(torch.nn.Module):  # type: ignore[misc]
-    """A layer whose weight oneDNN has taken away."""
+    """Stands in for a layer whose weight oneDNN has packed away."""
 
     weight = None
 

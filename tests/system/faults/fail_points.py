@@ -154,13 +154,13 @@ class FaultyEngine(EngineDeployment):
 class FaultySteward(StewardDeployment):
     def __init__(self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> None:
         fail_points = FailPoints(settings.home)
-        finish = recovery.Recovery._finish
+        commit = recovery.Recovery._commit
 
-        async def _finish(self: recovery.Recovery, closing: ledger.Resolution) -> bool:
+        async def _commit(self: recovery.Recovery, closing: ledger.Resolution) -> bool:
             await fail_points.pass_by(at("steward", BEFORE_SETTLE), ANY, closing.request_id)
-            return await finish(self, closing)
+            return await commit(self, closing)
 
-        recovery.Recovery._finish = _finish  # type: ignore[method-assign]
+        recovery.Recovery._commit = _commit  # type: ignore[method-assign]
         _patch_ledger(fail_points, "steward", lambda _request_id: ANY)
         super().__init__(settings, contexts, handles)
 
@@ -226,7 +226,7 @@ async def _one_by_one(
 
 
 def _patch_ledger(fail_points: FailPoints, process: str, marker_of: Callable[[str], str | None]) -> None:
-    record, close = ledger._record, writer.CommitQueue.close
+    record, close = ledger._record, writer.CommitQueue.resolve
 
     def _record(connection: Any, closed: list[ledger.Resolution], held: Any) -> None:
         record(connection, closed, held)
@@ -242,7 +242,7 @@ def _patch_ledger(fail_points: FailPoints, process: str, marker_of: Callable[[st
         return outcome
 
     ledger._record = _record
-    writer.CommitQueue.close = _close  # type: ignore[method-assign]
+    writer.CommitQueue.resolve = _close  # type: ignore[method-assign]
 
 
 def _marker_of(prompt: Any) -> str | None:

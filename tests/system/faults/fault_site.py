@@ -10,7 +10,7 @@ import psutil
 import sqlalchemy as sa
 
 from serve.billing.budgets.budgets import budgets_table, spend_table
-from serve.billing.ledger.accounts import CLOSING, OPENING, transfers_table
+from serve.billing.ledger.accounts import FINAL_PHASE, HOLD_PHASE, transfers_table
 from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.verification import verify
 from serve.billing.metering.events import usage_table
@@ -152,7 +152,7 @@ class FaultSite(LiveService):
     def closing(self, request_id: str) -> dict[str, Any] | None:
         """The one transfer that closes a request."""
         c = transfers_table.c
-        query = sa.select(transfers_table).where(c.request_id == request_id, c.phase == CLOSING)
+        query = sa.select(transfers_table).where(c.request_id == request_id, c.phase == FINAL_PHASE)
         with self.store.read() as connection:
             row = connection.execute(query).mappings().one_or_none()
         return dict(row) if row else None
@@ -190,8 +190,8 @@ class FaultSite(LiveService):
         wait_until(lambda: not Ledger(self.store).open_holds(), CLOSED_S_MAX)
         t, e = transfers_table.c, usage_table.c
         with self.store.read() as connection:
-            opened = set(connection.execute(sa.select(t.request_id).where(t.phase == OPENING)).scalars())
-            closing = sa.select(t.request_id).where(t.phase == CLOSING, t.kind.in_(("settle", "void")))
+            opened = set(connection.execute(sa.select(t.request_id).where(t.phase == HOLD_PHASE)).scalars())
+            closing = sa.select(t.request_id).where(t.phase == FINAL_PHASE, t.kind.in_(("settle", "void")))
             closed = list(connection.execute(closing).scalars())
             settled = sa.select(sa.func.coalesce(sa.func.sum(t.amount_nanos), 0)).where(t.kind == "settle")
             billed = sa.select(sa.func.coalesce(sa.func.sum(e.cost_nanos), 0))

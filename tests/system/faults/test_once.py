@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from serve.billing.budgets.budgets import spend_table
 from serve.billing.budgets.service import BudgetService
-from serve.billing.ledger.accounts import OPENING, transfers_table
+from serve.billing.ledger.accounts import HOLD_PHASE, transfers_table
 from serve.billing.metering.events import attempts_table, usage_table
 from tests.support.constants import NOON, TENANTS
 from tests.support.waiting import wait_until
@@ -120,7 +120,7 @@ def test_a_hard_budget_is_not_overshot_by_200_requests_at_three_gateways(site: F
     (event,) = events_after(site, last - 1)
     c = transfers_table.c
     with site.store.read() as connection:
-        of = sa.select(c.amount_nanos).where(c.request_id == event["request_id"], c.phase == OPENING)
+        of = sa.select(c.amount_nanos).where(c.request_id == event["request_id"], c.phase == HOLD_PHASE)
         held_nanos = connection.execute(of).scalar_one()
     limit_nanos = 40 * event["cost_nanos"] + held_nanos
     created = BudgetService(site.store).create(tenant, "tenant", tenant, "total", limit_nanos, at=NOON)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from serve.billing.ledger.ledger import Hold, Ledger, Resolution
+from serve.billing.ledger.holds import Hold, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.verification import verify
 from serve.billing.metering.events import UsageEvent
 from serve.errors import StoreUnavailable

@@ -108,9 +108,9 @@ class ReplicaService(LiveService):
     @property
     def ray_folder(self) -> Path:
         """Ray's own files, logs among them."""
-        scratch: Path | None = self._running.service._scratch
-        assert scratch is not None
-        return scratch
+        folder: Path | None = self._running.service._folder
+        assert folder is not None
+        return folder
 
     def publish(self, name: str, seed: int) -> Path:
         return _publish(self.settings, name, seed)

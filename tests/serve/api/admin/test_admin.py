@@ -14,7 +14,7 @@ from serve.api import admin, errors, models
 from serve.api.dependencies import Context
 from serve.api.middleware import RequestMiddleware
 from serve.billing.budgets.service import BudgetService
-from serve.billing.credits.charges import Charge, charge
+from serve.billing.credits.charges import Charge, post_charge
 from serve.billing.invoicing.invoices import Invoices
 from serve.billing.pricing.plans import Prices
 from serve.errors import StoreUnavailable
@@ -35,7 +35,7 @@ def old_invoice(shop: BillingFixture, tenant: str) -> str:
     """The number of an invoice that is final, of a month long ago."""
     at = LONG_AGO - timedelta(days=1)
     with shop.store.write() as connection:
-        charge(connection, Charge(f"old:{tenant}", tenant, "training", "x", 1, shop.price.id, 1000, at))
+        post_charge(connection, Charge(f"old:{tenant}", tenant, "training", "x", 1, shop.price.id, 1000, at))
     invoices = Invoices(shop.store)
     draft = invoices.create(tenant, "2025-01", at=LONG_AGO)
     invoices.review(draft.number, at=LONG_AGO)
@@ -43,7 +43,7 @@ def old_invoice(shop: BillingFixture, tenant: str) -> str:
 
 
 class AdminClient:
-    """The admin API of a shop with two tenants, and what it takes to name each of their things."""
+    """Serves the admin API for two tenants, and knows the names of their resources."""
 
     def __init__(self, shop: BillingFixture, home: Path) -> None:
         self.shop, tenants = shop, shop.tenants
@@ -105,8 +105,8 @@ class AdminClient:
     def say(self, method: str, path: str, body: Json | None = None, status: int = 200) -> Json:
         answer = self.ask(method, "/admin/v1" + path, json=body)
         assert answer.status_code == status, answer.text
-        said: Json = answer.json()
-        return said
+        response: Json = answer.json()
+        return response
 
     def call(self, route: tuple[str, str], tenant: str, bearer: str, **more: str) -> httpx.Response:
         method, path = route
@@ -336,19 +336,19 @@ def test_a_store_that_is_away_is_503_never_401(
 
 @on_sqlite
 def test_a_key_from_its_making_to_its_end(admin_client: AdminClient) -> None:
-    made = admin_client.say(
+    created = admin_client.say(
         "POST", "/tenants/acme/keys", {"name": "crm", "limits": {"models": ["acme/*"]}}, 201
     )
-    assert admin_client.ask("GET", "/v1/models", made["secret"]).status_code == 200
-    without = {"headers": {"x-api-key": made["secret"], "authorization": ""}}
+    assert admin_client.ask("GET", "/v1/models", created["secret"]).status_code == 200
+    without = {"headers": {"x-api-key": created["secret"], "authorization": ""}}
     assert (
         admin_client.ask("GET", "/v1/models", **without).status_code == 401
     )  # Authorization is there, and empty
     listed = admin_client.say("GET", "/tenants/acme/keys?limit=100")
-    (shown,) = [key for key in listed["data"] if key["id"] == made["id"]]
-    assert shown == {name: value for name, value in made.items() if name != "secret"}
-    assert made["secret"] not in str(listed)
-    path = f"/tenants/acme/keys/{made['id']}"
+    (shown,) = [key for key in listed["data"] if key["id"] == created["id"]]
+    assert shown == {name: value for name, value in created.items() if name != "secret"}
+    assert created["secret"] not in str(listed)
+    path = f"/tenants/acme/keys/{created['id']}"
     changed = admin_client.say(
         "PATCH", path, {"name": "shop", "limits": {"models": None, "requests_per_min": 3}}
     )

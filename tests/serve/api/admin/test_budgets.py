@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve.billing.ledger.ledger import Hold
+from serve.billing.ledger.holds import Hold
 from tests.serve.api.admin.test_admin import ADMIN, AdminClient
 from tests.support.billing_fixture import BillingFixture
 from tests.support.constants import NOON
@@ -31,13 +31,13 @@ def as_admin(
 @on_sqlite
 def test_a_budget_from_its_making_to_its_end(admin_client: AdminClient) -> None:
     body = {"limit_nanos": 1000, "period": "total", "webhook_url": "https://example.com/hook"}
-    made = admin_client.say("POST", PATH, body, 201)
-    assert made["id"].startswith("bud_")
-    assert (made["level"], made["subject"], made["current_period"]) == ("tenant", "acme", "total")
-    assert (made["hard"], made["notify_pcts"], made["left_nanos"]) == (True, [50, 80, 100], 1000)
+    created = admin_client.say("POST", PATH, body, 201)
+    assert created["id"].startswith("bud_")
+    assert (created["level"], created["subject"], created["current_period"]) == ("tenant", "acme", "total")
+    assert (created["hard"], created["notify_pcts"], created["left_nanos"]) == (True, [50, 80, 100], 1000)
     hold = Hold("r1", "acme", 300, terms=json.dumps({"key_id": "k", "project": None}))
     admin_client.shop.ledger.hold(hold, at=datetime.now(UTC), lease=timedelta(minutes=1))
-    one = f"{PATH}/{made['id']}"
+    one = f"{PATH}/{created['id']}"
     shown = admin_client.say("GET", one)
     assert (shown["spent_nanos"], shown["held_nanos"], shown["left_nanos"]) == (0, 300, 700)
     changed = admin_client.say(
@@ -57,8 +57,8 @@ def test_a_budget_starts_with_what_is_held_already(admin_client: AdminClient) ->
     key = admin_client.names["acme"]["key"]
     hold = Hold("r1", "acme", 300, None, key, terms=json.dumps({"key_id": key, "project": None}))
     admin_client.shop.ledger.hold(hold, at=datetime.now(UTC), lease=timedelta(minutes=1))
-    made = admin_client.say("POST", PATH, {"key": key, "limit_nanos": 1000, "period": "day"}, 201)
-    assert (made["level"], made["subject"], made["held_nanos"]) == ("key", key, 300)
+    created = admin_client.say("POST", PATH, {"key": key, "limit_nanos": 1000, "period": "day"}, 201)
+    assert (created["level"], created["subject"], created["held_nanos"]) == ("key", key, 300)
 
 
 def test_lists_come_page_by_page(admin_client: AdminClient) -> None:
@@ -77,16 +77,18 @@ def test_lists_come_page_by_page(admin_client: AdminClient) -> None:
 @on_sqlite
 def test_a_tenants_admin_manages_its_projects_and_keys_budgets(admin_client: AdminClient) -> None:
     body = {"project": admin_client.names["acme"]["project"], "limit_nanos": 5, "period": "day"}
-    status, made = as_admin(admin_client, "POST", PATH, body)
-    assert (status, made["level"]) == (201, "project")
-    assert as_admin(admin_client, "PATCH", f"{PATH}/{made['id']}", {"limit_nanos": 6})[1]["limit_nanos"] == 6
-    assert as_admin(admin_client, "DELETE", f"{PATH}/{made['id']}")[1]["retired_at"]
+    status, created = as_admin(admin_client, "POST", PATH, body)
+    assert (status, created["level"]) == (201, "project")
+    assert (
+        as_admin(admin_client, "PATCH", f"{PATH}/{created['id']}", {"limit_nanos": 6})[1]["limit_nanos"] == 6
+    )
+    assert as_admin(admin_client, "DELETE", f"{PATH}/{created['id']}")[1]["retired_at"]
 
 
 @on_sqlite
 def test_what_binds_the_whole_tenant_is_the_platforms(admin_client: AdminClient) -> None:
-    made = admin_client.say("POST", PATH, {"limit_nanos": 5, "period": "month"}, 201)
-    one = f"{PATH}/{made['id']}"
+    created = admin_client.say("POST", PATH, {"limit_nanos": 5, "period": "month"}, 201)
+    one = f"{PATH}/{created['id']}"
     for method, path, body in (
         ("POST", PATH, {"limit_nanos": 5, "period": "day"}),
         ("PATCH", one, {"limit_nanos": 500}),
@@ -94,7 +96,7 @@ def test_what_binds_the_whole_tenant_is_the_platforms(admin_client: AdminClient)
     ):
         status, answer = as_admin(admin_client, method, path, body)
         assert (status, answer["error"]["code"]) == (403, "insufficient_permissions")
-    assert as_admin(admin_client, "GET", one) == (200, made)
+    assert as_admin(admin_client, "GET", one) == (200, created)
 
 
 @on_sqlite
@@ -120,8 +122,8 @@ def test_a_webhook_to_the_server_itself_is_the_platforms(admin_client: AdminClie
     for url in ("http://localhost:9000/x", "http://127.0.0.1:80/", "http://[::1]/"):
         status, answer = as_admin(admin_client, "POST", PATH, body | {"webhook_url": url})
         assert (status, answer["error"]["param"]) == (400, "webhook_url")
-    made = admin_client.say("POST", PATH, body | {"webhook_url": "http://localhost:9000/x"}, 201)
-    assert as_admin(admin_client, "PATCH", f"{PATH}/{made['id']}", {"webhook_url": None})[0] == 200
+    created = admin_client.say("POST", PATH, body | {"webhook_url": "http://localhost:9000/x"}, 201)
+    assert as_admin(admin_client, "PATCH", f"{PATH}/{created['id']}", {"webhook_url": None})[0] == 200
 
 
 WRONG = [

@@ -24,14 +24,14 @@ def admin_client(shop: BillingFixture, tmp_path: Path) -> AdminClient:
 @on_sqlite
 def test_a_month_becomes_an_invoice_that_is_not_final_before_its_end(admin_client: AdminClient) -> None:
     buy(admin_client.shop, 1, adapter=True)
-    made = admin_client.say("POST", "/invoices", {"tenant": "acme", "period": MONTH}, 201)
-    assert (made["id"], made["state"], made["total_nanos"]) == (
+    created = admin_client.say("POST", "/invoices", {"tenant": "acme", "period": MONTH}, 201)
+    assert (created["id"], created["state"], created["total_nanos"]) == (
         "acme-2026-11-r1",
         "draft",
-        made["document"]["lines"][0]["amount_nanos"],
+        created["document"]["lines"][0]["amount_nanos"],
     )
-    assert admin_client.say("POST", "/invoices", {"tenant": "acme", "period": MONTH}, 201) == made
-    path = f"/invoices/{made['id']}/transition"
+    assert admin_client.say("POST", "/invoices", {"tenant": "acme", "period": MONTH}, 201) == created
+    path = f"/invoices/{created['id']}/transition"
     reviewed = admin_client.say("POST", path, {"state": "review", "reason": "please look"})
     assert [change["reason"] for change in reviewed["history"]] == ["created", "please look"]
     assert reviewed["history"][1]["actor"] == f"platform:{admin_client.platform_id}"
@@ -95,10 +95,10 @@ def test_an_invoice_is_a_file_with_whatever_names(admin_client: AdminClient, for
 
 
 def test_credit_is_granted_and_listed_with_what_is_left(admin_client: AdminClient) -> None:
-    made = admin_client.say(
+    created = admin_client.say(
         "POST", "/tenants/acme/grants", {"amount_nanos": 10**6, "expires_at": 2 * 10**9}, 201
     )
-    assert (made["kind"], made["expires_at"] % 86_400) == ("prepaid", 0)
+    assert (created["kind"], created["expires_at"] % 86_400) == ("prepaid", 0)
     assert [one["left_nanos"] for one in admin_client.say("GET", "/tenants/acme/grants")["data"]] == [10**6]
     admin_client.say("POST", "/tenants/acme/grants", {"amount_nanos": 1, "expires_at": 5}, 409)
     admin_client.say("POST", "/tenants/nobody/grants", {"amount_nanos": 1}, 404)
@@ -134,8 +134,8 @@ def test_what_is_not_there_is_not_found(admin_client: AdminClient) -> None:
 
 @on_sqlite
 def test_a_plan_is_assigned_from_a_day_on_but_not_before_it_may_be_paid(admin_client: AdminClient) -> None:
-    said = PLAN.model_dump() | {"name": "later", "effective_from": "2099-12-01"}
-    Prices(admin_client.shop.store).publish(PricePlan.model_validate(said), at=NOON)
+    later = PLAN.model_dump() | {"name": "later", "effective_from": "2099-12-01"}
+    Prices(admin_client.shop.store).publish(PricePlan.model_validate(later), at=NOON)
     path, day = "/tenants/acme/subscription", int(datetime(2099, 12, 1, tzinfo=UTC).timestamp())
     assert "2099-12-01" in admin_client.say("PUT", path, {"plan": "later"}, 409)["error"]["message"]
     admin_client.say("PUT", path, {"plan": "later", "effective_at": int(NOON.timestamp()) - 10**7}, 400)

@@ -1,4 +1,4 @@
-"""A customer reads its own issued invoices, and nobody else's."""
+"""A customer reads its own issued invoices, and no other tenant's."""
 
 from datetime import UTC, datetime
 
@@ -19,12 +19,12 @@ def office(shop: BillingFixture) -> Office:
     return Office(shop)
 
 
-def read(office: Office, path: str, who: str = "acme", **params: str) -> Json:
-    key = office.platform if who == "platform" else office.keys[who]
+def read(office: Office, path: str, caller: str = "acme", **params: str) -> Json:
+    key = office.platform if caller == "platform" else office.keys[caller]
     answer = office.ask(path, key, **params)
     assert answer.status_code == 200, answer.text
-    said: Json = answer.json()
-    return said
+    body: Json = answer.json()
+    return body
 
 
 def issue(shop: BillingFixture, tenant: str) -> str:
@@ -66,7 +66,7 @@ def test_anothers_invoice_a_draft_and_none_look_the_same(office: Office) -> None
     office.use(NOON, "rival")
     number = issue(office.shop, "acme")
     draft = Invoices(office.shop.store).create("rival", "2026-11", at=DECEMBER).number
-    assert read(office, PATH, who="rival")["data"] == []
+    assert read(office, PATH, caller="rival")["data"] == []
     for name in (number, draft, "INV-2026-999999"):
         for rest in ("", "/file", "/usage", "/requests", "/credit-notes"):
             answer = office.ask(f"{PATH}/{name}{rest}", office.keys["rival"])
@@ -79,6 +79,6 @@ def test_the_operator_reads_all_of_them_or_one_tenants(office: Office) -> None:
     office.use(NOON)
     office.use(NOON, "rival")
     numbers = {issue(office.shop, "acme"), issue(office.shop, "rival")}
-    assert {one["id"] for one in read(office, PATH, who="platform")["data"]} == numbers
-    (mine,) = read(office, PATH, who="platform", tenant="rival")["data"]
+    assert {one["id"] for one in read(office, PATH, caller="platform")["data"]} == numbers
+    (mine,) = read(office, PATH, caller="platform", tenant="rival")["data"]
     assert mine["tenant"] == "rival"

@@ -15,8 +15,8 @@ from serve.api import errors, organization
 from serve.api.dependencies import Context
 from serve.api.organization import costs, forecast, usage
 from serve.billing.budgets.service import BudgetService
-from serve.billing.credits.charges import Charge, charge
-from serve.billing.ledger.ledger import Hold
+from serve.billing.credits.charges import Charge, post_charge
+from serve.billing.ledger.holds import Hold
 from serve.billing.metering.events import UsageEvent
 from tests.support.billing_fixture import BillingFixture
 from tests.support.constants import NOON
@@ -31,7 +31,7 @@ DAY_S = 86_400
 
 
 class Office:
-    """The organization API of a shop with two tenants; the time is noon."""
+    """Serves the organization API for two tenants; the time is noon."""
 
     def __init__(self, shop: BillingFixture) -> None:
         self.shop, tenants = shop, shop.tenants
@@ -66,8 +66,10 @@ class Office:
 
     def charge(self, reference: str, at: datetime, nanos: int) -> None:
         with self.shop.store.write() as connection:
-            made = Charge(reference, "acme", "training", "acme/support@1", 9, self.shop.price.id, nanos, at)
-            assert charge(connection, made)
+            charged = Charge(
+                reference, "acme", "training", "acme/support@1", 9, self.shop.price.id, nanos, at
+            )
+            assert post_charge(connection, charged)
 
     def ask(self, path: str, key: str | None = None, **params: Any) -> httpx.Response:
         async def send() -> httpx.Response:
@@ -159,7 +161,7 @@ def test_days_in_which_nothing_was_used_are_there_and_empty(office: Office) -> N
     assert [bucket["start_time"] for bucket in page["data"]] == [
         s(MIDNIGHT) - days * DAY_S for days in (3, 2, 1, 0)
     ]
-    assert [len(found) for found in results(page)] == [0, 1, 0, 0]
+    assert [len(buckets) for buckets in results(page)] == [0, 1, 0, 0]
 
 
 @on_sqlite
@@ -174,7 +176,7 @@ def test_a_window_that_cuts_hours_counts_to_the_second(office: Office) -> None:
     assert (bucket["start_time"], bucket["end_time"]) == (s(start), s(end))
     assert bucket["results"][0]["num_model_requests"] == 3
     hours = office.completions(start_time=s(start), end_time=s(end), bucket_width="1h")
-    assert [[one["num_model_requests"] for one in found] for found in results(hours)] == [
+    assert [[one["num_model_requests"] for one in buckets] for buckets in results(hours)] == [
         [1],
         [1],
         [],
@@ -190,7 +192,7 @@ def test_minutes_come_from_the_events(office: Office) -> None:
     office.use(NOON - timedelta(minutes=2, seconds=-31))
     start = s(NOON) - 180
     page = office.completions(start_time=start, end_time=s(NOON), bucket_width="1m")
-    assert [[one["num_model_requests"] for one in found] for found in results(page)] == [[], [2], []]
+    assert [[one["num_model_requests"] for one in buckets] for buckets in results(page)] == [[], [2], []]
 
 
 def test_pages_hold_every_bucket_once(office: Office) -> None:
@@ -216,9 +218,9 @@ def test_groups_tell_apart_what_they_name(office: Office) -> None:
     office.use(MIDNIGHT, tier="batch")
     office.use(MIDNIGHT)
     by = ["model", "batch", "project_id", "api_key_id"]
-    (found,) = results(office.completions(start_time=s(MIDNIGHT), group_by=by))
+    (buckets,) = results(office.completions(start_time=s(MIDNIGHT), group_by=by))
     key = office.key_ids["acme"]
-    assert [(one["project_id"], one["model"], one["batch"], one["api_key_id"]) for one in found] == [
+    assert [(one["project_id"], one["model"], one["batch"], one["api_key_id"]) for one in buckets] == [
         (None, "tiny", True, key),
         (None, "tiny", False, key),
         (project, "acme/support", False, key),
@@ -235,7 +237,7 @@ def test_filters_are_understood_in_both_spellings(office: Office, suffix: str) -
 
     def count(**params: Any) -> int:
         page = office.completions(start_time=s(MIDNIGHT), **params)
-        return sum(one["num_model_requests"] for found in results(page) for one in found)
+        return sum(one["num_model_requests"] for buckets in results(page) for one in buckets)
 
     assert count(**{f"models{suffix}": ["one", "two"]}) == 2
     assert count(**{f"models{suffix}": "one"}) == 1
@@ -271,8 +273,8 @@ def test_costs_are_exact_and_hold_charges_too(office: Office) -> None:
     office.use(MIDNIGHT, cost_nanos=1)
     office.use(MIDNIGHT, cost_nanos=250_000_000, tier="batch", key_id=office.key_ids["acme"])
     office.charge("t1", MIDNIGHT + timedelta(minutes=1), 7)
-    (found,) = results(office.costs(start_time=s(MIDNIGHT)))
-    assert found == [
+    (buckets,) = results(office.costs(start_time=s(MIDNIGHT)))
+    assert buckets == [
         {
             "object": "organization.costs.result",
             "amount": {"value": 0.250000008, "currency": "usd"},
@@ -350,8 +352,8 @@ def test_openais_client_reads_usage_and_costs(office: Office) -> None:
             page = await usage.completions(
                 start_time=s(MIDNIGHT), models=["one"], group_by=["model"], batch=False, bucket_width="1h"
             )
-            found = cast(Any, page.data[0].results[0])
-            assert (found.model, found.input_tokens, found.num_model_requests) == ("one", 10, 1)
+            buckets = cast(Any, page.data[0].results[0])
+            assert (buckets.model, buckets.input_tokens, buckets.num_model_requests) == ("one", 10, 1)
             spent = await usage.costs(start_time=s(MIDNIGHT), group_by=["line_item"])
             items = cast(Any, spent.data[0].results)
             assert [(one.line_item, one.amount.value) for one in items] == [("one", 1e-06), ("two", 1e-06)]
@@ -364,21 +366,21 @@ def test_a_forecast_adds_the_last_days_mean_for_each_day_that_is_left(office: Of
     for days, nanos in ((1, 700), (2, 100), (3, 400)):  # the first was three days ago
         office.use(MIDNIGHT - timedelta(days=days), cost_nanos=nanos)
     office.use(MIDNIGHT, cost_nanos=50, model="other")
-    made = office.ask("forecast").json()
+    charged = office.ask("forecast").json()
     # 22 November, noon: eight and a half days are left.
-    assert made["basis_days"] == 3
-    assert (made["start_time"], made["end_time"]) == (
+    assert charged["basis_days"] == 3
+    assert (charged["start_time"], charged["end_time"]) == (
         s(datetime(2026, 11, 1, tzinfo=UTC)),
         s(datetime(2026, 12, 1, tzinfo=UTC)),
     )
-    assert made["total"] == {
+    assert charged["total"] == {
         "line_item": None,
         "to_date_nanos": 1250,
         "projected_nanos": 1250 + 3400,
         "low_nanos": 1250 + 850,
         "high_nanos": 1250 + 5950,
     }
-    assert [(one["line_item"], one["projected_nanos"]) for one in made["line_items"]] == [
+    assert [(one["line_item"], one["projected_nanos"]) for one in charged["line_items"]] == [
         ("other", 50),
         ("tiny", 1200 + 3400),
     ]

@@ -1,4 +1,4 @@
-"""Whatever is done in whatever order: no hard budget is overshot, no hold leaks, the books add up."""
+"""Tests that no order of actions exceeds a hard budget, leaks a hold or breaks the ledger's sums."""
 
 import json
 from contextlib import ExitStack
@@ -18,7 +18,8 @@ from hypothesis.stateful import (
 from serve.billing.budgets.budgets import Budget, spend_table
 from serve.billing.budgets.service import BudgetService
 from serve.billing.ledger.accounts import holds_table, transfers_table
-from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Resolution
+from serve.billing.ledger.holds import Hold, HoldRequest, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.metering.events import UsageEvent
 from serve.billing.pricing.plans import Prices
 from serve.errors import AlreadyExists, BudgetExceeded, InsufficientCredit
@@ -34,7 +35,7 @@ CREDIT = 5000
 
 
 class BudgetMachine(RuleBasedStateMachine):
-    """One tenant, two keys of which one is in a project, and a clock that also goes backwards."""
+    """Acts with one tenant, two keys of which one is in a project, and a clock that may step back."""
 
     def __init__(self, new_database: NewDatabase) -> None:
         super().__init__()
@@ -54,8 +55,8 @@ class BudgetMachine(RuleBasedStateMachine):
         self.at, self.count = START, 0
         self.open: dict[str, tuple[Hold, datetime]] = {}
         self.closed: list[Hold] = []
-        self.made: list[str] = []
-        self.beyond: set[str] = set()  # soft for a time, lowered, or made when more was spent already
+        self.created_ids: list[str] = []
+        self.over_limit: set[str] = set()  # soft for a time, lowered, or made when more was spent already
 
     def teardown(self) -> None:
         self.stack.close()
@@ -66,7 +67,7 @@ class BudgetMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), amounts=st.lists(st.integers(0, 900), min_size=1, max_size=4))
     def reserve(self, data: st.DataObject, amounts: list[int]) -> None:
-        """Several in one transaction, as group commit does."""
+        """Take several holds in one transaction, as group commit does."""
         openings = []
         for amount in amounts:
             self.count += 1
@@ -81,7 +82,7 @@ class BudgetMachine(RuleBasedStateMachine):
                 self.open[opening.hold.request_id] = (opening.hold, self.at)
                 left -= opening.hold.amount_nanos
             elif isinstance(outcome, BudgetExceeded):
-                # Of a budget that is beyond its limit nothing may be had, and that is said so.
+                # A budget beyond its limit reports nothing left.
                 assert outcome.available_nanos < max(opening.hold.amount_nanos, 1)
             else:
                 assert isinstance(outcome, InsufficientCredit)
@@ -122,10 +123,10 @@ class BudgetMachine(RuleBasedStateMachine):
             made = self.budgets.create("acme", *self.subjects[subject], period, limit, at=self.at, hard=hard)
         except AlreadyExists:
             return
-        self.made.append(made.budget.id)
+        self.created_ids.append(made.budget.id)
         mine = [row for row in self.spend() if row.budget_id == made.budget.id]
         if not hard or any(row.spent_nanos + row.held_nanos > limit for row in mine):
-            self.beyond.add(made.budget.id)
+            self.over_limit.add(made.budget.id)
 
     @rule(data=st.data(), limit=st.integers(0, 4000), hard=st.booleans())
     def change_a_budget(self, data: st.DataObject, limit: int, hard: bool) -> None:
@@ -133,7 +134,7 @@ class BudgetMachine(RuleBasedStateMachine):
         if living:
             budget = data.draw(st.sampled_from(living))
             if limit < budget.limit_nanos or not hard:
-                self.beyond.add(budget.id)
+                self.over_limit.add(budget.id)
             self.budgets.change("acme", budget.id, {"limit_nanos": limit, "hard": hard}, at=self.at)
 
     @rule(data=st.data())
@@ -148,7 +149,7 @@ class BudgetMachine(RuleBasedStateMachine):
         for row in self.spend():
             budget = budgets[row.budget_id]
             assert row.spent_nanos >= 0
-            if budget.hard and budget.id not in self.beyond:
+            if budget.hard and budget.id not in self.over_limit:
                 assert row.spent_nanos + row.held_nanos <= budget.limit_nanos
 
     @invariant()
@@ -185,9 +186,9 @@ class BudgetMachine(RuleBasedStateMachine):
         assert {one.hold.request_id for one in self.ledger.open_holds()} == self.open.keys()
 
     def living(self) -> list[Budget]:
-        """In the order in which they were made, which their ids and times do not tell."""
+        """Return live budgets in order of creation, which their ids and times do not give."""
         found = {one.budget.id: one.budget for one in self.budgets.page("acme", at=self.at).items}
-        return [found[one] for one in self.made if found[one].retired_at is None]
+        return [found[one] for one in self.created_ids if found[one].retired_at is None]
 
     def spend(self) -> "list[sa.Row[tuple[str, str, int, int, int]]]":
         with self.store.read() as connection:

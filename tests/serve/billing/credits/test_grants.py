@@ -1,4 +1,4 @@
-"""Credit that was given: who pays for what, and what expires."""
+"""Tests which grant pays for what, and what expires."""
 
 from datetime import UTC, date, datetime, timedelta
 
@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.billing.credits.grants import CREDIT_NANOS_MAX, Credits, Grant, Spend, replay
-from serve.billing.invoicing.calculation import credit_left
+from serve.billing.invoicing.calculation import remaining_credit
 from serve.billing.jobs import expire_due
-from serve.billing.ledger.ledger import Hold
+from serve.billing.ledger.holds import Hold
 from serve.errors import Conflict, UnknownRecord
 from tests.serve.billing.invoicing.test_calculation import buy
 from tests.support.billing_fixture import BillingFixture
@@ -98,7 +98,7 @@ def test_a_grant_raises_the_credit_at_once_and_what_is_left_of_it_expires_once(s
     assert shop.ledger.account("acme").credit_nanos == 1_000_500_000
     cost = buy(shop, 1, adapter=False)
     with shop.store.read() as connection:
-        assert credit_left(connection, "acme") == {made.id: 500_000 - cost}
+        assert remaining_credit(connection, "acme") == {made.id: 500_000 - cost}
     assert expire_due(shop.store, NOON + DAY) == []
     ((expired, taken),) = expire_due(shop.store, NOON + 2 * DAY)
     assert (expired.id, taken) == (made.id, 500_000 - cost)

@@ -12,7 +12,7 @@ from serve.billing.invoicing.document import InvoiceDocument, Party
 from serve.billing.invoicing.export import json_text, write_csv
 from serve.billing.invoicing.invoices import Invoices, period_bounds
 from serve.billing.invoicing.pdf import write_pdf
-from serve.billing.ledger.ledger import Hold
+from serve.billing.ledger.holds import Hold
 from serve.billing.money import nanos_of_usd, usd
 from serve.billing.pricing.plans import BatchRates, Prices, Rates, Tokens
 from serve.errors import OperatorError, UnknownRecord
@@ -26,7 +26,7 @@ MONTH = "2026-11"
 def buy(
     shop: BillingFixture, number: int, *, adapter: bool, days: int = 0, tier: str = "default", times: int = 1
 ) -> int:
-    """One settled request; returns its cost."""
+    """Settle one request and return its cost."""
     tokens = Tokens(times * (100 + number), times * 20, times * (30 + number))
     cost = shop.price.rates(adapter=adapter, batch=tier == "batch").cost_nanos(tokens)
     at = NOON + timedelta(days=days)

@@ -1,4 +1,4 @@
-"""From draft to paid: what is final stays, and the account says what the invoices say."""
+"""Tests invoices from draft to paid: final ones never change, and the account agrees with them."""
 
 import threading
 from dataclasses import replace
@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import sqlalchemy as sa
 
-from serve.billing.credits.charges import Charge, charge
+from serve.billing.credits.charges import Charge, post_charge
 from serve.billing.credits.grants import Credits
-from serve.billing.invoicing.breakdown import InvoiceUsage, Within
+from serve.billing.invoicing.breakdown import InvoiceFilter, InvoiceUsage
 from serve.billing.invoicing.credit_notes import CreditNotes, notes_table
 from serve.billing.invoicing.document import sha256_of
 from serve.billing.invoicing.invoices import Invoices
@@ -33,7 +33,7 @@ TIERS = {
 
 
 def on_plan(shop: BillingFixture, **changes: object) -> BillingFixture:
-    """The shop's tenant pays another version of its plan, from the beginning."""
+    """Subscribe the shop's tenant to another version of its plan, from the beginning."""
     plan = PricePlan.model_validate(PLAN.model_dump() | changes)
     prices = Prices(shop.store)
     price = prices.publish(plan, at=NOON)
@@ -117,8 +117,8 @@ def test_late_usage_is_on_the_next_invoice_and_says_so(shop: BillingFixture) -> 
     ]
     assert december.document.lines[1].label == "acme/support, late usage of 2026-11"
     usage = InvoiceUsage(shop.store)
-    assert [r.id for r in usage.requests(december, Within(line=2)).items] == ["r2"]
-    assert [r.id for r in usage.requests(december, Within(line=1)).items] == ["r3"]
+    assert [r.id for r in usage.requests(december, InvoiceFilter(line=2)).items] == ["r2"]
+    assert [r.id for r in usage.requests(december, InvoiceFilter(line=1)).items] == ["r3"]
 
 
 def test_the_account_agrees_with_the_invoices_to_the_nano(shop: BillingFixture) -> None:
@@ -133,11 +133,11 @@ def test_the_account_agrees_with_the_invoices_to_the_nano(shop: BillingFixture) 
     assert document.subtotal_nanos == 3_000_000
     assert document.tax_nanos == 570_000
     assert spent(shop) == document.total_nanos == 3_570_000
-    assert Invoices(shop.store).recomputed(final.number) == document
+    assert Invoices(shop.store).recalculate(final.number) == document
 
 
 def spent(shop: BillingFixture) -> int:
-    """What the account was charged, less what was refunded."""
+    """Return what the account was charged, less what was refunded."""
     account = shop.ledger.account("acme")
     return account.spent_nanos - (account.credit_nanos - 1_000_000_000)
 
@@ -167,7 +167,7 @@ def test_credits_pay_promotions_before_tax_and_prepaid_money_after_it(shop: Bill
     # Whatever came later changes nothing: the same document, at any time.
     buy(shop, 2, adapter=False, days=20)
     finalize(shop, "2026-12", JANUARY)
-    again = Invoices(shop.store).recomputed("INV-2026-000001")
+    again = Invoices(shop.store).recalculate("INV-2026-000001")
     assert again == document
 
 
@@ -227,7 +227,7 @@ def test_credit_notes_never_exceed_the_invoice_or_its_line(shop: BillingFixture)
             notes.issue(final.number, amounts, reason="more", at=DECEMBER)
     second = notes.issue(final.number, [(None, total - 1500)], reason="all of it", at=DECEMBER)
     assert second.number == "CN-2026-000002"
-    assert [note.number for note in notes.of(final.number)] == [first.number, second.number]
+    assert [note.number for note in notes.for_invoice(final.number)] == [first.number, second.number]
     assert spent(shop) == 0
     with pytest.raises(Conflict, match="credit notes"):
         Invoices(shop.store).void(final.number, at=DECEMBER)
@@ -308,24 +308,24 @@ def test_a_line_is_followed_to_its_days_keys_and_requests(shop: BillingFixture) 
         buy(shop, number, adapter=number == 4, days=number % 2)
     with shop.store.write() as connection:
         made = Charge("training:1", "acme", "training", "acme/support@1", 1000, shop.price.id, 77, NOON)
-        assert charge(connection, made)
+        assert post_charge(connection, made)
     final, usage = finalize(shop), InvoiceUsage(shop.store)
     lines = final.document.lines
     assert [line.kind for line in lines] == ["usage", "usage", "training"]
     for position, line in enumerate(lines[:2], 1):
-        days = usage.sums(final, "day", Within(line=position))
+        days = usage.sums(final, "day", InvoiceFilter(line=position))
         assert sum(day.cost_nanos for day in days) == line.amount_nanos
-        (key,) = usage.sums(final, "key", Within(line=position))
+        (key,) = usage.sums(final, "key", InvoiceFilter(line=position))
         assert (key.group, key.requests) == (shop.principal.key_id, line.requests)
     day = datetime(2026, 11, 22, tzinfo=UTC)
-    first = usage.requests(final, Within(line=2, day=day), limit=1)
-    rest = usage.requests(final, Within(line=2, day=day), after=first.items[0].id, limit=5)
+    first = usage.requests(final, InvoiceFilter(line=2, day=day), limit=1)
+    rest = usage.requests(final, InvoiceFilter(line=2, day=day), after=first.items[0].id, limit=5)
     assert ([r.id for r in [*first.items, *rest.items]], first.has_more) == (["r0", "r2"], True)
     assert first.items[0].price == "standard v1"
-    (training,) = usage.requests(final, Within(line=3)).items
+    (training,) = usage.requests(final, InvoiceFilter(line=3)).items
     assert (training.id, training.cost_nanos) == ("training:1", 77)
     with pytest.raises(Conflict, match="no line 4"):
-        usage.requests(final, Within(line=4))
+        usage.requests(final, InvoiceFilter(line=4))
     with pytest.raises(InvalidRequest):
         usage.requests(final, after="nothing")
 

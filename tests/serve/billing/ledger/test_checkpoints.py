@@ -1,4 +1,4 @@
-"""The write-ahead record of a gateway: what is left of it, and who may read it, when its process is gone."""
+"""Tests the checkpoint files of gateways: what survives the process, and who may read it."""
 
 import subprocess
 import sys
@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from serve.billing.ledger import checkpoints as journal_module
+from serve.billing.ledger import checkpoints as checkpoints_module
 from serve.billing.ledger.checkpoints import (
     FLUSH_S,
     Checkpoint,
     RequestEnd,
     UsageCheckpoints,
     checkpoint_files,
-    later,
-    locked,
-    remove,
+    lock_checkpoints,
+    merge,
+    remove_checkpoints,
 )
 from serve.billing.metering.events import UsageEvent, UsageStatus
 from serve.billing.metering.terms import BillingTerms, RequestUsage
@@ -48,16 +48,16 @@ END = RequestEnd(UsageStatus.COMPLETE, "stop", 1, 2, NOON)
 
 
 def left(folder: Path) -> dict[str, Checkpoint]:
-    """What the one journal in `folder` says, whose gateway is gone."""
+    """Return the records of the only checkpoint file in `folder`, whose gateway is dead."""
     (path,) = checkpoint_files(folder)
-    with locked(path) as records:
+    with lock_checkpoints(path) as records:
         assert records is not None
         return records
 
 
 @contextmanager
 def other_process(script: str, folder: Path) -> Iterator["subprocess.Popen[str]"]:
-    """Runs `script`, whose `folder` is given, until it ends or the context does."""
+    """Run `script` with its `folder` until it ends or the context does."""
     head = "import sys, time\nfrom pathlib import Path\nfrom serve.billing.ledger.checkpoints import *\n"
     head += "from serve.billing.metering.terms import RequestUsage\n"
     head += "from serve.billing.pricing.plans import Tokens\n"
@@ -70,7 +70,7 @@ def other_process(script: str, folder: Path) -> Iterator["subprocess.Popen[str]"
             process.kill()
 
 
-def said(process: "subprocess.Popen[str]") -> str:
+def read_line(process: "subprocess.Popen[str]") -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
@@ -112,13 +112,13 @@ def test_of_many_records_the_highest_counts_hold_in_whatever_order_they_are_read
     for order in permutations(records):
         found = order[0]
         for one in order[1:]:
-            found = later(found, one)
+            found = merge(found, one)
         assert found == Checkpoint(served(9), END)
 
 
 def test_a_later_attempts_counts_replace_those_of_the_one_before() -> None:
     first, second = Checkpoint(served(50, attempt=1)), Checkpoint(served(2, attempt=2))
-    assert later(first, second) == later(second, first) == second
+    assert merge(first, second) == merge(second, first) == second
 
 
 def test_lines_count_once_however_often_they_are_there(tmp_path: Path) -> None:
@@ -151,33 +151,33 @@ def test_the_lock_ends_with_the_process_however_that_ends(tmp_path: Path) -> Non
         "checkpoints.flush()\nprint('ready', flush=True)\ntime.sleep(600)\n"
     )
     with other_process(script, tmp_path) as gateway:
-        assert said(gateway) == "ready"
+        assert read_line(gateway) == "ready"
         (path,) = checkpoint_files(tmp_path)
-        with locked(path) as records:
+        with lock_checkpoints(path) as records:
             assert records is None
         gateway.kill()  # SIGKILL
         gateway.wait(10)
-        with locked(path) as records:
+        with lock_checkpoints(path) as records:
             assert records == {"req_1": Checkpoint(served(6))}
-            with locked(path) as again:
+            with lock_checkpoints(path) as again:
                 assert again is None  # another steward's, meanwhile
 
 
-def test_a_journal_begins_anew_when_it_has_grown_and_is_never_free_meanwhile(
+def test_a_checkpoint_file_begins_anew_when_it_has_grown_and_is_never_free_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process looks all the time, as a steward does; it gets nothing of a gateway that lives."""
-    monkeypatch.setattr(journal_module, "SIZE_BYTES_MAX", 2000)
+    """Another process polls all the time, as a steward does; it never reads a live gateway's file."""
+    monkeypatch.setattr(checkpoints_module, "SIZE_BYTES_MAX", 2000)
     script = (
         "print('ready', flush=True)\ngot = looked = 0\n"
         "while not (folder / 'stop').exists():\n"
         "    for path in checkpoint_files(folder):\n"
-        "        with locked(path) as records:\n"
+        "        with lock_checkpoints(path) as records:\n"
         "            looked += 1\n            got += records is not None\n"
         "print(looked > 0, got, flush=True)\n"
     )
     with other_process(script, tmp_path) as steward:
-        assert said(steward) == "ready"
+        assert read_line(steward) == "ready"
         with closing(UsageCheckpoints(tmp_path)) as checkpoints:
             inodes, size_max = set(), 0
             for count in range(1, 400):
@@ -194,7 +194,7 @@ def test_a_journal_begins_anew_when_it_has_grown_and_is_never_free_meanwhile(
             for _ in range(50):
                 UsageCheckpoints(tmp_path).close()
             (tmp_path / "stop").touch()
-            assert said(steward) == "True 0"
+            assert read_line(steward) == "True 0"
     found = left(tmp_path)
     assert found["req_open"] == Checkpoint(served(399))
     assert len(found) < 10
@@ -203,7 +203,7 @@ def test_a_journal_begins_anew_when_it_has_grown_and_is_never_free_meanwhile(
 def test_what_a_full_disk_refuses_is_told_and_written_once_there_is_room(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         failures: list[None] = []
-        with closing(UsageCheckpoints(disk, failed=lambda: failures.append(None))) as checkpoints:
+        with closing(UsageCheckpoints(disk, on_failure=lambda: failures.append(None))) as checkpoints:
             checkpoints.track("req_before", partial(served, 1))
             checkpoints.flush()
             wide, count = "x" * 2000, 0
@@ -226,14 +226,14 @@ def test_what_a_full_disk_refuses_is_told_and_written_once_there_is_room(tmp_pat
             assert found == {f"req_{count - 1}".encode()}
 
 
-def test_a_disk_that_is_full_when_the_journal_has_grown_does_not_end_its_growing(
+def test_a_disk_that_is_full_when_the_file_has_grown_does_not_end_its_growing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is tried again each time, with nothing left open or locked by the try before."""
-    monkeypatch.setattr(journal_module, "SIZE_BYTES_MAX", 1000)
+    """Compaction is tried again each time, and no failed try leaves a file open or locked."""
+    monkeypatch.setattr(checkpoints_module, "SIZE_BYTES_MAX", 1000)
     with small_disk(tmp_path / "disk") as disk:
         failures: list[None] = []
-        with closing(UsageCheckpoints(disk, failed=lambda: failures.append(None))) as checkpoints:
+        with closing(UsageCheckpoints(disk, on_failure=lambda: failures.append(None))) as checkpoints:
             for number in range(80):
                 reason = "x" * 2000
                 ended = replace(event(f"req_{number}", 1), finish_reason=reason, created_at=NOON)
@@ -252,13 +252,13 @@ def test_a_disk_that_is_full_when_the_journal_has_grown_does_not_end_its_growing
         assert left(disk) == {"req_last": Checkpoint(served(5))}
 
 
-def test_a_journal_that_is_removed_takes_with_it_what_was_begun_anew(tmp_path: Path) -> None:
+def test_a_checkpoint_file_that_is_removed_takes_with_it_what_was_begun_anew(tmp_path: Path) -> None:
     with closing(UsageCheckpoints(tmp_path)) as checkpoints:
         checkpoints.track("req_1", partial(served, 1))
     (path,) = checkpoint_files(tmp_path)
     path.with_suffix(".new").touch()  # its gateway died while it began anew
-    with locked(path):
-        remove(path)
+    with lock_checkpoints(path):
+        remove_checkpoints(path)
     assert list(tmp_path.iterdir()) == []
 
 

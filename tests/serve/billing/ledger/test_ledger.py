@@ -1,4 +1,4 @@
-"""Invariants 3, 4 and 7: settle or void exactly once, integers, no overshoot."""
+"""Tests invariants 3, 4 and 7: settle or void exactly once, integers, no overshoot."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from serve.billing.invoicing.periods import periods_table
 from serve.billing.ledger.accounts import transfers_table
-from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Resolution
+from serve.billing.ledger.holds import Hold, HoldRequest, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.metering.events import UsageEvent, usage_table
 from serve.billing.metering.queries import UsageQueries
 from serve.billing.metering.rollups import hours_table
@@ -29,9 +30,9 @@ LEASE = timedelta(minutes=10)
 
 
 def hold(shop: BillingFixture, request_id: str, amount_nanos: int) -> Hold:
-    made = Hold(request_id, "acme", amount_nanos)
-    shop.ledger.hold(made, at=NOON, lease=LEASE)
-    return made
+    new_hold = Hold(request_id, "acme", amount_nanos)
+    shop.ledger.hold(new_hold, at=NOON, lease=LEASE)
+    return new_hold
 
 
 def event(shop: BillingFixture, request_id: str, cost_nanos: int = 700) -> UsageEvent:
@@ -135,7 +136,7 @@ def test_many_steps_are_one_transaction_and_each_has_its_own_outcome(shop: Billi
 
 
 def test_the_ledger_is_double_entry(shop: BillingFixture) -> None:
-    """What was credited to an account, less what was debited, is its balance; all of them together are 0."""
+    """Check that each account's balance is its credits less its debits, and that all balances add up to 0."""
     shop.ledger.settle(hold(shop, "r1", 1000), event(shop, "r1"), at=NOON)
     shop.ledger.open_account("acme", 5000)
     c = transfers_table.c
@@ -181,7 +182,7 @@ def test_totals_count_the_prompt_once_for_the_customer_and_per_sample_for_the_en
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Whatever is done in whatever order, the account is what the transfers say."""
+    """Tests that the account equals the sum of its transfers after any order of actions."""
 
     def __init__(self, new_database: NewDatabase) -> None:
         super().__init__()

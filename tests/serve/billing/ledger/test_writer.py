@@ -1,4 +1,4 @@
-"""Group commit: what waits together is done together, and each gets its own outcome."""
+"""Tests group commit: entries that wait together commit together, each with its own outcome."""
 
 import asyncio
 import threading
@@ -7,7 +7,8 @@ from datetime import timedelta
 
 import pytest
 
-from serve.billing.ledger.ledger import Hold, HoldRequest, Ledger, Outcome, Resolution
+from serve.billing.ledger.holds import Hold, HoldRequest, Outcome, Resolution
+from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.writer import CommitQueue
 from serve.errors import InsufficientCredit, StoreUnavailable
 from tests.serve.billing.ledger.test_ledger import event
@@ -19,7 +20,7 @@ LEASE = timedelta(minutes=10)
 
 
 class GatedLedger(Ledger):
-    """Waits at `gate` before each transaction, and remembers their sizes."""
+    """Waits at `gate` before each transaction, and records the transactions' sizes."""
 
     def __init__(self, shop: BillingFixture) -> None:
         super().__init__(shop.store)
@@ -45,7 +46,7 @@ def commit_queue(ledger: GatedLedger) -> Iterator[CommitQueue]:
     commit_queue.stop()
 
 
-def opening(request_id: str, amount_nanos: int = 1000) -> HoldRequest:
+def hold_request(request_id: str, amount_nanos: int = 1000) -> HoldRequest:
     return HoldRequest(Hold(request_id, "acme", amount_nanos), NOON, LEASE)
 
 
@@ -56,9 +57,9 @@ def settlement(shop: BillingFixture, request_id: str) -> Resolution:
 def test_what_waits_while_the_store_writes_is_the_next_transaction(
     shop: BillingFixture, ledger: GatedLedger, commit_queue: CommitQueue
 ) -> None:
-    first = commit_queue.submit(opening("r0"))
+    first = commit_queue.submit(hold_request("r0"))
     wait_until(lambda: ledger.sizes == [1])
-    others = [commit_queue.submit(opening(f"r{number}")) for number in range(1, 20)]
+    others = [commit_queue.submit(hold_request(f"r{number}")) for number in range(1, 20)]
     ledger.gate.set()
     assert [future.result(30) for future in (first, *others)] == [True] * 20
     assert ledger.sizes == [1, 19]
@@ -68,9 +69,9 @@ def test_what_waits_while_the_store_writes_is_the_next_transaction(
 def test_a_hold_and_its_settlement_in_one_transaction_are_both_done(
     shop: BillingFixture, ledger: GatedLedger, commit_queue: CommitQueue
 ) -> None:
-    waiting = commit_queue.submit(opening("r0"))
+    waiting = commit_queue.submit(hold_request("r0"))
     wait_until(lambda: ledger.sizes == [1])
-    both = [commit_queue.submit(opening("r1")), commit_queue.submit(settlement(shop, "r1"))]
+    both = [commit_queue.submit(hold_request("r1")), commit_queue.submit(settlement(shop, "r1"))]
     ledger.gate.set()
     assert [future.result(30) for future in (waiting, *both)] == [True] * 3
     assert ledger.sizes == [1, 2]
@@ -81,13 +82,13 @@ def test_one_that_is_refused_refuses_nobody_else(
     shop: BillingFixture, ledger: GatedLedger, commit_queue: CommitQueue
 ) -> None:
     async def scenario() -> list[object]:
-        asking = [
-            asyncio.create_task(commit_queue.open(opening(f"r{number}", amount)))
+        tasks = [
+            asyncio.create_task(commit_queue.hold(hold_request(f"r{number}", amount)))
             for number, amount in enumerate([1000, 10**12, 1000])
         ]
         await asyncio.sleep(0)
         ledger.gate.set()
-        return await asyncio.gather(*asking, return_exceptions=True)
+        return await asyncio.gather(*tasks, return_exceptions=True)
 
     outcomes = asyncio.run(scenario())
     assert [type(outcome) for outcome in outcomes] == [type(None), InsufficientCredit, type(None)]
@@ -100,16 +101,19 @@ def test_one_that_breaks_the_transaction_breaks_it_for_itself_only(
         raise ZeroDivisionError
 
     ledger.gate.set()
-    holds = [commit_queue.submit(opening(f"r{number}")) for number in range(3)]
+    holds = [commit_queue.submit(hold_request(f"r{number}")) for number in range(3)]
     assert all(future.result(30) for future in holds)
     ledger.gate.clear()
-    waiting = commit_queue.submit(opening("r9"))
+    waiting = commit_queue.submit(hold_request("r9"))
     wait_until(lambda: ledger.sizes[-1] == 1)
     bad = Resolution("r1", "acme", NOON, reason="test", in_transaction=broken)
-    closing = [commit_queue.submit(each) for each in (settlement(shop, "r0"), bad, settlement(shop, "r2"))]
+    resolutions = [
+        commit_queue.submit(resolution)
+        for resolution in (settlement(shop, "r0"), bad, settlement(shop, "r2"))
+    ]
     ledger.gate.set()
     assert waiting.result(30)
-    outcomes = [future.result(30) for future in closing]
+    outcomes = [future.result(30) for future in resolutions]
     assert outcomes[0] is outcomes[2] is True
     assert isinstance(outcomes[1], ZeroDivisionError)
     assert [one.hold.request_id for one in shop.ledger.open_holds()] == ["r1", "r9"]
@@ -123,21 +127,21 @@ def test_a_store_that_is_away_is_told_to_everybody_who_waits(
 
     monkeypatch.setattr(ledger, "apply", away)
     with pytest.raises(StoreUnavailable):
-        asyncio.run(commit_queue.open(opening("r0")))
+        asyncio.run(commit_queue.hold(hold_request("r0")))
     monkeypatch.undo()
     ledger.gate.set()
-    asyncio.run(commit_queue.open(opening("r0")))
+    asyncio.run(commit_queue.hold(hold_request("r0")))
 
 
 def test_after_it_is_stopped_what_waited_is_done_and_nothing_more_is_taken(
     shop: BillingFixture, ledger: GatedLedger, commit_queue: CommitQueue
 ) -> None:
-    waiting = [commit_queue.submit(opening(f"r{number}")) for number in range(5)]
+    waiting = [commit_queue.submit(hold_request(f"r{number}")) for number in range(5)]
     ledger.gate.set()
     commit_queue.stop()
     assert all(future.done() for future in waiting)
     with pytest.raises(StoreUnavailable):
-        commit_queue.submit(opening("r9"))
+        commit_queue.submit(hold_request("r9"))
     assert len(shop.ledger.open_holds()) == 5
 
 
@@ -145,13 +149,13 @@ def test_the_settlement_of_one_that_stopped_waiting_is_done_all_the_same(
     shop: BillingFixture, ledger: GatedLedger, commit_queue: CommitQueue
 ) -> None:
     async def scenario() -> None:
-        asking = asyncio.create_task(commit_queue.open(opening("r0")))
+        task = asyncio.create_task(commit_queue.hold(hold_request("r0")))
         while not ledger.sizes:
             await asyncio.sleep(0.001)
-        asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
         ledger.gate.set()
-        await commit_queue.open(opening("r1"))
+        await commit_queue.hold(hold_request("r1"))
 
     asyncio.run(scenario())
     assert [one.hold.request_id for one in shop.ledger.open_holds()] == ["r0", "r1"]

@@ -1,4 +1,4 @@
-"""Reading usage exactly, and the ledger's proof of itself: each kind of damage is found."""
+"""Tests that usage queries are exact, and that verification detects each kind of damage."""
 
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from serve.billing.budgets.service import BudgetService
 from serve.billing.ledger.accounts import transfer
-from serve.billing.ledger.ledger import Hold, Resolution
+from serve.billing.ledger.holds import Hold, Resolution
 from serve.billing.ledger.verification import verify
 from serve.billing.metering.events import FailedAttempt, usage_table
-from serve.billing.metering.queries import DAY, HOUR, MINUTE, UsageQueries, UsageQuery, floor, parts
+from serve.billing.metering.queries import DAY, HOUR, MINUTE, UsageQueries, UsageQuery, floor, split_by_table
 from serve.billing.metering.rollups import hours_table, rebuild, rollup_drift
 from serve.cli import app
 from serve.errors import InvalidRequest
@@ -30,7 +30,7 @@ LEASE = timedelta(minutes=5)
 
 
 def use(shop: BillingFixture, *times: datetime, **changes: object) -> None:
-    """One request, 1000 nano-USD, settled at each of `times`."""
+    """Settle one request of 1000 nano-USD at each of `times`."""
     for at in times:
         with shop.store.read() as connection:
             number = connection.execute(sa.select(sa.func.count()).select_from(usage_table)).scalar_one()
@@ -90,14 +90,14 @@ def test_the_parts_of_a_window_are_disjoint_and_complete() -> None:
         for first in (0, 1, 59):
             start = MIDNIGHT + timedelta(minutes=first)
             end = start + timedelta(minutes=minutes + 1)
-            found = list(parts(start, end, DAY))
+            found = list(split_by_table(start, end, DAY))
             assert (found[0][1], found[-1][2]) == (start, end)
             assert all(one[2] == other[1] for one, other in pairwise(found))
             assert all(a == floor(a, HOUR) and b == floor(b, HOUR) for t, a, b in found if t is hours_table)
 
 
 def busy(shop: BillingFixture) -> None:
-    """A bit of everything that moves money."""
+    """Provides a shop with each kind of transfer."""
     key = shop.principal.key_id
     BudgetService(shop.store).create("acme", "tenant", "acme", "total", 10**9, at=MIDNIGHT)
     BudgetService(shop.store).create("acme", "key", key, "day", 10**9, at=MIDNIGHT, hard=False)

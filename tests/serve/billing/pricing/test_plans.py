@@ -1,4 +1,4 @@
-"""Invariant 4: money is integers and is rounded once, per event."""
+"""Tests invariant 4: money is integers and is rounded once, per event."""
 
 import json
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""What a month's sums cost, against the plainest way to say it."""
+"""Tests the rating of a month's sums against the simplest possible calculation."""
 
 from fractions import Fraction
 
@@ -25,7 +25,7 @@ from serve.billing.pricing.tiers import (
     Step,
     Volume,
     list_price,
-    parts,
+    price_components,
 )
 
 counts = st.integers(0, 10**10)
@@ -39,7 +39,7 @@ def steps(draw: st.DrawFn) -> tuple[Step, ...]:
 
 
 def cost(price: object, tokens: int) -> Fraction:
-    return sum((Fraction(part.micronanos, 10**6) for part in parts(price, tokens)), Fraction(0))  # type: ignore[arg-type]
+    return sum((Fraction(part.micronanos, 10**6) for part in price_components(price, tokens)), Fraction(0))  # type: ignore[arg-type]
 
 
 @given(steps(), counts)
@@ -51,7 +51,7 @@ def test_a_graduated_price_is_the_integral_over_its_steps(made: tuple[Step, ...]
         begin = max(begin, end)
     price = Graduated(graduated=made)
     assert cost(price, tokens) == exact <= Fraction(list_price(price) * tokens, 10**6)
-    assert sum(part.quantity for part in parts(price, tokens)) == tokens
+    assert sum(part.quantity for part in price_components(price, tokens)) == tokens
 
 
 @given(steps(), counts)

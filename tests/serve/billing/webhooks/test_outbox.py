@@ -1,4 +1,4 @@
-"""Notices: signed, sent to real servers on loopback, tried again, and kept out of the operator's network."""
+"""Tests webhook events: signed, sent to real servers on loopback, retried, kept out of private networks."""
 
 import asyncio
 import base64
@@ -25,10 +25,10 @@ from serve.billing.webhooks.delivery import (
     is_loopback,
     post,
     secret_of,
-    signed,
+    signed_headers,
 )
 from serve.billing.webhooks.outbox import deliver_due as deliver
-from serve.billing.webhooks.outbox import notices_table, write
+from serve.billing.webhooks.outbox import enqueue, webhook_events_table
 from serve.errors import InvalidRequest
 from serve.storage.database import Store
 from tests.support.billing_fixture import BillingFixture
@@ -38,7 +38,7 @@ SERVER_SECRET = b"a secret of the server's"
 
 
 class Receiver(ThreadingHTTPServer):
-    """A customer's server: what it answers, how long it takes, what it got."""
+    """Runs a customer's server with a given answer and delay, and records what it received."""
 
     daemon_threads = True
 
@@ -99,20 +99,22 @@ def deliver_due(store: Store, at: datetime) -> int:
     return deliver(store, at, post, secret)
 
 
-def note(store: Store, notice: str, url: str, tenant: str = "acme", at: datetime = NOON) -> None:
+def add_event(store: Store, event_id: str, url: str, tenant: str = "acme", at: datetime = NOON) -> None:
     with store.write() as connection:
-        write(connection, notice, tenant, "budget.threshold", url, json.dumps({"id": notice}), at=at)
+        enqueue(connection, event_id, tenant, "budget.threshold", url, json.dumps({"id": event_id}), at=at)
 
 
-def row(store: Store, notice: str) -> "sa.Row[Any]":
+def row(store: Store, event_id: str) -> "sa.Row[Any]":
     with store.read() as connection:
-        return connection.execute(sa.select(notices_table).where(notices_table.c.id == notice)).one()
+        return connection.execute(
+            sa.select(webhook_events_table).where(webhook_events_table.c.id == event_id)
+        ).one()
 
 
 def test_a_notice_arrives_once_and_its_receiver_can_check_who_sent_it(
     shop: BillingFixture, receiver: Receiver
 ) -> None:
-    note(shop.store, "ntc_1", receiver.url)
+    add_event(shop.store, "ntc_1", receiver.url)
     assert deliver_due(shop.store, NOON) == 1
     assert deliver_due(shop.store, NOON + timedelta(hours=2)) == 0
     ((headers, body),) = receiver.got
@@ -128,7 +130,7 @@ def test_a_notice_arrives_once_and_its_receiver_can_check_who_sent_it(
 
 
 def test_the_signature_is_the_one_that_the_standard_has_as_its_example() -> None:
-    headers = signed(
+    headers = signed_headers(
         "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
         "msg_p5jXN8AQM9LWM0D4loKWxJek",
         b'{"test": 2432232314}',
@@ -146,7 +148,7 @@ def test_what_is_not_taken_is_tried_again_ever_later_and_given_up_after_a_day(
 ) -> None:
     caplog.set_level(logging.WARNING, "serve.billing.webhooks.outbox")
     receiver.status = 500
-    note(shop.store, "ntc_1", receiver.url)
+    add_event(shop.store, "ntc_1", receiver.url)
     at, waits = NOON, []
     while True:
         assert deliver_due(shop.store, at) == 0
@@ -171,7 +173,7 @@ def test_a_notice_that_failed_arrives_when_its_receiver_is_back(
     shop: BillingFixture, receiver: Receiver
 ) -> None:
     receiver.status = 503
-    note(shop.store, "ntc_1", receiver.url)
+    add_event(shop.store, "ntc_1", receiver.url)
     deliver_due(shop.store, NOON)
     receiver.status = 200
     assert deliver_due(shop.store, NOON + timedelta(seconds=30)) == 1
@@ -187,9 +189,9 @@ def test_slow_and_dead_receivers_hold_up_nobody_else(
         slow.wait_s = 1.5
         deaf.bind(("127.0.0.1", 0))  # and listens to nobody
         for number in range(3):
-            note(shop.store, f"ntc_slow{number}", slow.url)
-        note(shop.store, "ntc_deaf", f"http://127.0.0.1:{deaf.getsockname()[1]}/")
-        note(shop.store, "ntc_good", receiver.url, "rival")
+            add_event(shop.store, f"ntc_slow{number}", slow.url)
+        add_event(shop.store, "ntc_deaf", f"http://127.0.0.1:{deaf.getsockname()[1]}/")
+        add_event(shop.store, "ntc_good", receiver.url, "rival")
         began_s = time.monotonic()
         assert deliver_due(shop.store, NOON) == 1
         assert time.monotonic() - began_s < 1.4
@@ -207,9 +209,9 @@ def test_an_answer_that_never_ends_is_not_read_to_its_end(
 ) -> None:
     receiver.status, receiver.drip = 200, True
     receiver.headers = {"content-length": length} if length else {}
-    monkeypatch.setattr(delivery, "ANSWER_BYTES_MAX", 5)
+    monkeypatch.setattr(delivery, "RESPONSE_BYTES_MAX", 5)
     assert asyncio.run(post(receiver.url, {}, b"{}")) == 200
-    monkeypatch.setattr(delivery, "ANSWER_BYTES_MAX", 10**6)
+    monkeypatch.setattr(delivery, "RESPONSE_BYTES_MAX", 10**6)
     monkeypatch.setattr(delivery, "TIMEOUT_S", 0.3)
     with pytest.raises(TimeoutError):
         asyncio.run(post(receiver.url, {}, b"{}"))
@@ -218,7 +220,7 @@ def test_an_answer_that_never_ends_is_not_read_to_its_end(
 def test_redirects_are_not_followed(shop: BillingFixture, receiver: Receiver) -> None:
     with receiving() as other:
         receiver.status, receiver.headers = 307, {"location": other.url}
-        note(shop.store, "ntc_1", receiver.url)
+        add_event(shop.store, "ntc_1", receiver.url)
         assert deliver_due(shop.store, NOON) == 0
         assert (len(receiver.got), len(other.got)) == (1, 0)
     assert row(shop.store, "ntc_1").last_error == "HTTP 307"
@@ -226,7 +228,7 @@ def test_redirects_are_not_followed(shop: BillingFixture, receiver: Receiver) ->
 
 def test_two_stewards_do_not_send_a_notice_side_by_side(shop: BillingFixture, receiver: Receiver) -> None:
     receiver.wait_s = 0.3
-    note(shop.store, "ntc_1", receiver.url)
+    add_event(shop.store, "ntc_1", receiver.url)
     stewards = [threading.Thread(target=deliver_due, args=(shop.store, NOON)) for _ in range(4)]
     for steward in stewards:
         steward.start()
@@ -241,7 +243,7 @@ def test_what_a_steward_claimed_and_did_not_live_to_send_is_sent_by_another(
     async def dies(*_: object) -> int:
         raise KeyboardInterrupt
 
-    note(shop.store, "ntc_1", receiver.url)
+    add_event(shop.store, "ntc_1", receiver.url)
     with pytest.raises(BaseException):  # noqa: B017, PT011 the process is gone
         deliver(shop.store, NOON, dies, secret)
     assert deliver_due(shop.store, NOON + timedelta(seconds=59)) == 0
@@ -249,7 +251,7 @@ def test_what_a_steward_claimed_and_did_not_live_to_send_is_sent_by_another(
 
 
 def test_a_notice_without_a_webhook_is_never_sent(shop: BillingFixture) -> None:
-    note(shop.store, "ntc_1", "")
+    add_event(shop.store, "ntc_1", "")
     assert deliver_due(shop.store, NOON + timedelta(days=1)) == 0
     assert row(shop.store, "ntc_1").tries == 0
 

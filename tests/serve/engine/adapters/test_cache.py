@@ -1,4 +1,4 @@
-"""The tier between the disk and the slots: what is loaded when, how often, and what must stay."""
+"""Checks the tier between the disk and the slots: when and how often it loads, and what must stay."""
 
 import asyncio
 from collections import Counter
@@ -25,7 +25,7 @@ TENANT, CAPACITY = "acme", 2
 
 
 class Loader:
-    """vLLM's own loading, as far as a Packer sees it: slow or failing when it is told so."""
+    """Stands in for vLLM's own loading, as AdapterCache calls it: slow or failing on demand."""
 
     def __init__(self) -> None:
         self.started: Counter[int] = Counter()
@@ -37,7 +37,7 @@ class Loader:
         self.started[ref.id] += 1
         await self.free.wait()
         if ref.id in self.failing:
-            raise OSError("told to fail")
+            raise OSError("made to fail")
 
 
 @pytest.fixture
@@ -51,9 +51,9 @@ def refs(tmp_path: Path) -> list[AdapterVersion]:
 
 
 def adapter_cache(tmp_path: Path, loader: Loader, layout: Layout | None = None) -> AdapterCache:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir(exist_ok=True)
-    return AdapterCache(layout, tmp_path / "adapters", scratch, capacity=CAPACITY, preload=loader)
+    directory = tmp_path / "packed"
+    directory.mkdir(exist_ok=True)
+    return AdapterCache(layout, tmp_path / "adapters", directory, capacity=CAPACITY, preload=loader)
 
 
 async def use(adapter_cache: AdapterCache, ref: AdapterVersion) -> Path:
@@ -150,7 +150,7 @@ def test_a_load_that_failed_is_tried_again_next_time(refs: list[AdapterVersion],
         loader.failing.add(1)
         held = adapter_cache(tmp_path, loader)
         outcomes = await asyncio.gather(*(use(held, refs[0]) for _ in range(3)), return_exceptions=True)
-        assert [str(outcome) for outcome in outcomes] == ["told to fail"] * 3
+        assert [str(outcome) for outcome in outcomes] == ["made to fail"] * 3
         assert loader.started == {1: 1}
         loader.failing.clear()
         await use(held, refs[0])
@@ -164,7 +164,7 @@ def test_a_load_that_failed_is_not_held(refs: list[AdapterVersion], tmp_path: Pa
         loader = Loader()
         loader.failing.add(1)
         held = adapter_cache(tmp_path, loader)
-        with pytest.raises(OSError, match="told to fail"):
+        with pytest.raises(OSError, match="made to fail"):
             await use(held, refs[0])
         assert held.cached_ids == []
 
@@ -186,7 +186,7 @@ def test_one_who_goes_away_does_not_undo_the_load_of_another(
         loader.free.set()
         assert await stayer == refs[0].path(tmp_path / "adapters")
         assert loader.started == {1: 1}
-        assert held.drop(1), "the one who went away holds it no longer"
+        assert held.drop(1), "the cancelled request holds it no longer"
 
     asyncio.run(scenario())
 
@@ -210,7 +210,7 @@ def test_bytes_that_are_not_those_of_the_card_are_refused(
 
 
 def layout_of(tensors: dict[str, object]) -> Layout:
-    """The layers that the sample adapter adapts, each for itself, as a worker would name them."""
+    """Returns the layers that the sample adapter adapts, one by one, as a worker would name them."""
     shapes = {name.removeprefix("base_model.model."): tuple(t.shape) for name, t in tensors.items()}  # type: ignore[attr-defined]
     parts = sorted({name.rpartition(".lora_")[0] for name in shapes})
     layers = (
@@ -244,7 +244,7 @@ def test_a_packed_adapter_is_on_disk_while_it_is_held_and_gone_when_it_is_not(
         assert not path.exists()
         assert not loader.started, "what is packed is not loaded by vLLM"
         held.close()
-        assert not (tmp_path / "scratch").exists()
+        assert not (tmp_path / "packed").exists()
 
     asyncio.run(scenario())
 
@@ -271,6 +271,6 @@ def test_what_cannot_be_packed_is_left_to_vllm_as_it_is(refs: list[AdapterVersio
         held = adapter_cache(tmp_path, loader, Layout((), "float32"))
         assert await use(held, refs[0]) == refs[0].path(tmp_path / "adapters")
         assert loader.started == {1: 1}
-        assert not list((tmp_path / "scratch").glob("1"))
+        assert not list((tmp_path / "packed").glob("1"))
 
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""Everything that may move does, while thousands of requests check that their own adapter answers them."""
+"""Moves everything that may move, while thousands of requests check that their own adapter answers."""
 
 import asyncio
 import random
@@ -24,8 +24,8 @@ LONG_OPENING = "The quick brown fox jumps over the lazy dog, and " * 16
 
 
 @dataclass
-class Expected:
-    """What each version answers when it is alone, and which version each name means now."""
+class Versions:
+    """Holds what each version answers alone, and which version each name means now."""
 
     host: EngineHost
     answers: dict[str, dict[tuple[str, int], str]] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Wish:
-    """One request to come. `chance` chooses among what there is when it comes."""
+    """Describes one later request. `chance` chooses among the prompts that exist then."""
 
     name: str | None
     old: bool
@@ -50,7 +50,7 @@ class Wish:
 
 
 def wishes(rng: random.Random) -> Iterator[Wish]:
-    """Names that are hot one after another, so that slots must change hands all the time."""
+    """Yields names that are popular one after another, so that slots must change hands all the time."""
     for number in range(REQUESTS):
         hot = number // 40 % len(NAMES)
         name = NAMES[(hot + rng.choice((0, 0, 1, 2, rng.randrange(len(NAMES))))) % len(NAMES)]
@@ -70,15 +70,15 @@ class Record:
     done: Counter[str] = field(default_factory=Counter)
 
 
-async def serve(expected: Expected, wish: Wish, record: Record) -> None:
-    adapter = expected.aliases[wish.name] if wish.name else None
-    if wish.old and adapter and (old := [ref for ref in expected.retired if ref.name == wish.name]):
+async def serve(versions: Versions, wish: Wish, record: Record) -> None:
+    adapter = versions.aliases[wish.name] if wish.name else None
+    if wish.old and adapter and (old := [ref for ref in versions.retired if ref.name == wish.name]):
         adapter = old[0]
-    known = expected.answers[adapter.version if adapter else ""]
-    (prompt, tokens), want = list(known.items())[int(wish.chance * len(known))]
+    expected = versions.answers[adapter.version if adapter else ""]
+    (prompt, tokens), want = list(expected.items())[int(wish.chance * len(expected))]
     salt = adapter.tenant if adapter else "everyone"
-    number, events = expected.host.stream(adapter, prompt, LONG_TOKENS if wish.abort else tokens, salt=salt)
-    got, finished = await drain(expected.host, number, events, abort=wish.abort)
+    number, events = versions.host.stream(adapter, prompt, LONG_TOKENS if wish.abort else tokens, salt=salt)
+    got, finished = await drain(versions.host, number, events, abort=wish.abort)
     record.finished.append(finished)
     same = got == want
     if wish.abort:
@@ -91,58 +91,58 @@ async def serve(expected: Expected, wish: Wish, record: Record) -> None:
 async def drain(
     host: EngineHost, number: str, events: AsyncIterator[list[Event]], *, abort: bool
 ) -> tuple[str, Finished]:
-    """The whole text; with `abort` it is stopped from outside once its first token is there."""
-    text, asked = "", False
+    """Returns the whole text. With `abort` it stops the request after its first token."""
+    text, aborted = "", False
     async for batch in events:
         for event in batch:
             if isinstance(event, Delta):
                 text += event.text
-                if abort and not asked:
-                    asked = True
+                if abort and not aborted:
+                    aborted = True
                     await host.engine.abort(number)
             elif isinstance(event, Finished):
                 return text, event
     raise AssertionError("the stream ended without Finished")
 
 
-async def disturb(expected: Expected, seeds: dict[str, int], rng: random.Random, record: Record) -> None:
-    """One thing that an operator, a catalogue or another tenant may do at any time."""
-    engine = expected.host.engine
+async def disturb(versions: Versions, seeds: dict[str, int], rng: random.Random, record: Record) -> None:
+    """Does one thing that an operator, the registry or another tenant may do at any time."""
+    engine = versions.host.engine
     fresh = [name for name in NAMES if name in seeds]
-    known = [*expected.aliases.values(), *expected.retired]
+    known = [*versions.aliases.values(), *versions.retired]
     match record.done.total() % 4:
         case 0 if fresh:
             name = rng.choice(fresh)
-            new = await asyncio.to_thread(expected.host.publish, name, seeds.pop(name))
+            new = await asyncio.to_thread(versions.host.publish, name, seeds.pop(name))
             assert await probe(engine, new) is None
-            expected.retired.append(expected.aliases[name])
-            expected.aliases[name] = new
+            versions.retired.append(versions.aliases[name])
+            versions.aliases[name] = new
             record.done["moved an alias"] += 1
         case 1:
-            pinned = rng.sample(list(expected.aliases.values()), rng.randrange(3))
+            pinned = rng.sample(list(versions.aliases.values()), rng.randrange(3))
             wanted = {ref.id for ref in rng.sample(known, len(known) // 2)} | {ref.id for ref in pinned}
             await engine.apply_desired(frozenset(wanted), pinned)
-            record.done["kept"] += 1
+            record.done["desired"] += 1
         case _:
             await engine.unload(rng.choice(known).id)
             record.done["unloaded"] += 1
     record.slots_max = max(record.slots_max, (await engine.counters()).residency.slots)
 
 
-async def churn(expected: Expected, seeds: dict[str, int]) -> Record:
+async def churn(versions: Versions, seeds: dict[str, int]) -> Record:
     rng, record = random.Random(4), Record()
     coming = wishes(random.Random(3))
     turns: asyncio.Queue[bool] = asyncio.Queue()
 
     async def customer() -> None:
         for wish in coming:
-            await serve(expected, wish, record)
+            await serve(versions, wish, record)
             if len(record.finished) % DISTURB_EVERY == 0:
                 turns.put_nowait(True)
 
     async def operator() -> None:
         while await turns.get():
-            await disturb(expected, seeds, rng, record)
+            await disturb(versions, seeds, rng, record)
 
     async with asyncio.TaskGroup() as group:
         group.create_task(operator())
@@ -154,7 +154,7 @@ async def churn(expected: Expected, seeds: dict[str, int]) -> Record:
 
 
 def billable(before: Counters, after: Counters) -> tuple[int, int]:
-    """Prompt and completion tokens that the engine computed meanwhile, other than for probes."""
+    """Returns prompt and completion tokens that the engine computed meanwhile, without probes."""
     prompt = after.prompt_tokens - before.prompt_tokens
     completion = after.completion_tokens - before.completion_tokens
     return (
@@ -166,34 +166,34 @@ def billable(before: Counters, after: Counters) -> tuple[int, int]:
 def test_under_churn_every_answer_is_that_of_its_own_version_and_every_token_is_counted(
     host: EngineHost,
 ) -> None:
-    """Greedy answers are compared with those that the same version gave when nothing else was running.
+    """The test compares greedy answers with those of the same version when nothing else ran.
 
     Batches of other shapes add in another order, so only such prompts are used whose tokens, served alone,
     all lead the second best by LEAD_MIN, many times what float32 sums differ by (see `conftest`). An aborted
     request's text must begin as the reference does. New versions are learnt beforehand under another
     tenant's name: the same bytes, published again under this tenant's while requests run.
     """
-    expected = Expected(host)
-    expected.learn(None)
+    versions = Versions(host)
+    versions.learn(None)
     seeds = {}
     for number, name in enumerate(NAMES):
-        expected.aliases[name] = host.publish(name, 100 + number, rank=1 + number % 8)
-        expected.learn(expected.aliases[name])
+        versions.aliases[name] = host.publish(name, 100 + number, rank=1 + number % 8)
+        versions.learn(versions.aliases[name])
         seeds[name] = 200 + number
-        expected.learn(host.publish(name, seeds[name], tenant="twin"))
-    versions = [answers for version, answers in expected.answers.items() if version]
-    assert len(versions) == 2 * len(NAMES)
-    texts = [text for answers in expected.answers.values() for text in answers.values()]
-    assert len(set(texts)) > 0.9 * len(texts), "versions that answer alike cannot be told apart"
+        versions.learn(host.publish(name, seeds[name], tenant="twin"))
+    answers_by_version = [answers for version, answers in versions.answers.items() if version]
+    assert len(answers_by_version) == 2 * len(NAMES)
+    texts = [text for answers in versions.answers.values() for text in answers.values()]
+    assert len(set(texts)) > 0.9 * len(texts), "versions that answer alike cannot be distinguished"
     before = host.counters()
 
-    record = host.run(churn(expected, seeds), 240)
+    record = host.run(churn(versions, seeds), 240)
 
     assert record.wrong == []
     assert len(record.finished) == REQUESTS
     assert seeds == {}, "all names have moved to their new version"
     assert record.done["aborted"] > REQUESTS * ABORT_SHARE / 2
-    assert record.done["kept"] > 10
+    assert record.done["desired"] > 10
     assert record.done["unloaded"] > 10
 
     async def idle() -> bool:

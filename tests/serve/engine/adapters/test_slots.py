@@ -1,4 +1,4 @@
-"""Who waits for a slot, for how long, and in which order."""
+"""Checks which requests wait for a slot, for how long, and in which order."""
 
 import asyncio
 import itertools
@@ -18,7 +18,7 @@ HOT = (1, 2)
 
 
 async def held(slots: Slots, adapter: int, seconds: float) -> float:
-    """Hold a slot for `seconds`; how long it took to get it."""
+    """Holds a slot for `seconds`. Returns how long it took to get it."""
     asked_s = asyncio.get_running_loop().time()
     async with slots.hold(adapter):
         waited_s = asyncio.get_running_loop().time() - asked_s
@@ -35,7 +35,7 @@ async def customer(slots: Slots, adapter: int, rng: random.Random) -> None:
 def test_a_cold_adapter_waits_at_most_the_patience_and_one_adapters_running_requests(
     seed: int, customers: int, cold: int
 ) -> None:
-    """And one longest request more for each `slots` adapters ahead of it in the line."""
+    """Each `slots` adapters ahead of it in the queue add one longest request."""
 
     async def scenario() -> list[float]:
         rng, slots = random.Random(seed), Slots(len(HOT), PATIENCE_S)
@@ -153,7 +153,7 @@ def test_an_adapter_takes_new_requests_again_when_the_one_it_was_closed_for_gave
 
 
 class Crowd(RuleBasedStateMachine):
-    """Requests that come, leave and give up in any order, with any pauses."""
+    """Lets requests come, leave and give up in any order, with any pauses."""
 
     slots_max = 2
 
@@ -186,8 +186,8 @@ class Crowd(RuleBasedStateMachine):
             adapter = self.inside[number][0]
             for other, (wanted, _) in self.waiting.items():
                 if other < number:
-                    assert wanted != adapter, "overtaken in its own adapter's line"
-                    assert adapter in running or wanted in now_running, "overtaken in the line for a slot"
+                    assert wanted != adapter, "overtaken in its own adapter's queue"
+                    assert adapter in running or wanted in now_running, "overtaken in the queue for a slot"
             running.add(adapter)  # whoever waits for the same adapter enters with it
 
     @rule(adapter=st.integers(1, 4))

@@ -1,4 +1,4 @@
-"""Gateways and replicas over real connections; the engines behind the desks only say where they are."""
+"""Connects gateways and replicas over real sockets. The engines behind them only say their names."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Engine:
-    """Says the name of its replica, one token; "stay" goes on until it is aborted or cancelled."""
+    """Answers with its replica's name, one token. The prompt "stay" runs until it is aborted or cancelled."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -75,31 +75,31 @@ class Engine:
 
 
 class Handle:
-    """Ray Serve's handle, as far as RemoteEngine uses it: tells every desk the same."""
+    """Stands in for Ray Serve's handle: calls the same method of every replica."""
 
-    def __init__(self, desks: list[ReplicaServer]) -> None:
-        self.desks = desks
+    def __init__(self, replicas: list[ReplicaServer]) -> None:
+        self.replicas = replicas
 
     def broadcast(self, method: str, *args: Any) -> Any:
         class Response:
             async def results_async(_self, **_options: Any) -> list[Any]:
-                calls = (getattr(replica_server, method)(*args) for replica_server in self.desks)
+                calls = (getattr(replica_server, method)(*args) for replica_server in self.replicas)
                 return list(await asyncio.gather(*calls, return_exceptions=True))
 
         return Response()
 
 
 class World:
-    """Replicas a, b, … and one gateway that has met them."""
+    """Runs replicas a, b, … and one gateway that is connected to them."""
 
     def __init__(
         self, names: str = "a", *, load_max: int = 8, queued_max: int = 8, wait_s: float = 10
     ) -> None:
         self.engines = {name: Engine(name) for name in names}
-        self.desks = {
+        self.replicas = {
             name: ReplicaServer(engine, Hello(BASE, name, load_max)) for name, engine in self.engines.items()
         }
-        self.handle = Handle(list(self.desks.values()))
+        self.handle = Handle(list(self.replicas.values()))
         self._queued_max = queued_max
         self._wait_s = wait_s
         self._numbers = iter(range(10_000))
@@ -119,12 +119,12 @@ class World:
     async def __aenter__(self) -> "World":
         self.remote = self.gateway()
         self._following = asyncio.create_task(self.remote.discover())
-        await until(lambda: len(self.remote._replicas) == len(self.desks))
+        await until(lambda: len(self.remote._replicas) == len(self.replicas))
         return self
 
     async def __aexit__(self, *_error: object) -> None:
         self._following.cancel()
-        for replica_server in self.desks.values():
+        for replica_server in self.replicas.values():
             die(replica_server)
 
     async def ask(
@@ -145,9 +145,9 @@ class World:
 
 
 def die(replica_server: ReplicaServer) -> None:
-    """As the kernel ends the connections of a process that is gone."""
-    for line in replica_server._lines.values():
-        line._transport.abort()
+    """Ends a replica's connections, as the kernel does when its process is gone."""
+    for connection in replica_server._connections.values():
+        connection._transport.abort()
 
 
 async def until(true: Callable[[], bool], timeout_s: float = 10) -> None:
@@ -203,7 +203,7 @@ def test_a_replica_that_dies_ends_its_requests_and_no_other() -> None:
             taken: dict[str, list[list[Event]]] = {"a": [], "b": []}
             tasks = [asyncio.create_task(world.ask("stay", taken=one)) for one in taken.values()]
             await until(lambda: world.running == 2)
-            die(world.desks["a"])
+            die(world.replicas["a"])
             done, (left,) = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             with pytest.raises(EngineLost):
                 done.pop().result()
@@ -307,7 +307,7 @@ def test_a_request_that_is_not_accepted_in_time_is_unavailable() -> None:
 
 
 def test_without_a_replica_a_request_is_refused_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.engine.client.NO_REPLICA_S", 0.1)
+    monkeypatch.setattr("serve.engine.client.REPLICA_WAIT_S", 0.1)
 
     async def scenario() -> None:
         async with World("") as world:
@@ -320,7 +320,7 @@ def test_without_a_replica_a_request_is_refused_soon(monkeypatch: pytest.MonkeyP
 def test_a_replica_that_comes_back_is_met_when_it_is_missed() -> None:
     async def scenario() -> None:
         async with World() as world:
-            die(world.desks["a"])
+            die(world.replicas["a"])
             await until(lambda: not world.remote._replicas)
             assert await world.ask() == "a"
 
@@ -345,7 +345,7 @@ def test_a_draining_replica_finishes_its_requests_and_gets_no_more() -> None:
         async with World("ab") as world:
             staying = [asyncio.create_task(world.ask("stay", adapter=n)) for n in range(6)]
             await until(lambda: world.running == 6)
-            draining = asyncio.create_task(world.desks["a"].drain(10))
+            draining = asyncio.create_task(world.replicas["a"].drain(10))
             await until(lambda: any(replica.draining for replica in world.remote._replicas))
             assert {await world.ask(adapter=n) for n in range(10)} == {"b"}
             assert not draining.done()
@@ -395,10 +395,10 @@ def test_who_does_not_bear_the_token_is_not_listened_to(
 def test_a_replica_that_sends_rubbish_is_hung_up_on(rubbish: bytes) -> None:
     async def scenario() -> None:
         async with World() as world:
-            (line,) = world.desks["a"]._lines.values()
+            (connection,) = world.replicas["a"]._connections.values()
             asking = asyncio.create_task(world.ask("stay"))
             await until(lambda: world.running == 1)
-            line._transport.write(rubbish)
+            connection._transport.write(rubbish)
             with pytest.raises(EngineLost):
                 await asking
             assert await world.ask() == "a"

@@ -1,4 +1,4 @@
-"""How a request, and a probe, end in the real engine: nothing is kept, nothing counted that was not done."""
+"""Checks how requests and probes end in the real engine: nothing is left, nothing counted in excess."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from tests.support.waiting import wait_until
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_an_aborted_request_leaves_nothing_in_vllm(host: EngineHost, samples: int) -> None:
-    known = host.engine._llm.output_processor
+    processor = host.engine._llm.output_processor
 
     async def scenario() -> None:
         sampling = Sampling(completion_tokens_max=500, n=samples, logit_bias=((2, -100.0),))
@@ -29,13 +29,13 @@ def test_an_aborted_request_leaves_nothing_in_vllm(host: EngineHost, samples: in
         assert ended
 
         async def idle() -> bool:
-            return not known.has_unfinished_requests()
+            return not processor.has_unfinished_requests()
 
         await until(idle)
 
     host.run(scenario())
-    assert (dict(known.parent_requests), dict(known.request_states)) == ({}, {})
-    assert not known.external_req_ids
+    assert (dict(processor.parent_requests), dict(processor.request_states)) == ({}, {})
+    assert not processor.external_req_ids
 
 
 def test_a_probe_that_does_not_begin_is_not_counted(host: EngineHost) -> None:
@@ -52,7 +52,7 @@ def test_a_probe_that_does_not_begin_is_not_counted(host: EngineHost) -> None:
 
 
 def test_a_process_of_vllms_ends_with_the_one_that_has_started_it() -> None:
-    """As vLLM starts its core. SIGKILL, so that nobody can say good-bye."""
+    """The process is started as vLLM starts its core, and killed by SIGKILL."""
     script = (
         "import multiprocessing, time\n"
         "from serve.vllm_plugin import end_with_parent\n"
@@ -63,8 +63,8 @@ def test_a_process_of_vllms_ends_with_the_one_that_has_started_it() -> None:
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as replica:
         assert replica.stdout is not None
-        said = {replica.stdout.readline().strip(), replica.stdout.readline().strip()}
-        (pid,) = map(int, said - {"up"})
+        lines = {replica.stdout.readline().strip(), replica.stdout.readline().strip()}
+        (pid,) = map(int, lines - {"up"})
         assert psutil.pid_exists(pid)
         os.kill(replica.pid, signal.SIGKILL)
     wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", 10)

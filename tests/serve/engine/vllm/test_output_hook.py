@@ -1,4 +1,4 @@
-"""Outputs read where vLLM puts them: in its own queue, through what its caller calls."""
+"""Checks that outputs are parsed within vLLM's own call of its queue's `put`."""
 
 import asyncio
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from serve.engine.vllm.outputs import OutputHook, OutputParser
 
 
 def queue(*outputs: Any) -> Any:
-    """A queue of vLLM's as `Tap` uses it; what is in it has come before the tap."""
+    """A queue of vLLM's as OutputHook uses it. It holds the outputs that came before the hook."""
     waiting = SimpleNamespace(output=None)
     for output in outputs:
         waiting.output = output
@@ -19,7 +19,7 @@ def queue(*outputs: Any) -> Any:
 
 
 def output(text: str, *, ends: bool = False) -> Any:
-    one = SimpleNamespace(
+    completion = SimpleNamespace(
         index=0,
         text=text,
         token_ids=[1],
@@ -27,23 +27,23 @@ def output(text: str, *, ends: bool = False) -> Any:
         finish_reason="stop" if ends else None,
         stop_reason=None,
     )
-    return SimpleNamespace(outputs=[one], finished=ends, prompt_logprobs=None, num_cached_tokens=0)
+    return SimpleNamespace(outputs=[completion], finished=ends, prompt_logprobs=None, num_cached_tokens=0)
 
 
-def reader() -> OutputParser:
+def output_parser() -> OutputParser:
     return OutputParser(
-        None, [[1, 2]], request=None, samples=1, parser=lambda: None, whole=False, logprobs=None
+        None, [[1, 2]], request=None, samples=1, parser=lambda: None, collect=False, logprobs=None
     )
 
 
-def test_what_came_before_the_tap_comes_first_and_once() -> None:
+def test_what_came_before_the_hook_comes_first_and_once() -> None:
     async def scenario() -> None:
         taken: list[list[Event]] = []
-        tap, one = OutputHook(reader(), taken.append), queue(output("a"))
-        tap.open(0, one)
-        assert one.output is None
-        one.put(output("b", ends=True))
-        await asyncio.wait_for(tap.ended, 1)
+        hook, vllm_queue = OutputHook(output_parser(), taken.append), queue(output("a"))
+        hook.open(0, vllm_queue)
+        assert vllm_queue.output is None
+        vllm_queue.put(output("b", ends=True))
+        await asyncio.wait_for(hook.ended, 1)
         assert taken == [[Delta(0, "a", 1)], [Delta(0, "b", 1, "stop"), Finished(2, 0, 2, False)]]
 
     asyncio.run(scenario())
@@ -51,11 +51,11 @@ def test_what_came_before_the_tap_comes_first_and_once() -> None:
 
 def test_what_vllm_raises_ends_the_wait_and_not_vllms_caller() -> None:
     async def scenario() -> None:
-        tap, one = OutputHook(reader(), lambda _batch: None), queue()
-        tap.open(0, one)
-        one.put(RuntimeError("its core has died"))
+        hook, vllm_queue = OutputHook(output_parser(), lambda _batch: None), queue()
+        hook.open(0, vllm_queue)
+        vllm_queue.put(RuntimeError("its core has died"))
         with pytest.raises(RuntimeError, match="its core has died"):
-            await tap.ended
+            await hook.ended
 
     asyncio.run(scenario())
 
@@ -65,11 +65,11 @@ def test_a_bug_in_who_takes_the_events_ends_this_request_alone() -> None:
         def broken(_batch: list[Event]) -> None:
             raise ZeroDivisionError
 
-        tap, one = OutputHook(reader(), broken), queue()
-        tap.open(0, one)
-        one.put(output("a"))
+        hook, vllm_queue = OutputHook(output_parser(), broken), queue()
+        hook.open(0, vllm_queue)
+        vllm_queue.put(output("a"))
         with pytest.raises(ZeroDivisionError):
-            await tap.ended
+            await hook.ended
 
     asyncio.run(scenario())
 
@@ -77,11 +77,11 @@ def test_a_bug_in_who_takes_the_events_ends_this_request_alone() -> None:
 def test_what_comes_after_the_wait_was_given_up_is_counted_and_not_handed_on() -> None:
     async def scenario() -> None:
         taken: list[list[Event]] = []
-        counting = reader()
-        tap, one = OutputHook(counting, taken.append), queue()
-        tap.open(0, one)
-        tap.ended.cancel()
-        one.put(output("a"))
+        counting = output_parser()
+        hook, vllm_queue = OutputHook(counting, taken.append), queue()
+        hook.open(0, vllm_queue)
+        hook.ended.cancel()
+        vllm_queue.put(output("a"))
         assert (taken, counting.counts) == ([], (2, 0, 1))
 
     asyncio.run(scenario())

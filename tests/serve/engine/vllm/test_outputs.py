@@ -1,4 +1,4 @@
-"""What of vLLM's outputs no answer may hold: half characters, and an end that is an error."""
+"""Checks that answers hold no half characters, and that an end that is an error is a failure."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,36 +10,36 @@ HALF = "\ud83d"
 
 
 class Parser:
-    """As vLLM's: it has read JSON that holds half a character."""
+    """Stands in for vLLM's parser, which has read JSON that holds half a character."""
 
     def parse(self, *_: Any, **__: Any) -> Any:
         call = SimpleNamespace(id="call_1", name=f"look{HALF}", arguments=f'"{HALF} é"')
         return f"so {HALF}", f"well {HALF}", [call]
 
     def parse_delta(self, *_: Any, **__: Any) -> Any:
-        said = SimpleNamespace(name=None, arguments=f'"{HALF} é"')
-        call = SimpleNamespace(index=0, id="call_1", function=said)
+        function = SimpleNamespace(name=None, arguments=f'"{HALF} é"')
+        call = SimpleNamespace(index=0, id="call_1", function=function)
         return SimpleNamespace(content=f"well {HALF}", reasoning=f"so {HALF}", tool_calls=[call])
 
 
-def read(reason: str, *, parser: Any = None, whole: bool = False) -> list[Any]:
-    asked = SimpleNamespace(parallel_tool_calls=None, tool_choice="auto")
-    reader = OutputParser(
-        None, [[1, 2]], request=asked, samples=1, parser=lambda: parser, whole=whole, logprobs=None
+def read(reason: str, *, parser: Any = None, collect: bool = False) -> list[Any]:
+    request = SimpleNamespace(parallel_tool_calls=None, tool_choice="auto")
+    output_parser = OutputParser(
+        None, [[1, 2]], request=request, samples=1, parser=lambda: parser, collect=collect, logprobs=None
     )
-    one = SimpleNamespace(
+    completion = SimpleNamespace(
         index=0, text="x", token_ids=[1], logprobs=None, finish_reason=reason, stop_reason=None
     )
-    output = SimpleNamespace(outputs=[one], finished=True, prompt_logprobs=None, num_cached_tokens=0)
-    return list(reader.read(0, output))
+    output = SimpleNamespace(outputs=[completion], finished=True, prompt_logprobs=None, num_cached_tokens=0)
+    return list(output_parser.read(0, output))
 
 
 def test_half_a_character_in_what_a_parser_says_is_replaced() -> None:
-    for whole in (True, False):
-        delta, _ = read("stop", parser=Parser(), whole=whole)
+    for collect in (True, False):
+        delta, _ = read("stop", parser=Parser(), collect=collect)
         (call,) = delta.tool_calls
         assert (delta.text, delta.reasoning, call.arguments) == ("well ?", "so ?", '"? é"')
-        assert call.name == ("look?" if whole else None)  # a later piece of a stream names nothing
+        assert call.name == ("look?" if collect else None)  # a later piece of a stream names nothing
 
 
 def test_an_end_that_vllm_calls_an_error_is_no_reason_but_a_failure() -> None:

@@ -1,4 +1,4 @@
-"""What a replica remembers of requests, without an engine."""
+"""Checks what a replica remembers of requests, without an engine."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ import pytest
 
 from serve.billing.metering.terms import RequestUsage
 from serve.billing.pricing.plans import Tokens
-from serve.engine.vllm import usage_log as finals_module
+from serve.engine.vllm import usage_log as usage_log_module
 from serve.engine.vllm.usage_log import UsageLog
 from serve.errors import EngineUnavailable
 
@@ -18,13 +18,13 @@ class Runner:
 
     def __init__(self) -> None:
         self.aborted = asyncio.Event()
-        self.finals = UsageLog(self.abort)
+        self.usage_log = UsageLog(self.abort)
 
     async def abort(self, _request_id: str) -> None:
         self.aborted.set()
 
     async def run(self, request_id: str) -> None:
-        with self.finals.recording(request_id, lambda: DONE):
+        with self.usage_log.recording(request_id, lambda: DONE):
             await self.aborted.wait()
 
 
@@ -33,10 +33,10 @@ def test_a_request_that_runs_is_ended_and_its_last_count_told() -> None:
         runner = Runner()
         running = asyncio.create_task(runner.run("a"))
         await asyncio.sleep(0)
-        told = await runner.finals.final_usage("a")
+        usage = await runner.usage_log.final_usage("a")
         await running
-        assert await runner.finals.final_usage("a") == told
-        return told
+        assert await runner.usage_log.final_usage("a") == usage
+        return usage
 
     assert asyncio.run(scenario()) == DONE
 
@@ -44,7 +44,7 @@ def test_a_request_that_runs_is_ended_and_its_last_count_told() -> None:
 def test_a_request_that_was_ended_before_it_began_never_begins() -> None:
     async def scenario() -> None:
         runner = Runner()
-        assert await runner.finals.final_usage("late") is None
+        assert await runner.usage_log.final_usage("late") is None
         with pytest.raises(EngineUnavailable):
             await runner.run("late")
 
@@ -53,22 +53,22 @@ def test_a_request_that_was_ended_before_it_began_never_begins() -> None:
 
 def test_what_was_done_is_remembered_however_it_ended() -> None:
     async def scenario() -> RequestUsage | None:
-        finals = Runner().finals
-        with pytest.raises(ZeroDivisionError), finals.recording("a", lambda: DONE):
+        usage_log = Runner().usage_log
+        with pytest.raises(ZeroDivisionError), usage_log.recording("a", lambda: DONE):
             raise ZeroDivisionError
-        return await finals.final_usage("a")
+        return await usage_log.final_usage("a")
 
     assert asyncio.run(scenario()) == DONE
 
 
 def test_only_the_last_ones_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finals_module, "KEPT_MAX", 2)
+    monkeypatch.setattr(usage_log_module, "ENTRIES_MAX", 2)
 
     async def scenario() -> list[RequestUsage | None]:
-        finals = Runner().finals
+        usage_log = Runner().usage_log
         for name in "abc":
-            with finals.recording(name, lambda: DONE):
+            with usage_log.recording(name, lambda: DONE):
                 pass
-        return [await finals.final_usage(name) for name in "bca"]
+        return [await usage_log.final_usage(name) for name in "bca"]
 
     assert asyncio.run(scenario()) == [DONE, DONE, None]

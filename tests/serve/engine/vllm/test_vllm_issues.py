@@ -1,4 +1,4 @@
-"""Defects that vLLM's users reported, as sentences about this engine. Numbers are vLLM's issues."""
+"""Checks defects that vLLM's users reported, in this engine. Numbers are vLLM's issues."""
 
 import asyncio
 import shutil
@@ -24,7 +24,7 @@ CALM, LONG_TOKENS = 0.03, 120
 
 
 async def begun(events: AsyncIterator[list[Event]]) -> str:
-    """The first text of a stream, so that it is known to decode."""
+    """Reads the first text of a stream, so that it is decoding."""
     async for batch in events:
         text = "".join(event.text for event in batch if isinstance(event, Delta))
         assert text or any(isinstance(event, Accepted) for event in batch)
@@ -39,7 +39,7 @@ def long_reference(host: EngineHost, adapter: AdapterVersion | None) -> tuple[st
 
 
 def calm(host: EngineHost, name: str) -> tuple[AdapterVersion, str, str]:
-    """An adapter with a long answer that is sure."""
+    """Publishes an adapter with a long answer that is sure."""
     for seed in range(20):
         adapter = host.publish(name, seed, size=CALM)
         try:
@@ -71,8 +71,8 @@ def test_47724_adapters_added_while_others_decode_change_nobodys_tokens(host: En
             for adapter, prompt in ((first, first_prompt), (None, base_prompt))
         ]
         pairs = []
-        for other, known in zip(others, references, strict=True):
-            for (prompt, tokens), want in known.items():
+        for other, expected in zip(others, references, strict=True):
+            for (prompt, tokens), want in expected.items():
                 pairs.append(((await host.answer(other, prompt, tokens)).text, want))
         through.set()
         return await long[0], await long[1], pairs
@@ -113,7 +113,7 @@ def test_42125_streams_of_the_old_version_finish_on_it_after_the_alias_has_moved
         stream = host.stream(old, old_prompt, LONG_TOKENS)[1]
         start = await begun(stream)
         rest = asyncio.create_task(collect(stream))
-        await host.engine.apply_desired(frozenset({new.id}), [new])  # the catalogue has dropped the old one
+        await host.engine.apply_desired(frozenset({new.id}), [new])  # the registry has dropped the old one
         assert old.id in host.engine.loaded_adapters, "it was to be in flight still"
         answer = await host.answer(new, new_prompt, tokens)
         return start + (await rest).text, answer.text
@@ -122,7 +122,7 @@ def test_42125_streams_of_the_old_version_finish_on_it_after_the_alias_has_moved
 
 
 def misnamed(host: EngineHost, name: str, seed: int, old: str, new: str) -> AdapterVersion:
-    """A whole adapter with a card that agrees, of whose tensors none is named as the base's modules are."""
+    """Publishes an adapter with a matching card, none of whose tensors has a name of the base's modules."""
     good = host.publish(name, seed).path(host.adapters_dir)
     with tempfile.TemporaryDirectory(dir=host.adapters_dir.parent) as staging:
         directory = Path(staging) / "adapter"
@@ -132,8 +132,8 @@ def misnamed(host: EngineHost, name: str, seed: int, old: str, new: str) -> Adap
         save_file(renamed, directory / WEIGHTS_NAME)
         (directory / CARD_NAME).unlink()
         version = content_version(directory)
-        told = {"version": version, "weights_sha256": file_sha256(directory / WEIGHTS_NAME)}
-        write_card(directory, read_card(good).model_copy(update=told))
+        changes = {"version": version, "weights_sha256": file_sha256(directory / WEIGHTS_NAME)}
+        write_card(directory, read_card(good).model_copy(update=changes))
         directory.rename(good.parent / version)
     return host.ref(name, version)
 

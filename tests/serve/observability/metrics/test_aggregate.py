@@ -1,4 +1,4 @@
-"""All gateways in one exposition, whichever of them is asked."""
+"""Checks that each gateway answers with one exposition of all gateways."""
 
 from pathlib import Path
 
@@ -16,17 +16,17 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def samples(text: bytes) -> Samples:
-    found: Samples = {}
+    samples: Samples = {}
     for family in text_string_to_metric_families(text.decode()):
         for sample in family.samples:
             key = sample.name, frozenset(sample.labels.items())
-            assert key not in found
-            found[key] = sample.value
-    return found
+            assert key not in samples
+            samples[key] = sample.value
+    return samples
 
 
-class Fleet:
-    """The gateway `a` and others, each of which says what the test wants; None does not answer."""
+class Peers:
+    """Stands in for gateway `a` and others. None does not answer."""
 
     def __init__(self, *others: Metrics | None, wanted: int = 1) -> None:
         self.name = "a"
@@ -34,7 +34,7 @@ class Fleet:
         self.others = others
 
     async def expositions(self) -> list[Exposition | None]:
-        return [None if one is None else one.exposition() for one in self.others]
+        return [None if metrics is None else metrics.exposition() for metrics in self.others]
 
 
 def gateway(name: str, requests: int) -> Metrics:
@@ -44,48 +44,48 @@ def gateway(name: str, requests: int) -> Metrics:
     return metrics
 
 
-def scrape(home: Path, pool: Fleet | None) -> Samples:
+def scrape(home: Path, pool: Peers | None) -> Samples:
     app = build_app(Settings(home=home), {"tiny": ScriptedEngine(HELLO)}, peers=pool)
     with TestClient(app) as client:
         return samples(client.get("/metrics").content)
 
 
-def by_gateway(found: Samples, name: str) -> dict[str, float]:
-    return {dict(labels)["gateway"]: value for (one, labels), value in found.items() if one == name}
+def by_gateway(samples: Samples, name: str) -> dict[str, float]:
+    return {dict(labels)["gateway"]: value for (series, labels), value in samples.items() if series == name}
 
 
-def one(found: Samples, name: str) -> float:
-    return found[name, frozenset()]
+def single(samples: Samples, name: str) -> float:
+    return samples[name, frozenset()]
 
 
 def test_whichever_gateway_is_asked_all_are_heard(tmp_path: Path) -> None:
-    found = scrape(tmp_path, Fleet(gateway("b", 2), gateway("c", 3)))
-    assert by_gateway(found, "bespoke_requests_total") == {"b": 2, "c": 3}
-    assert by_gateway(found, "bespoke_requests_in_progress") == {"a": 0, "b": 0, "c": 0}
+    samples = scrape(tmp_path, Peers(gateway("b", 2), gateway("c", 3)))
+    assert by_gateway(samples, "bespoke_requests_total") == {"b": 2, "c": 3}
+    assert by_gateway(samples, "bespoke_requests_in_progress") == {"a": 0, "b": 0, "c": 0}
 
 
 def test_one_that_does_not_answer_is_missing_and_counted(tmp_path: Path) -> None:
-    found = scrape(tmp_path, Fleet(gateway("a", 0), gateway("b", 2), None))
-    assert by_gateway(found, "bespoke_requests_total") == {"b": 2}
-    assert (one(found, "bespoke_gateways"), one(found, "bespoke_gateways_answering")) == (3, 2)
+    samples = scrape(tmp_path, Peers(gateway("a", 0), gateway("b", 2), None))
+    assert by_gateway(samples, "bespoke_requests_total") == {"b": 2}
+    assert (single(samples, "bespoke_gateways"), single(samples, "bespoke_gateways_answering")) == (3, 2)
 
 
 def test_when_nobody_answers_a_gateway_speaks_for_itself_and_tells_how_many_there_should_be(
     tmp_path: Path,
 ) -> None:
-    found = scrape(tmp_path, Fleet(wanted=3))
-    assert by_gateway(found, "bespoke_requests_in_progress") == {"a": 0}
-    assert (one(found, "bespoke_gateways"), one(found, "bespoke_gateways_answering")) == (3, 1)
+    samples = scrape(tmp_path, Peers(wanted=3))
+    assert by_gateway(samples, "bespoke_requests_in_progress") == {"a": 0}
+    assert (single(samples, "bespoke_gateways"), single(samples, "bespoke_gateways_answering")) == (3, 1)
 
 
 def test_without_peers_a_gateway_is_the_only_one(tmp_path: Path) -> None:
-    found = scrape(tmp_path, None)
-    assert (one(found, "bespoke_gateways"), one(found, "bespoke_gateways_answering")) == (1, 1)
+    samples = scrape(tmp_path, None)
+    assert (single(samples, "bespoke_gateways"), single(samples, "bespoke_gateways_answering")) == (1, 1)
 
 
 def test_an_engine_that_is_down_has_no_replicas(tmp_path: Path) -> None:
-    found = scrape(tmp_path, None)
-    assert found["bespoke_engine_replicas", frozenset({("base", "tiny")})] == 0
+    samples = scrape(tmp_path, None)
+    assert samples["bespoke_engine_replicas", frozenset({("base", "tiny")})] == 0
 
 
 def test_merged_expositions_have_each_family_once_and_every_sample_as_it_was() -> None:
@@ -104,7 +104,7 @@ def test_merged_expositions_have_each_family_once_and_every_sample_as_it_was() -
     apart: Samples = {}
     for text in texts:
         apart |= samples(text)
-    # Apart from what changes while one looks: memory, CPU time.
+    # Except for what changes meanwhile: memory, CPU time.
     assert samples(merged).keys() == apart.keys()
     assert samples(merged) == apart
 

@@ -1,4 +1,4 @@
-"""Adapters in /metrics: as many as the bound, and named to the operator only."""
+"""Checks adapters in /metrics: as many as the bound, and only for the operator."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,9 +107,9 @@ ASKED = [
 ]
 
 
-def broken(played: ScriptedApp, route: str) -> tuple[float, float]:
-    """How many streams of `route` have broken off, and how many engines have failed, as the metrics say."""
-    value = played.app.state.context.metrics.registry.get_sample_value
+def broken(scripted_app: ScriptedApp, route: str) -> tuple[float, float]:
+    """Reads how many streams of `route` broke off, and how many engines failed, from the metrics."""
+    value = scripted_app.app.state.context.metrics.registry.get_sample_value
     failed = {"type": "server_error", "code": "engine_failed"}
     return (
         value("bespoke_streams_broken_total", {"route": route}) or 0,
@@ -121,28 +121,30 @@ def broken(played: ScriptedApp, route: str) -> tuple[float, float]:
 def test_a_stream_that_breaks_off_is_an_error_although_its_status_is_200(
     tmp_path: Path, route: str, body: Json
 ) -> None:
-    played = ScriptedApp(tmp_path, HELLO, BROKEN, BROKEN)
+    scripted_app = ScriptedApp(tmp_path, HELLO, BROKEN, BROKEN)
     for count in (0, 1):
-        assert played.ask("POST", route, body | {"model": TINY, "stream": True}).status_code == 200
-        assert broken(played, route) == (count, count)
-    assert played.ask("POST", route, body | {"model": TINY}).status_code == 500
-    assert broken(played, route) == (1, 2)
+        assert scripted_app.ask("POST", route, body | {"model": TINY, "stream": True}).status_code == 200
+        assert broken(scripted_app, route) == (count, count)
+    assert scripted_app.ask("POST", route, body | {"model": TINY}).status_code == 500
+    assert broken(scripted_app, route) == (1, 2)
 
 
 def test_a_client_that_leaves_during_its_upload_is_no_failure_of_the_service(tmp_path: Path) -> None:
-    played = ScriptedApp(tmp_path, HELLO)
-    came: Iterator[Json]
+    scripted_app = ScriptedApp(tmp_path, HELLO)
+    messages: Iterator[Json]
 
     async def receive() -> Json:
-        return next(came)
+        return next(messages)
 
     async def send(_message: Any) -> None:
         pass
 
     for route, _ in ASKED:
-        came = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
-        played.run(played.app(played.scope(route), receive, send))
-        value = played.app.state.context.metrics.registry.get_sample_value
+        messages = iter(
+            [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+        )
+        scripted_app.run(scripted_app.app(scripted_app.scope(route), receive, send))
+        value = scripted_app.app.state.context.metrics.registry.get_sample_value
         assert value("bespoke_requests_total", {"route": route, "code": "499"}) == 1
 
 
@@ -152,16 +154,16 @@ def test_what_nobody_expected_is_answered_with_the_requests_id(
     async def bug(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    played = ScriptedApp(tmp_path, HELLO)
-    monkeypatch.setattr(played.gateway, "generate", bug)
+    scripted_app = ScriptedApp(tmp_path, HELLO)
+    monkeypatch.setattr(scripted_app.gateway, "generate", bug)
     ((route, body), *_) = ASKED
-    answer = played.ask("POST", route, body | {"model": TINY})
+    answer = scripted_app.ask("POST", route, body | {"model": TINY})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
     assert answer.headers["x-request-id"].startswith("req_")
 
 
 def test_a_client_that_leaves_breaks_no_stream(tmp_path: Path) -> None:
-    played = ScriptedApp(tmp_path, LEFT)
+    scripted_app = ScriptedApp(tmp_path, LEFT)
     ((route, body), *_) = ASKED
-    played.leave(route, body | {"model": TINY, "stream": True}, after=b"Hel")
-    assert broken(played, route) == (0, 0)
+    scripted_app.leave(route, body | {"model": TINY, "stream": True}, after=b"Hel")
+    assert broken(scripted_app, route) == (0, 0)

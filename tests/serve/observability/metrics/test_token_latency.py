@@ -1,4 +1,4 @@
-"""Inter-token latency: what a request's tokens say, and what the histogram makes of it."""
+"""Checks the inter-token latency of requests, and its histogram."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def tokens(*counts: int) -> list[Delta]:
 def paced(
     monkeypatch: pytest.MonkeyPatch, steps: list[tuple[float, list[Delta]]], choices: int = 1
 ) -> TokenLatency:
-    """The pace of a request whose deltas come at these moments."""
+    """Returns the latencies of a request whose deltas come at these times."""
     pace = TokenLatency(choices)
     for at_s, deltas in steps:
         monkeypatch.setattr(module, "monotonic", lambda at_s=at_s: at_s)

@@ -1,0 +1,159 @@
+"""Checks the places in vLLM that `serve.engine.vllm.upstream` relies on.
+
+A test that fails here after an upgrade names a reach to look at again; docs/upstream.md says how. No engine
+is started: `test_engine.py` and `test_vllm_issues.py` prove the same in a running one.
+"""
+
+import inspect
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serve.engine.vllm import upstream
+from serve.engine.vllm.counters import READ
+
+pytest.importorskip("vllm")
+
+
+def parameters(function: Any) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def test_the_executor_is_still_there_and_vllm_still_prefers_a_worker_process_on_cpus() -> None:
+    from vllm.platforms import cpu
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.executor.abstract import Executor
+
+    assert issubclass(resolve_obj_by_qualname(upstream.CPU_EXECUTOR), Executor)
+    source = inspect.getsource(cpu.CpuPlatform.check_and_update_config)
+    assert 'distributed_executor_backend = "mp"' in source, "vLLM computes in its core by itself now"
+
+
+def test_an_llm_is_still_made_of_a_checked_configuration() -> None:
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert "usage_context" in parameters(AsyncEngineArgs.create_engine_config)
+    assert "vllm_config" in parameters(AsyncLLM.from_vllm_config)
+    assert {"prompt", "params", "lora_request", "trace_headers"} <= parameters(AsyncLLM.add_request)
+
+
+def test_vllms_check_still_refuses_the_switch_for_whitespace_that_its_backends_know() -> None:
+    from vllm.config import StructuredOutputsConfig
+    from vllm.v1.structured_output import backend_guidance, backend_xgrammar
+
+    with pytest.raises(ValueError, match="disable_any_whitespace is only supported"):
+        StructuredOutputsConfig(backend="auto", disable_any_whitespace=True)
+    config = StructuredOutputsConfig(backend="auto")
+    upstream.forbid_free_whitespace(config)
+    assert config.disable_any_whitespace
+    for backend in (backend_xgrammar, backend_guidance):
+        assert "structured_outputs_config.disable_any_whitespace" in inspect.getsource(backend)
+
+
+def test_xgrammar_still_reads_the_bound_on_whitespace_in_structural_tags() -> None:
+    import xgrammar
+
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    tag = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}}
+    request = SimpleNamespace(structured_outputs=SimpleNamespace(structural_tag=json.dumps(tag)))
+    upstream.bound_whitespace(request)
+    bounded = request.structured_outputs.structural_tag
+    assert json.loads(bounded)["format"]["max_whitespace_cnt"] == 1
+    free, ours = (str(xgrammar.Grammar.from_structural_tag(text)) for text in (json.dumps(tag), bounded))
+    assert free != ours
+
+
+def test_a_request_without_a_structural_tag_is_left_as_it_is() -> None:
+    for outputs in (None, SimpleNamespace(structural_tag=None)):
+        request = SimpleNamespace(structured_outputs=outputs)
+        upstream.bound_whitespace(request)
+        assert request.structured_outputs is outputs
+
+
+def test_vllms_renderer_still_takes_and_gives_what_we_use() -> None:
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    assert {
+        *("request_logger", "chat_template", "chat_template_content_format", "enable_auto_tools"),
+        *("exclude_tools_when_tool_choice_none", "tool_parser", "reasoning_parser"),
+    } <= parameters(OnlineRenderer)
+    for method in ("render_chat", "render_completion", "effective_chat_template_kwargs"):
+        assert callable(getattr(OnlineRenderer, method))
+    assert "self.parser:" in inspect.getsource(OnlineRenderer.__init__)
+
+
+def test_vllms_parsers_still_take_and_give_what_we_use() -> None:
+    from vllm.parser.abstract_parser import DelegatingParser, Parser
+
+    assert hasattr(Parser, "reasoning_parser_cls")
+    assert callable(DelegatingParser.set_prompt_token_ids)
+    assert parameters(Parser.parse_delta) == {
+        *("self", "delta_text", "delta_token_ids", "request", "prompt_token_ids", "finished")
+    }
+    assert parameters(Parser.parse) == {
+        *("self", "model_output", "request", "enable_auto_tools", "model_output_token_ids")
+    }
+
+
+def test_vllms_requests_are_made_of_openais_fields() -> None:
+    chat = upstream.chat_request(messages=[{"role": "user", "content": "x"}], cache_salt="s", stream=True)
+    assert (chat.cache_salt, chat.structured_outputs) == ("s", None)
+    text = upstream.completion_request(prompt=["x"], stream=True, echo=True)
+    for request in (chat, text):
+        assert parameters(request.to_sampling_params) == {"max_tokens", "default_sampling_params"}
+    assert upstream.make_tool_call_id().startswith("chatcmpl-tool-")
+
+
+def test_vllms_queue_is_still_written_by_its_put_and_read_at_its_output() -> None:
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine import output_processor
+
+    queue = output_processor.RequestOutputCollector(RequestOutputKind.DELTA, "internal-1")
+    early, later = RuntimeError("early"), RuntimeError("later")
+    queue.put(early)
+    outputs: list[Any] = []
+    upstream.redirect_outputs(queue, outputs.append)
+    assert queue.output is None
+    queue.put(later)
+    assert outputs == [early, later]
+    assert queue.get_nowait() is None
+    assert queue.request_id == "internal-1"
+    queue.close()
+    source = inspect.getsource(output_processor.OutputProcessor)
+    assert "req_state.queue.put(request_output)" in source, "vLLM hands outputs over in another way now"
+
+
+def test_vllm_still_tells_its_own_names_of_requests_from_ours() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert inspect.signature(AsyncLLM.abort).parameters["internal"].default is False
+
+
+def test_vllm_still_reads_its_variables_anew_until_told_to_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import envs
+
+    assert callable(envs.enable_envs_cache)
+    if envs._is_envs_cache_enabled():
+        pytest.skip("an engine of this process keeps them already")
+    values = []
+    for value in ("INFO", "ERROR"):
+        monkeypatch.setenv("VLLM_LOGGING_LEVEL", value)
+        values.append(envs.VLLM_LOGGING_LEVEL)
+    assert values == ["INFO", "ERROR"], "vLLM keeps them by itself now"
+
+
+def test_vllm_still_knows_the_variables_that_we_set() -> None:
+    from vllm import envs
+
+    names = {"VLLM_NO_USAGE_STATS", "VLLM_HOST_IP", "VLLM_RPC_BASE_PATH", "VLLM_LOGGING_LEVEL"}
+    assert names | {"VLLM_CPU_KVCACHE_SPACE"} <= set(envs.environment_variables)
+
+
+def test_vllm_still_counts_under_the_names_that_we_read() -> None:
+    from vllm.v1.metrics import loggers
+
+    source = inspect.getsource(loggers)
+    assert [name for name in READ if f'"{name.removesuffix("_total")}"' not in source] == []

@@ -1,0 +1,17 @@
+"""Asks Ray Serve which processes run a deployment's replicas, for tests that start Ray themselves.
+
+Serve has no public way to a replica's process. This one is what Ray's dashboard reads.
+"""
+
+from typing import Any
+
+import psutil
+
+
+def live_replicas(deployment: str) -> list[dict[str, Any]]:
+    """The replicas of `deployment` that have a living process, with their "pid", "state" and "replica_id"."""
+    from ray.serve.context import _get_global_client
+
+    details = _get_global_client().get_serve_details()
+    replicas = details["applications"]["bespoke"]["deployments"][deployment]["replicas"]
+    return [replica for replica in replicas if replica["pid"] and psutil.pid_exists(replica["pid"])]
