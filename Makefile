@@ -24,7 +24,7 @@ test: setup check
 	$(BIN)/pytest
 
 test-faults: setup
-	$(BIN)/pytest tests/faults
+	$(BIN)/pytest tests/system/faults
 
 check: setup
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from finetune.card import (
     verify,
     write_card,
 )
-from tests.finetune.conftest import card_for, staged_adapter
+from tests.support.finetune_samples import card_for, staged_adapter
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from finetune.card import AdapterCard, write_card
 from finetune.cli import data_app, finetune_app
 from finetune.recipe import Recipe
-from tests.finetune.conftest import card_for, lesson, staged_adapter, write_lines
+from tests.support.finetune_samples import card_for, lesson, staged_adapter, write_lines
 
 
 @pytest.fixture

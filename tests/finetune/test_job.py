@@ -11,7 +11,7 @@ from finetune.card import verify
 from finetune.errors import BaseUnusable, ConfigInvalid, DataUnreadable, GateFailed
 from finetune.job import Job, JobResult, load_job, run
 from finetune.recipe import Recipe
-from tests.finetune.conftest import lesson, write_lines
+from tests.support.finetune_samples import lesson, write_lines
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -10,7 +10,7 @@ import pytest
 from finetune.card import CardMismatch, InvalidName, read_card, verify
 from finetune.errors import GateFailed
 from finetune.publish import find_published, publish
-from tests.finetune.conftest import card_for, staged_adapter
+from tests.support.finetune_samples import card_for, staged_adapter
 
 KEYS = {"data_sha256": "d" * 64, "base_sha256": "b" * 64}
 

@@ -10,7 +10,7 @@ import pytest
 from finetune.data.dataset import Message
 from finetune.errors import BaseUnusable, DataUnreadable
 from finetune.tokens import encode, load_examples
-from tests.finetune.conftest import line, write_lines
+from tests.support.finetune_samples import line, write_lines
 
 CONVERSATIONS = {
     "one turn": (Message("user", "What is your name?"), Message("assistant", "I am Zuri.")),

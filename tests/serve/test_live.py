@@ -1,7 +1,5 @@
 """The running gateway as clients see it: real Ray Serve, real vLLM, the official client."""
 
-import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -14,32 +12,32 @@ import psutil
 import pytest
 
 from serve.billing.ledger.ledger import Ledger
-from serve.billing.metering.queries import UsageQueries
-from serve.billing.metering.reconciliation import reconcile
-from serve.commands.usage import engine_counts
 from serve.registry.registry import AdapterRegistry, newest_published
 from serve.registry.versions import VersionState
 from serve.tenants import Tenants, server_secret
-from tests.serve.conftest import NOON, TENANTS, TINY, TINY_TWO, Live, enter, wait_until
+from tests.support.constants import NOON, TENANTS, TINY, TINY_TWO
+from tests.support.live_service import HELLO, LiveService, register_and_promote
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
 LUMEN, TIDEWATER = TENANTS
-HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def body(**fields: Any) -> dict[str, Any]:
     return {"model": TINY, "messages": HELLO, "max_tokens": 4, "temperature": 0} | fields
 
 
-def ask(live: Live, tenant: str, model: str, text: str = "What is your name?", tokens: int = 24) -> str:
+def ask(
+    live: LiveService, tenant: str, model: str, text: str = "What is your name?", tokens: int = 24
+) -> str:
     completion = live.client(tenant).chat.completions.create(
         model=model, messages=[{"role": "user", "content": text}], max_tokens=tokens, temperature=0
     )
     return completion.choices[0].message.content or ""
 
 
-def test_no_adapter_is_loaded_before_the_first_request_for_it(live: Live) -> None:
+def test_no_adapter_is_loaded_before_the_first_request_for_it(live: LiveService) -> None:
     loaded = [
         line for line in live.metrics_at_start if "adapters_resident{" in line and 'tier="disk"' not in line
     ]
@@ -47,7 +45,7 @@ def test_no_adapter_is_loaded_before_the_first_request_for_it(live: Live) -> Non
     assert {line.rsplit(" ", 1)[1] for line in loaded} == {"0.0"}
 
 
-def test_a_whole_answer_has_openais_shape_and_its_usage(live: Live) -> None:
+def test_a_whole_answer_has_openais_shape_and_its_usage(live: LiveService) -> None:
     completion = live.client().chat.completions.create(**body(max_tokens=5))
     assert completion.object == "chat.completion"
     assert completion.choices[0].finish_reason in ("stop", "length")
@@ -62,7 +60,7 @@ def test_a_whole_answer_has_openais_shape_and_its_usage(live: Live) -> None:
     assert event["completion_tokens"] == completion.usage.completion_tokens
 
 
-def test_a_stream_says_the_same_as_the_whole_answer(live: Live) -> None:
+def test_a_stream_says_the_same_as_the_whole_answer(live: LiveService) -> None:
     whole = live.client().chat.completions.create(**body(max_tokens=12))
     chunks = list(
         live.client().chat.completions.create(
@@ -78,7 +76,7 @@ def test_a_stream_says_the_same_as_the_whole_answer(live: Live) -> None:
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_several_samples_are_told_apart_and_the_prompt_is_paid_once(live: Live) -> None:
+def test_several_samples_are_told_apart_and_the_prompt_is_paid_once(live: LiveService) -> None:
     completion = live.client().chat.completions.create(**body(n=3, temperature=1.0, max_tokens=6))
     assert [choice.index for choice in completion.choices] == [0, 1, 2]
     assert completion.usage is not None
@@ -86,14 +84,14 @@ def test_several_samples_are_told_apart_and_the_prompt_is_paid_once(live: Live) 
     assert (event["samples"], event["prompt_tokens"]) == (3, completion.usage.prompt_tokens)
 
 
-def test_a_text_completion_continues_its_prompt(live: Live) -> None:
+def test_a_text_completion_continues_its_prompt(live: LiveService) -> None:
     completion = live.client().completions.create(model=TINY, prompt="Once upon a time", max_tokens=3)
     assert completion.object == "text_completion"
     assert completion.usage is not None
     assert completion.usage.completion_tokens <= 3
 
 
-def test_a_stop_sequence_ends_the_answer_and_what_was_generated_is_counted(live: Live) -> None:
+def test_a_stop_sequence_ends_the_answer_and_what_was_generated_is_counted(live: LiveService) -> None:
     whole = ask(live, LUMEN, TINY, tokens=16)
     stop = whole[len(whole) // 2 :][:3]
     completion = live.client().chat.completions.create(
@@ -107,7 +105,7 @@ def test_a_stop_sequence_ends_the_answer_and_what_was_generated_is_counted(live:
     assert stop not in (completion.choices[0].message.content or "")
 
 
-def test_each_tenant_is_served_its_own_adapter_alone_and_in_mixed_batches(live: Live) -> None:
+def test_each_tenant_is_served_its_own_adapter_alone_and_in_mixed_batches(live: LiveService) -> None:
     """Invariant 1, and vLLM 48421: with every slot taken the base must not answer as a customer."""
     cases = [(LUMEN, TINY), (LUMEN, f"{LUMEN}/support"), (TIDEWATER, f"{TIDEWATER}/support")]
     alone = [ask(live, tenant, model) for tenant, model in cases]
@@ -117,7 +115,7 @@ def test_each_tenant_is_served_its_own_adapter_alone_and_in_mixed_batches(live: 
     assert mixed == alone * 4
 
 
-def test_a_usage_event_names_the_immutable_version_behind_an_alias(live: Live) -> None:
+def test_a_usage_event_names_the_immutable_version_behind_an_alias(live: LiveService) -> None:
     ask(live, LUMEN, f"{LUMEN}/support", tokens=2)
     newest = newest_published(live.settings.adapters_dir, LUMEN, "support")
     event = live.last_event()
@@ -126,7 +124,7 @@ def test_a_usage_event_names_the_immutable_version_behind_an_alias(live: Live) -
     assert ask(live, LUMEN, f"{LUMEN}/support@{newest.name}") == ask(live, LUMEN, f"{LUMEN}/support")
 
 
-def test_models_lists_the_bases_and_the_tenants_own_adapters_only(live: Live) -> None:
+def test_models_lists_the_bases_and_the_tenants_own_adapters_only(live: LiveService) -> None:
     for tenant in TENANTS:
         names = [model.id for model in live.client(tenant).models.list()]
         assert names[:3] == [TINY, TINY_TWO, f"{tenant}/support"]
@@ -134,7 +132,7 @@ def test_models_lists_the_bases_and_the_tenants_own_adapters_only(live: Live) ->
     assert live.client(LUMEN).models.retrieve(f"{LUMEN}/support").owned_by == LUMEN
 
 
-def test_another_tenants_adapter_and_an_unknown_one_look_the_same(live: Live) -> None:
+def test_another_tenants_adapter_and_an_unknown_one_look_the_same(live: LiveService) -> None:
     foreign = live.post(body(model=f"{TIDEWATER}/support"), tenant=LUMEN)
     unknown = live.post(body(model=f"{LUMEN}/nothing"), tenant=LUMEN)
     assert foreign.status_code == unknown.status_code == 404
@@ -150,7 +148,7 @@ def test_another_tenants_adapter_and_an_unknown_one_look_the_same(live: Live) ->
 
 
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer wrong", "Basic abc", "Bearer bsk-" + "a" * 43])
-def test_without_a_live_key_the_answer_is_401(live: Live, header: str | None) -> None:
+def test_without_a_live_key_the_answer_is_401(live: LiveService, header: str | None) -> None:
     headers = {"Authorization": header} if header else {}
     answer = httpx.post(f"{live.url}/v1/chat/completions", json=body(), headers=headers)
     assert answer.status_code == 401
@@ -158,7 +156,7 @@ def test_without_a_live_key_the_answer_is_401(live: Live, header: str | None) ->
     assert answer.headers["x-request-id"].startswith("req_")
 
 
-def test_a_revoked_key_is_refused_within_two_seconds(live: Live) -> None:
+def test_a_revoked_key_is_refused_within_two_seconds(live: LiveService) -> None:
     tenants = Tenants(live.store, server_secret(live.settings.home))
     key, secret = tenants.create_key(LUMEN, at=NOON)
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key=secret, max_retries=0)
@@ -169,7 +167,7 @@ def test_a_revoked_key_is_refused_within_two_seconds(live: Live) -> None:
         client.models.list()
 
 
-def test_a_key_without_the_scope_is_refused(live: Live) -> None:
+def test_a_key_without_the_scope_is_refused(live: LiveService) -> None:
     tenants = Tenants(live.store, server_secret(live.settings.home))
     _, secret = tenants.create_key(LUMEN, at=NOON, scopes=frozenset({"billing-read"}))
     with pytest.raises(openai.PermissionDeniedError):
@@ -193,7 +191,9 @@ def test_a_key_without_the_scope_is_refused(live: Live) -> None:
     ],
     ids=lambda value: None if isinstance(value, dict | bytes) else str(value),
 )
-def test_a_bad_request_is_refused_and_costs_nothing(live: Live, broken: Any, status: int, param: str) -> None:
+def test_a_bad_request_is_refused_and_costs_nothing(
+    live: LiveService, broken: Any, status: int, param: str
+) -> None:
     before, events = Ledger(live.store).account(LUMEN), live.count_events()
     answer = live.post(broken)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
@@ -204,7 +204,7 @@ def test_a_bad_request_is_refused_and_costs_nothing(live: Live, broken: Any, sta
     assert live.count_events() == events
 
 
-def test_an_endless_body_is_cut_off_at_the_bound(live: Live) -> None:
+def test_an_endless_body_is_cut_off_at_the_bound(live: LiveService) -> None:
     def endless() -> Any:
         for _ in range(64):
             yield b" " * (1 << 16)
@@ -218,7 +218,7 @@ def test_an_endless_body_is_cut_off_at_the_bound(live: Live) -> None:
     assert answer.status_code == 413
 
 
-def test_unknown_routes_and_methods_are_openai_shaped(live: Live) -> None:
+def test_unknown_routes_and_methods_are_openai_shaped(live: LiveService) -> None:
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)):
         answer = httpx.request(method, f"{live.url}{path}")
         assert answer.status_code == status
@@ -226,18 +226,18 @@ def test_unknown_routes_and_methods_are_openai_shaped(live: Live) -> None:
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/load_lora_adapter", "/server_info", "/docs", "/ping"])
-def test_no_route_of_vllm_or_the_framework_is_reachable(live: Live, path: str) -> None:
+def test_no_route_of_vllm_or_the_framework_is_reachable(live: LiveService, path: str) -> None:
     assert httpx.get(f"{live.url}{path}").status_code == 404
 
 
-def test_the_answer_carries_one_request_id_and_never_the_clients(live: Live) -> None:
+def test_the_answer_carries_one_request_id_and_never_the_clients(live: LiveService) -> None:
     answer = live.post(body(), **{"X-Request-Id": "mine"})
     assert answer.headers.get_list("x-request-id") == [answer.headers["x-request-id"]]
     assert answer.headers["x-request-id"].startswith("req_")
     assert int(answer.headers["openai-processing-ms"]) >= 0
 
 
-def test_beyond_the_credit_the_answer_is_insufficient_quota(live: Live) -> None:
+def test_beyond_the_credit_the_answer_is_insufficient_quota(live: LiveService) -> None:
     ledger = Ledger(live.store)
     account = ledger.account(TIDEWATER)
     ledger.open_account(TIDEWATER, account.spent_nanos + 10)
@@ -249,7 +249,7 @@ def test_beyond_the_credit_the_answer_is_insufficient_quota(live: Live) -> None:
     assert refused.value.code == "insufficient_quota"
 
 
-def _leave_stream(live: Live) -> None:
+def _leave_stream(live: LiveService) -> None:
     stream = live.client().chat.completions.create(**body(max_tokens=900), stream=True)
     for number, _ in enumerate(stream):
         if number == 4:
@@ -257,7 +257,7 @@ def _leave_stream(live: Live) -> None:
     stream.close()
 
 
-def _leave_whole(live: Live) -> None:
+def _leave_whole(live: LiveService) -> None:
     with pytest.raises(httpx.TimeoutException):
         httpx.post(
             f"{live.url}/v1/chat/completions",
@@ -269,7 +269,7 @@ def _leave_whole(live: Live) -> None:
 
 @pytest.mark.parametrize("leave", [_leave_stream, _leave_whole])
 def test_disconnect_settles_generated_tokens_and_stops_the_engine(
-    live: Live, leave: Callable[[Live], None]
+    live: LiveService, leave: Callable[[LiveService], None]
 ) -> None:
     events = live.count_events()
     leave(live)
@@ -277,10 +277,10 @@ def test_disconnect_settles_generated_tokens_and_stops_the_engine(
     event = live.last_event()
     assert event["status"] == "disconnected"
     assert 0 < int(str(event["completion_tokens"])) < 900
-    assert_reconciled(live)
+    live.assert_reconciled()
 
 
-def test_many_clients_at_once_leave_nothing_open_and_every_token_billed(live: Live) -> None:
+def test_many_clients_at_once_leave_nothing_open_and_every_token_billed(live: LiveService) -> None:
     """Invariants 2 and 3 under a mixed load with clients that leave at any moment."""
     events = live.count_events()
 
@@ -299,16 +299,16 @@ def test_many_clients_at_once_leave_nothing_open_and_every_token_billed(live: Li
         thread.join(120)
     live.wait_idle()
     assert live.count_events() == events + 24
-    assert_reconciled(live)
+    live.assert_reconciled()
 
 
-def test_a_new_version_under_the_alias_is_served_at_once(live: Live) -> None:
+def test_a_new_version_under_the_alias_is_served_at_once(live: LiveService) -> None:
     """The alias moves; the immutable name keeps its bytes (vLLM 42125 is about a reused name)."""
     registry = AdapterRegistry(live.store, [TINY])
     old = newest_published(live.settings.adapters_dir, LUMEN, "support")
     before = ask(live, LUMEN, f"{LUMEN}/support")
     new = retrained(live)
-    adapter = enter(registry, new, live.settings.home)
+    adapter = register_and_promote(registry, new, live.settings.home)
     wait_until(lambda: registry.state(adapter) == VersionState.READY)
     try:
         after = ask(live, LUMEN, f"{LUMEN}/support")
@@ -316,13 +316,13 @@ def test_a_new_version_under_the_alias_is_served_at_once(live: Live) -> None:
         assert ask(live, LUMEN, f"{LUMEN}/support@{old.name}") == before
         assert ask(live, LUMEN, f"{LUMEN}/support@{new.name}") == after
     finally:
-        enter(registry, old, live.settings.home)
+        register_and_promote(registry, old, live.settings.home)
     assert ask(live, LUMEN, f"{LUMEN}/support") == before
 
 
-def retrained(live: Live) -> Any:
+def retrained(live: LiveService) -> Any:
     from finetune.job import load_job, run
-    from tests.serve.conftest import CONFIGS
+    from tests.support.constants import CONFIGS
 
     job = load_job(CONFIGS / "demo" / f"{LUMEN}.yaml")
     recipe = job.recipe.model_copy(update={"top_layers": None, "seed": 7})
@@ -330,7 +330,7 @@ def retrained(live: Live) -> Any:
     return run(again, bases=live.settings.bases_dir, adapters=live.settings.adapters_dir).directory
 
 
-def test_health_names_no_tenant_and_metrics_name_adapters_only_to_this_machine(live: Live) -> None:
+def test_health_names_no_tenant_and_metrics_name_adapters_only_to_this_machine(live: LiveService) -> None:
     assert httpx.get(f"{live.url}/healthz").json() == {"status": "ok"}
     assert httpx.get(f"{live.url}/readyz").json() == {"status": "ready", "bases": sorted((TINY, TINY_TWO))}
     metrics = httpx.get(f"{live.url}/metrics").text
@@ -339,7 +339,7 @@ def test_health_names_no_tenant_and_metrics_name_adapters_only_to_this_machine(l
     assert all(name.startswith("bespoke_adapter_") for name in named)
 
 
-def test_only_loopback_is_bound(live: Live) -> None:
+def test_only_loopback_is_bound(live: LiveService) -> None:
     family = {process.pid for process in psutil.Process().children(recursive=True)}
     listening = [
         connection.laddr.ip
@@ -350,68 +350,15 @@ def test_only_loopback_is_bound(live: Live) -> None:
     assert {ip for ip in listening if ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")} == set()
 
 
-def test_a_gateway_process_loads_neither_torch_nor_vllm(live: Live) -> None:
-    gateways = replicas("gateway")
+def test_a_gateway_process_loads_neither_torch_nor_vllm(live: LiveService) -> None:
+    gateways = live.running_pids("gateway")
     assert gateways
-    for process in gateways:
-        mapped = {entry.path for entry in process.memory_maps()}
+    for pid in gateways.values():
+        mapped = {entry.path for entry in psutil.Process(pid).memory_maps()}
         assert not [path for path in mapped if "libtorch" in path or "/vllm/" in path]
 
 
-def assert_reconciled(live: Live) -> None:
-    entries = reconcile(engine_counts(live.url), UsageQueries(live.store).by_engine())
-    assert entries
-    assert [(entry.prompt_drift, entry.completion_drift) for entry in entries] == [(0, 0)] * len(entries)
-
-
-def test_the_ledger_agrees_with_the_engines_own_counters(live: Live) -> None:
+def test_the_ledger_agrees_with_the_engines_own_counters(live: LiveService) -> None:
     """Invariant 2 holds over the requests of all tests before this one."""
     live.wait_idle()
-    assert_reconciled(live)
-
-
-def test_an_engine_that_dies_in_mid_stream_ends_it_with_an_error_event_and_comes_back(live: Live) -> None:
-    """Invariant 3 with kill -9; last in this file, because the engine needs a minute to come back."""
-    events = live.count_events()
-    request = {
-        "json": body(max_tokens=900, stream=True),
-        "headers": {"Authorization": f"Bearer {live.keys[LUMEN]}"},
-    }
-    lines: list[str] = []
-    with httpx.stream("POST", f"{live.url}/v1/chat/completions", timeout=120, **request) as answer:
-        for line in answer.iter_lines():
-            if line:
-                lines.append(line)
-            if line and len(lines) == 5:
-                kill_engine()
-    error = json.loads(lines[-1].removeprefix("data: "))["error"]
-    assert error["code"] == "engine_failed"
-    live.wait_idle()
-    assert live.count_events() == events + 1
-    assert live.last_event()["status"] == "failed"
-
-    down = live.post(body())
-    assert down.status_code == 503
-    assert int(down.headers["retry-after"]) > 0
-    assert down.json()["error"]["type"] == "server_error"
-    assert not Ledger(live.store).open_holds()
-
-    wait_until(lambda: httpx.get(f"{live.url}/readyz", timeout=60).status_code == 200, 240, 1)
-    assert live.post(body(model=f"{LUMEN}/support")).status_code == 200
-    live.wait_idle()
-    assert_reconciled(live)
-
-
-def kill_engine() -> None:
-    (engine,) = replicas(f"engine-{TINY}")
-    engine.kill()
-
-
-def replicas(deployment: str) -> list[psutil.Process]:
-    """This run's replica processes of a deployment; Ray names them in their command lines."""
-    processes = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            if process.cmdline()[0].startswith(f"ray::ServeReplica:bespoke:{deployment}"):
-                processes.append(process)
-    return processes
+    live.assert_reconciled()

@@ -11,23 +11,24 @@ from typing import Any
 import pytest
 
 from loadtests.load.service_under_test import ModelAccess, ServiceUnderTest
-from tests.serve.conftest import TENANTS, TINY, Live
+from tests.support.constants import TENANTS, TINY
+from tests.support.live_service import LiveService
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 LOCUSTFILE = ROOT / "loadtests" / "locustfile.py"
-MISCOUNTING = ROOT / "tests" / "serve" / "miscounting_locustfile.py"
+MISCOUNTING = ROOT / "tests" / "support" / "miscounting_locustfile.py"
 LUMEN = TENANTS[0]
 
 
-def billing_key(live: Live, tenant: str) -> str:
+def billing_key(live: LiveService, tenant: str) -> str:
     _, secret = live.tenants.create_key(tenant, at=datetime.now(UTC), scopes=frozenset({"billing-read"}))
     return secret
 
 
 @pytest.fixture(scope="module")
-def service(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def service(live: LiveService, tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = [ModelAccess(tenant, live.keys[tenant], f"{tenant}/support") for tenant in TENANTS]
     service = ServiceUnderTest(
         live.url,
@@ -93,7 +94,9 @@ def test_one_token_that_a_client_saw_and_nobody_billed_is_noticed_and_named(
     assert named[0]["who"].split()[0] in completed.stdout
 
 
-def test_a_service_that_runs_already_is_driven_with_its_url_and_a_key(live: Live, tmp_path: Path) -> None:
+def test_a_service_that_runs_already_is_driven_with_its_url_and_a_key(
+    live: LiveService, tmp_path: Path
+) -> None:
     completed, report = run_locust(
         LOCUSTFILE,
         tmp_path / "o.json",
@@ -111,7 +114,7 @@ def test_a_service_that_runs_already_is_driven_with_its_url_and_a_key(live: Live
 
 
 def test_a_key_that_may_not_read_usage_is_refused_before_anything_is_asked(
-    live: Live, tmp_path: Path
+    live: LiveService, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", live.url]
     before = live.count_events()

@@ -14,13 +14,14 @@ import sqlalchemy as sa
 
 from serve.billing.metering.events import usage_table
 from serve.rate_limits.limits import Limits, LimitStore
-from tests.serve.conftest import NOON, TENANTS, TINY, Live, wait_until
-from tests.serve.test_live import HELLO, replicas
+from tests.support.constants import NOON, TENANTS, TINY
+from tests.support.live_service import HELLO, LiveService
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
 
-def limited(live: Live, limits: Limits) -> tuple[str, str]:
+def limited(live: LiveService, limits: Limits) -> tuple[str, str]:
     """A new key's id and secret."""
     key, secret = live.tenants.create_key(TENANTS[0], at=NOON)
     with live.store.write() as connection:
@@ -28,7 +29,7 @@ def limited(live: Live, limits: Limits) -> tuple[str, str]:
     return key.id, secret
 
 
-def ask(live: Live, secret: str, tokens: int = 1) -> httpx.Response:
+def ask(live: LiveService, secret: str, tokens: int = 1) -> httpx.Response:
     """One request, on a connection of its own, so that any of the gateways may get it."""
     return httpx.post(
         f"{live.url}/v1/chat/completions",
@@ -38,14 +39,14 @@ def ask(live: Live, secret: str, tokens: int = 1) -> httpx.Response:
     )
 
 
-def burst(live: Live, secret: str, size: int, tokens: int = 1) -> list[httpx.Response]:
+def burst(live: LiveService, secret: str, size: int, tokens: int = 1) -> list[httpx.Response]:
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(lambda _: ask(live, secret, tokens), range(size)))
 
 
-def test_200_parallel_requests_on_three_gateways_never_pass_the_limit(live: Live) -> None:
+def test_200_parallel_requests_on_three_gateways_never_pass_the_limit(live: LiveService) -> None:
     """Overshoot is 0; quota that other gateways hold in leases is bounded too (docs/limits.md)."""
-    assert len(replicas("gateway")) == 3
+    assert len(live.running_pids("gateway")) == 3
     limit = 60
     key, secret = limited(live, Limits(requests_per_min=limit))
     answers = burst(live, secret, 200)
@@ -61,7 +62,7 @@ def test_200_parallel_requests_on_three_gateways_never_pass_the_limit(live: Live
         assert connection.execute(query).scalar_one() <= limit
 
 
-def test_tokens_per_minute_hold_in_sum_and_what_was_not_used_is_given_back(live: Live) -> None:
+def test_tokens_per_minute_hold_in_sum_and_what_was_not_used_is_given_back(live: LiveService) -> None:
     limit = 3000
     key, secret = limited(live, Limits(tokens_per_min=limit))
     # Each reserves its prompt's bound and 20 tokens, and gives back most of the prompt's.
@@ -76,7 +77,7 @@ def test_tokens_per_minute_hold_in_sum_and_what_was_not_used_is_given_back(live:
     wait_until(lambda: ask(live, secret, 20).status_code == 200, 10, 0.5)
 
 
-def test_concurrent_requests_never_exceed_their_limit(live: Live) -> None:
+def test_concurrent_requests_never_exceed_their_limit(live: LiveService) -> None:
     limit, running, most = 4, 0, 0
     _, secret = limited(live, Limits(concurrent_requests=limit))
     lock, done = threading.Lock(), Counter[int]()
@@ -110,7 +111,7 @@ def test_concurrent_requests_never_exceed_their_limit(live: Live) -> None:
     assert most <= limit
 
 
-def test_a_revoked_key_is_refused_by_every_gateway_within_two_seconds(live: Live) -> None:
+def test_a_revoked_key_is_refused_by_every_gateway_within_two_seconds(live: LiveService) -> None:
     key, secret = live.tenants.create_key(TENANTS[0], at=NOON)
     url, headers = f"{live.url}/v1/models", {"Authorization": f"Bearer {secret}"}
     with ThreadPoolExecutor(12) as pool:
@@ -127,13 +128,13 @@ def test_a_revoked_key_is_refused_by_every_gateway_within_two_seconds(live: Live
 @pytest.mark.parametrize(
     "sent", [b"", b"GET /healthz HTTP/1.1\r\nHost: here\r\nX-Slow: "], ids=["nothing", "half"]
 )
-def test_a_connection_whose_headers_do_not_come_is_closed(live: Live, sent: bytes) -> None:
+def test_a_connection_whose_headers_do_not_come_is_closed(live: LiveService, sent: bytes) -> None:
     with socket.create_connection(("127.0.0.1", live.settings.port), timeout=30) as connection:
         connection.sendall(sent)
         assert connection.recv(100) == b""
 
 
-def test_headers_without_end_are_cut_off(live: Live) -> None:
+def test_headers_without_end_are_cut_off(live: LiveService) -> None:
     with socket.create_connection(("127.0.0.1", live.settings.port), timeout=30) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: here\r\n")
         sent = 0

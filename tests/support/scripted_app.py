@@ -22,7 +22,8 @@ from serve.engine.protocol import (
     Take,
 )
 from serve.settings import Settings
-from tests.serve.conftest import TINY, onboard
+from tests.support.billing_fixture import onboard
+from tests.support.constants import TINY
 
 Json = dict[str, Any]
 Script = Sequence[list[Event] | BaseException | str]

@@ -15,7 +15,8 @@ from serve.observability.metrics import Metrics
 from serve.rate_limits import RateLimiter
 from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
-from tests.serve.conftest import NOON, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
 from tests.support.scripted_app import Script, ScriptedEngine
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from serve.billing.metering.events import UsageEvent, UsageStatus
 from serve.billing.pricing.plans import Tokens
-from tests.serve.conftest import NOON
+from tests.support.constants import NOON
 
 COST_NANOS = 700
 _EVENT = UsageEvent(

@@ -19,7 +19,7 @@ from finetune.data.dataset import (
     read_rows,
 )
 from finetune.errors import DataUnreadable
-from tests.finetune.conftest import line, write_lines
+from tests.support.finetune_samples import line, write_lines
 
 USER = {"role": "user", "content": "Hi?"}
 ANSWER = {"role": "assistant", "content": "Hello."}

@@ -10,7 +10,7 @@ import pytest
 from finetune.data.dataset import Conversation, read_rows
 from finetune.data.prepare import check, prepare
 from finetune.errors import TooFewRows
-from tests.finetune.conftest import lesson, line, write_lines
+from tests.support.finetune_samples import lesson, line, write_lines
 
 
 def test_every_fault_is_reported_with_its_line_number(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from finetune.base_model import load_model
 from finetune.errors import TooFewRows
 from finetune.evaluate.gate import decide
 from finetune.evaluate.metrics import compare, evaluate
-from tests.finetune.conftest import lesson, write_lines
+from tests.support.finetune_samples import lesson, write_lines
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from finetune.card import content_version
 from finetune.errors import BaseUnusable, TooFewRows, TrainingDiverged
 from finetune.recipe import Recipe
 from finetune.train.loop import train
-from tests.finetune.conftest import lesson, write_lines
+from tests.support.finetune_samples import lesson, write_lines
 
 
 @pytest.fixture

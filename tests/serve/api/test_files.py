@@ -18,8 +18,9 @@ from serve.client_data.files import ORPHAN_AGE_S, FileBounds, Files, safe_name
 from serve.deployment.app import build_app
 from serve.errors import BodyTooLarge, InvalidRequest, NotFound
 from serve.settings import LimitSettings, Settings
-from tests.serve.conftest import NOON, TINY, BillingFixture, onboard
 from tests.support.batching import CHAT, EchoEngine, Json, jsonl, line
+from tests.support.billing_fixture import BillingFixture, onboard
+from tests.support.constants import NOON, TINY
 
 pytestmark = pytest.mark.usefixtures("app_on_both")
 

@@ -25,8 +25,8 @@ from serve.errors import (
     NotFound,
     Overloaded,
 )
-from tests.serve.conftest import NewDatabase
 from tests.support.batching import CHAT, COST_NANOS, LEASE, BatchFixture, jsonl, line
+from tests.support.databases import NewDatabase
 
 NAMES = [f"line {number}" for number in range(5)]
 FILE = jsonl(*(line(name) for name in NAMES))

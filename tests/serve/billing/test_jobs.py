@@ -3,7 +3,7 @@ from datetime import UTC, datetime
 from serve.billing.invoicing.invoices import Invoices
 from serve.billing.jobs import draft_due
 from tests.serve.billing.invoicing.test_calculation import buy
-from tests.serve.conftest import BillingFixture
+from tests.support.billing_fixture import BillingFixture
 
 DECEMBER = datetime(2026, 12, 1, 0, 30, tzinfo=UTC)
 

@@ -23,7 +23,8 @@ from serve.engine.protocol import Message
 from serve.errors import ResponseNotFound, StoreUnavailable
 from serve.formats.responses.objects import DeletedResponse, InputItemList, ResponseObject
 from serve.storage.database import Store
-from tests.serve.conftest import NOON, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
 from tests.support.scripted_app import BROKEN, HELLO, LEFT, Json, ScriptedApp
 
 pytestmark = pytest.mark.usefixtures("app_on_both")

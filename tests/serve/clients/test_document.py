@@ -24,7 +24,8 @@ from schemathesis.specs.openapi.checks import (
 from serve.deployment.app import build_app
 from serve.settings import Settings
 from serve.tenants import SCOPES
-from tests.serve.conftest import NOON, TENANTS, Live
+from tests.support.constants import NOON, TENANTS
+from tests.support.live_service import LiveService
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +48,7 @@ def document() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def keys(live: Live) -> dict[str, str]:
+def keys(live: LiveService) -> dict[str, str]:
     """A key that may do everything for its tenant, and one of the platform's."""
     _, tenant = live.tenants.create_key(TENANTS[0], at=NOON, scopes=frozenset(SCOPES))
     _, platform = live.tenants.platform_keys.create("schemathesis", at=NOON)
@@ -67,31 +68,33 @@ bounded = hypothesis.settings(
 @schema.exclude(path_regex="^/admin").parametrize()
 @bounded
 def test_tenants_routes_answer_as_documented(
-    live: Live, keys: dict[str, str], case: schemathesis.Case
+    live: LiveService, keys: dict[str, str], case: schemathesis.Case
 ) -> None:
     validate(live, case, keys["tenant"])
 
 
 @schema.include(path_regex="^/admin").parametrize()
 @bounded
-def test_admin_routes_answer_as_documented(live: Live, keys: dict[str, str], case: schemathesis.Case) -> None:
+def test_admin_routes_answer_as_documented(
+    live: LiveService, keys: dict[str, str], case: schemathesis.Case
+) -> None:
     validate(live, case, keys["platform"])
 
 
 @schema.exclude(path_regex="^/(healthz|readyz|metrics)").parametrize()
 @hypothesis.settings(parent=bounded, max_examples=1)
-def test_no_route_answers_without_a_key(live: Live, case: schemathesis.Case) -> None:
+def test_no_route_answers_without_a_key(live: LiveService, case: schemathesis.Case) -> None:
     answer = case.call(base_url=live.url, headers={"Authorization": "Bearer wrong"}, timeout=60)
     # Schemathesis tries other methods on the path, too.
     assert answer.status_code in (401, 405)
     assert "error" in answer.json()
 
 
-def validate(live: Live, case: schemathesis.Case, key: str) -> None:
+def validate(live: LiveService, case: schemathesis.Case, key: str) -> None:
     headers = {"Authorization": f"Bearer {key}"}
     answer = case.call(base_url=live.url, headers=headers, timeout=60)
     case.validate_response(answer, checks=CHECKS)
 
 
-def test_the_gateway_serves_this_very_document(live: Live) -> None:
+def test_the_gateway_serves_this_very_document(live: LiveService) -> None:
     assert httpx.get(f"{live.url}/openapi.json").json() == document()

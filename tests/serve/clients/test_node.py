@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from serve.rate_limits.limits import Limits, LimitStore
-from tests.serve.conftest import NOON, TENANTS, TINY, Live
+from tests.support.constants import NOON, TENANTS, TINY
+from tests.support.live_service import LiveService
 
 pytestmark = pytest.mark.slow
 
 
-def test_the_node_client_cannot_tell_the_gateway_from_openai(live: Live, node_folder: Path) -> None:
+def test_the_node_client_cannot_tell_the_gateway_from_openai(live: LiveService, node_folder: Path) -> None:
     key, limited = live.tenants.create_key(TENANTS[0], at=NOON)
     with live.store.write() as connection:
         limits = Limits(concurrent_requests=1)

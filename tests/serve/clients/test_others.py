@@ -8,7 +8,8 @@ from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
-from tests.serve.conftest import TENANTS, TINY, Live
+from tests.support.constants import TENANTS, TINY
+from tests.support.live_service import LiveService
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +20,7 @@ class Weather(BaseModel):
     sunny: bool
 
 
-def test_langchain_asks_streams_and_calls_tools(live: Live) -> None:
+def test_langchain_asks_streams_and_calls_tools(live: LiveService) -> None:
     model = ChatOpenAI(
         base_url=f"{live.url}/v1",
         api_key=live.keys[TENANTS[0]],
@@ -38,7 +39,7 @@ def test_langchain_asks_streams_and_calls_tools(live: Live) -> None:
     assert isinstance(model.with_structured_output(Weather).invoke(asked), Weather)
 
 
-def test_anthropics_client_asks_streams_and_calls_tools(live: Live) -> None:
+def test_anthropics_client_asks_streams_and_calls_tools(live: LiveService) -> None:
     client = anthropic.Anthropic(base_url=live.url, api_key=live.keys[TENANTS[0]], max_retries=0)
     asked: dict[str, Any] = {
         "model": TINY,

@@ -16,7 +16,9 @@ from pydantic import BaseModel
 from serve.api.schemas import ChatCompletion, ChatCompletionChunk, TextCompletion
 from serve.billing.ledger.ledger import Ledger
 from serve.rate_limits.limits import Limits, LimitStore
-from tests.serve.conftest import NOON, TENANTS, TINY, TINY_TWO, Live, wait_until
+from tests.support.constants import NOON, TENANTS, TINY, TINY_TWO
+from tests.support.live_service import LiveService
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +44,7 @@ class Forecast(BaseModel):
     wind: int
 
 
-def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_schema(live: Live) -> None:
+def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_schema(live: LiveService) -> None:
     answer = live.client().chat.completions.create(
         model=TINY, messages=HELLO, tools=[WEATHER], tool_choice="required", max_tokens=120, temperature=0
     )
@@ -70,7 +72,7 @@ def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_schema(live:
     assert answered.usage.prompt_tokens > 0
 
 
-def test_a_streamed_tool_call_adds_up_to_the_whole_one(live: Live) -> None:
+def test_a_streamed_tool_call_adds_up_to_the_whole_one(live: LiveService) -> None:
     named: Any = {"type": "function", "function": {"name": "weather"}}
     asked: dict[str, Any] = {"model": TINY, "messages": HELLO, "tools": [WEATHER], "tool_choice": named}
     asked |= {"max_tokens": 120, "temperature": 0}
@@ -89,14 +91,14 @@ def test_a_streamed_tool_call_adds_up_to_the_whole_one(live: Live) -> None:
     assert streamed.choices[0].finish_reason == whole.choices[0].finish_reason == "stop"
 
 
-def test_tools_that_may_not_be_called_are_not(live: Live) -> None:
+def test_tools_that_may_not_be_called_are_not(live: LiveService) -> None:
     answer = live.client().chat.completions.create(
         model=TINY, messages=HELLO, tools=[WEATHER], tool_choice="none", max_tokens=4
     )
     assert not answer.choices[0].message.tool_calls
 
 
-def test_structured_output_parses_into_the_clients_own_type(live: Live) -> None:
+def test_structured_output_parses_into_the_clients_own_type(live: LiveService) -> None:
     answer = live.client().chat.completions.parse(
         model=TINY, messages=HELLO, response_format=Forecast, max_tokens=200, seed=4, logit_bias={"33": -5}
     )
@@ -109,7 +111,7 @@ def test_structured_output_parses_into_the_clients_own_type(live: Live) -> None:
         assert isinstance(json.loads(answer_object.choices[0].message.content or ""), dict)
 
 
-def test_logprobs_name_each_token_with_its_alternatives(live: Live) -> None:
+def test_logprobs_name_each_token_with_its_alternatives(live: LiveService) -> None:
     asked: dict[str, Any] = {"model": TINY, "messages": HELLO, "max_tokens": 3, "temperature": 0}
     answer = live.client().chat.completions.create(**asked, logprobs=True, top_logprobs=2)
     told = answer.choices[0].logprobs
@@ -133,7 +135,7 @@ def test_logprobs_name_each_token_with_its_alternatives(live: Live) -> None:
     assert live.client().chat.completions.create(**asked).choices[0].logprobs is None
 
 
-def test_logit_bias_forces_a_token(live: Live) -> None:
+def test_logit_bias_forces_a_token(live: LiveService) -> None:
     forced = live.client().chat.completions.create(
         model=TINY, messages=HELLO, max_tokens=3, temperature=0, logit_bias={"100": 100}
     )
@@ -142,7 +144,7 @@ def test_logit_bias_forces_a_token(live: Live) -> None:
     assert len(set(text)) == 1
 
 
-def test_a_seed_makes_sampling_repeatable(live: Live) -> None:
+def test_a_seed_makes_sampling_repeatable(live: LiveService) -> None:
     answers = {
         live.client()
         .chat.completions.create(model=TINY, messages=HELLO, max_tokens=6, seed=11)
@@ -153,7 +155,7 @@ def test_a_seed_makes_sampling_repeatable(live: Live) -> None:
     assert len(answers) == 1
 
 
-def test_completions_take_several_prompts_and_echo_them_with_logprobs(live: Live) -> None:
+def test_completions_take_several_prompts_and_echo_them_with_logprobs(live: LiveService) -> None:
     answer = live.client().completions.create(
         model=TINY, prompt=["Once upon a time", "Two"], max_tokens=2, n=2, echo=True, logprobs=1
     )
@@ -173,7 +175,7 @@ def test_completions_take_several_prompts_and_echo_them_with_logprobs(live: Live
     assert (event["samples"], event["prompt_tokens"]) == (2, answer.usage.prompt_tokens)
 
 
-def test_completions_take_token_ids(live: Live) -> None:
+def test_completions_take_token_ids(live: LiveService) -> None:
     answer = live.client().completions.create(model=TINY, prompt=[100, 101, 102], max_tokens=2)
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == 3
@@ -181,7 +183,7 @@ def test_completions_take_token_ids(live: Live) -> None:
         live.client().completions.create(model=TINY, prompt=[10**8], max_tokens=2)
 
 
-def test_the_answers_are_what_the_openapi_document_says(live: Live) -> None:
+def test_the_answers_are_what_the_openapi_document_says(live: LiveService) -> None:
     tools = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 120, "logprobs": True}
     for extra in ({"max_tokens": 3}, tools):
         asked = {"model": TINY, "messages": HELLO, "temperature": 0} | extra
@@ -201,7 +203,7 @@ def test_the_answers_are_what_the_openapi_document_says(live: Live) -> None:
     )
 
 
-def test_two_bases_are_served_behind_one_url_and_the_model_name_decides(live: Live) -> None:
+def test_two_bases_are_served_behind_one_url_and_the_model_name_decides(live: LiveService) -> None:
     asked: dict[str, Any] = {"messages": HELLO, "max_tokens": 1, "temperature": 0, "logprobs": True}
     told = {}
     for base in (TINY, TINY_TWO):
@@ -251,7 +253,7 @@ def test_two_bases_are_served_behind_one_url_and_the_model_name_decides(live: Li
     ],
 )
 def test_errors_raise_the_clients_own_exceptions(
-    live: Live, asked: dict[str, Any], raised: type[openai.APIStatusError], code: str | None
+    live: LiveService, asked: dict[str, Any], raised: type[openai.APIStatusError], code: str | None
 ) -> None:
     events = live.count_events()
     with pytest.raises(raised) as error:
@@ -263,25 +265,25 @@ def test_errors_raise_the_clients_own_exceptions(
     assert live.count_events() == events
 
 
-def test_embeddings_are_refused_by_name(live: Live) -> None:
+def test_embeddings_are_refused_by_name(live: LiveService) -> None:
     with pytest.raises(openai.BadRequestError, match="embeddings"):
         live.client().embeddings.create(model=TINY, input="Hello")
     with pytest.raises(openai.NotFoundError):
         live.client().embeddings.create(model="nobody/nothing", input="Hello")
 
 
-def limited(live: Live, **limits: int) -> tuple[str, str]:
+def limited(live: LiveService, **limits: int) -> tuple[str, str]:
     key, secret = live.tenants.create_key(LUMEN, at=NOON)
     with live.store.write() as connection:
         LimitStore(live.store).set(connection, "key", key.id, Limits(**limits), at=NOON)
     return key.id, secret
 
 
-def client_of(live: Live, secret: str, **options: Any) -> openai.OpenAI:
+def client_of(live: LiveService, secret: str, **options: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{live.url}/v1", api_key=secret, timeout=60, **options)
 
 
-def test_a_limit_is_told_in_headers_and_then_429(live: Live) -> None:
+def test_a_limit_is_told_in_headers_and_then_429(live: LiveService) -> None:
     _, secret = limited(live, requests_per_min=2, tokens_per_min=10_000)
     client = client_of(live, secret, max_retries=0)
     asked: dict[str, Any] = {"model": TINY, "messages": HELLO, "max_tokens": 2}
@@ -298,7 +300,7 @@ def test_a_limit_is_told_in_headers_and_then_429(live: Live) -> None:
     assert 1 <= int(refused.value.response.headers["retry-after"]) <= 62
 
 
-def test_the_client_retries_a_429_until_there_is_room(live: Live) -> None:
+def test_the_client_retries_a_429_until_there_is_room(live: LiveService) -> None:
     _, secret = limited(live, concurrent_requests=1)
     patient = client_of(live, secret, max_retries=8)
     stream = patient.chat.completions.create(model=TINY, messages=HELLO, max_tokens=600, stream=True)
@@ -313,7 +315,7 @@ def test_the_client_retries_a_429_until_there_is_room(live: Live) -> None:
     closing.join()
 
 
-def test_the_client_retries_a_503_until_the_store_is_back(live: Live) -> None:
+def test_the_client_retries_a_503_until_the_store_is_back(live: LiveService) -> None:
     statuses: list[int] = []
 
     def free_it_after_the_first(answer: httpx.Response) -> None:
@@ -330,7 +332,7 @@ def test_the_client_retries_a_503_until_the_store_is_back(live: Live) -> None:
     assert statuses[-1] == 200
 
 
-def test_a_request_sent_again_with_its_idempotency_key_is_answered_and_billed_once(live: Live) -> None:
+def test_a_request_sent_again_with_its_idempotency_key_is_answered_and_billed_once(live: LiveService) -> None:
     asked: dict[str, Any] = {"model": TINY, "messages": HELLO, "max_tokens": 8}
     headers = {"Idempotency-Key": f"key-{time.monotonic_ns()}"}
     events = live.count_events()
@@ -346,7 +348,7 @@ def test_a_request_sent_again_with_its_idempotency_key_is_answered_and_billed_on
     assert "idempotency-replayed" not in other.headers
 
 
-def test_a_client_that_gave_up_finds_the_answer_under_its_idempotency_key(live: Live) -> None:
+def test_a_client_that_gave_up_finds_the_answer_under_its_idempotency_key(live: LiveService) -> None:
     asked: dict[str, Any] = {"model": TINY, "messages": HELLO, "max_tokens": 300}
     headers = {"Idempotency-Key": f"key-{time.monotonic_ns()}"}
     events = live.count_events()
@@ -362,7 +364,7 @@ def test_a_client_that_gave_up_finds_the_answer_under_its_idempotency_key(live: 
     assert live.last_event()["completion_tokens"] == found.usage.completion_tokens
 
 
-def test_a_batch_is_run_from_file_to_file_at_the_batch_price(live: Live) -> None:
+def test_a_batch_is_run_from_file_to_file_at_the_batch_price(live: LiveService) -> None:
     client = live.client()
     lines = [
         {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
@@ -402,7 +404,7 @@ def test_a_batch_is_run_from_file_to_file_at_the_batch_price(live: Live) -> None
             other.files.content(done.output_file_id)
 
 
-def test_responses_are_made_streamed_stored_and_continued(live: Live) -> None:
+def test_responses_are_made_streamed_stored_and_continued(live: LiveService) -> None:
     client = live.client()
     made = client.responses.create(model=TINY, input="Hello", max_output_tokens=16, temperature=0)
     assert made.output_text
@@ -428,7 +430,7 @@ def test_responses_are_made_streamed_stored_and_continued(live: Live) -> None:
 
 
 @pytest.mark.parametrize("left", ["chat", "stream"])
-def test_nothing_is_held_after_any_of_this(live: Live, left: str) -> None:
+def test_nothing_is_held_after_any_of_this(live: LiveService, left: str) -> None:
     live.wait_idle()
     assert not Ledger(live.store).open_holds()
 
@@ -448,7 +450,7 @@ RESOURCES: list[tuple[str, Callable[[openai.OpenAI, str], Any]]] = [
 
 @pytest.mark.parametrize(("kind", "touch"), RESOURCES, ids=[kind for kind, _ in RESOURCES])
 def test_anothers_resource_and_one_that_is_not_there_look_the_same(
-    live: Live, kind: str, touch: Callable[[openai.OpenAI, str], Any]
+    live: LiveService, kind: str, touch: Callable[[openai.OpenAI, str], Any]
 ) -> None:
     mine = live.client(TIDEWATER)
     if kind == "model":

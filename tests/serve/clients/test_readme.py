@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.conftest import TENANTS, Live
+from tests.support.constants import TENANTS
+from tests.support.live_service import LiveService
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +19,7 @@ EXAMPLES = [(language, code) for language, code in BLOCKS if "127.0.0.1:8000" in
 
 @pytest.mark.parametrize(("language", "code"), EXAMPLES, ids=[language for language, _ in EXAMPLES])
 def test_an_example_of_the_readme_runs_as_it_stands(
-    live: Live, node_folder: Path, language: str, code: str
+    live: LiveService, node_folder: Path, language: str, code: str
 ) -> None:
     assert TENANTS[0] + "/support" in code
     code = code.replace("http://127.0.0.1:8000", live.url)

@@ -18,7 +18,7 @@ from serve.errors import OperatorError, ReconciliationFailed, RegistryError
 from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
 from serve.tenants import Tenants
-from tests.serve.conftest import CONFIGS, NOON
+from tests.support.constants import CONFIGS, NOON
 from tests.support.lora_samples import publish_base, publish_sample
 
 BESPOKE = [str(Path(sys.executable).with_name("bespoke"))]

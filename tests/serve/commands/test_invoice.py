@@ -11,7 +11,9 @@ from serve.billing.pricing.plans import read_plan
 from serve.cli import app
 from serve.commands import credit_note, invoice
 from tests.serve.billing.invoicing.test_calculation import MONTH, buy
-from tests.serve.conftest import CONFIGS, BillingFixture, on_sqlite
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import CONFIGS
+from tests.support.databases import on_sqlite
 
 NEXT_MONTH = datetime(2026, 12, 2, tzinfo=UTC)
 

@@ -14,7 +14,9 @@ from serve.errors import UnknownRecord
 from tests.serve.api.admin.test_admin import AdminClient
 from tests.serve.billing.invoicing.test_calculation import buy
 from tests.serve.billing.invoicing.test_invoices import finalize
-from tests.serve.conftest import NOON, TINY, BillingFixture, on_sqlite
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON, TINY
+from tests.support.databases import on_sqlite
 
 pytestmark = on_sqlite
 

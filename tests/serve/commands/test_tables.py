@@ -16,7 +16,7 @@ from serve.commands.tables import Table, record
 from serve.registry.registry import AdapterRegistry
 from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
-from tests.serve.conftest import NOON
+from tests.support.constants import NOON
 from tests.support.lora_samples import publish_base, publish_sample
 
 TENANT = "northern-lights-insurance-and-reinsurance-company-of-reykjavik-".ljust(62, "x")[:62] + "1"

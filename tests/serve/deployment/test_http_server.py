@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve.deployment import upstream
 from serve.deployment.http_server import HttpServer
-from tests.serve.conftest import free_port
+from tests.support.ports import free_port
 
 HOST = "127.0.0.1"
 

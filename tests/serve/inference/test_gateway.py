@@ -14,7 +14,8 @@ from serve.registry.registry import AdapterRegistry
 from serve.registry.versions import AdapterVersion, Model
 from serve.storage.database import Store
 from serve.tenants import Principal
-from tests.serve.conftest import NOON, TINY, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON, TINY
 from tests.support.scripted_app import ACCEPTED, HELLO, ScriptedEngine
 from tests.support.scripted_gateway import collect, events, gateway_of, inference_request, metric, play
 

@@ -19,7 +19,7 @@ from serve.errors import (
 from serve.formats.errors import status_of
 from serve.inference import generation as generation_module
 from serve.inference import settlement
-from tests.serve.conftest import BillingFixture
+from tests.support.billing_fixture import BillingFixture
 from tests.support.scripted_app import ACCEPTED, HELLO, Script, ScriptedEngine
 from tests.support.scripted_gateway import (
     closings,

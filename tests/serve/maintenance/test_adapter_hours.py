@@ -15,7 +15,8 @@ from serve.registry.registry import AdapterRegistry
 from serve.registry.versions import AdapterVersion
 from tests.serve.billing.invoicing.test_calculation import MONTH
 from tests.serve.billing.invoicing.test_invoices import on_plan
-from tests.serve.conftest import NOON, TINY, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON, TINY
 from tests.support.lora_samples import publish_base, publish_sample
 
 HOUR = timedelta(hours=1)

@@ -21,7 +21,8 @@ from serve.billing.metering.terms import BillingTerms, RequestUsage
 from serve.billing.pricing.plans import Tokens
 from serve.errors import EngineUnavailable
 from serve.maintenance.recovery import ENGINE_PATIENCE, OWNER_PATIENCE, Recovery
-from tests.serve.conftest import NOON, RATES, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON, RATES
 
 LEASE = timedelta(minutes=10)
 ONE = "req_1"

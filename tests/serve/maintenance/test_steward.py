@@ -14,7 +14,8 @@ from serve.errors import EngineUnavailable, StoreUnavailable
 from serve.maintenance import metrics as steward_metrics
 from serve.maintenance.steward import Steward, StewardStatus
 from tests.serve.billing.ledger.test_ledger import event
-from tests.serve.conftest import NOON, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
 
 LEASE = timedelta(minutes=10)
 

@@ -10,8 +10,9 @@ import httpx
 import pytest
 import yaml
 
-from tests.serve.conftest import TENANTS, TINY, Live
+from tests.support.constants import TENANTS, TINY
 from tests.support.exposition import Names, declared, names
+from tests.support.live_service import LiveService
 from tests.support.queries import (
     CONFIGS,
     DASHBOARDS,
@@ -156,7 +157,7 @@ def test_promtool_agrees(check: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
-def test_a_running_service_says_all_that_is_declared_and_nothing_else(live: Live) -> None:
+def test_a_running_service_says_all_that_is_declared_and_nothing_else(live: LiveService) -> None:
     for model in (TINY, f"{TENANTS[0]}/support"):
         body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
         assert live.post(body).status_code == 200

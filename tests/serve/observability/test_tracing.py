@@ -16,8 +16,9 @@ from opentelemetry.semconv.attributes import error_attributes, http_attributes, 
 from serve.engine.protocol import Accepted, Delta, Finished, Message, Sampling
 from serve.errors import EngineLost, EngineUnavailable
 from serve.inference.request import InferenceRequest
-from tests.serve.conftest import TINY, free_port
 from tests.support.collector import Collector, Received
+from tests.support.constants import TINY
+from tests.support.ports import free_port
 from tests.support.scripted_app import BROKEN, HELLO, LEFT, Script, ScriptedApp
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -5,7 +5,7 @@ import pytest
 from serve.errors import InvalidRequest
 from serve.rate_limits.limits import HIGHEST, MODEL_LENGTH_MAX, MODELS_MAX, Limits, LimitStore
 from serve.storage.database import Store
-from tests.serve.conftest import NOON
+from tests.support.constants import NOON
 
 FULL = Limits(5, 1000, 2, 2048, ("tiny", "acme/*"))
 

@@ -16,7 +16,7 @@ from serve.errors import RateLimited
 from serve.rate_limits import Permit, RateLimiter
 from serve.rate_limits.limits import Limits, Subject
 from serve.storage.database import Store
-from tests.serve.conftest import NewDatabase
+from tests.support.databases import NewDatabase
 from tests.support.gateways import Gateways, attempt, burst, run, tenant
 
 

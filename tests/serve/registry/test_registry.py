@@ -15,7 +15,7 @@ from serve.registry.validation import decoder_linears, target_suffixes
 from serve.registry.versions import AdapterVersion, DesiredVersion, VersionInfo, VersionState
 from serve.storage.database import Store
 from serve.tenants import Tenants
-from tests.serve.conftest import NOON, TENANTS, TINY
+from tests.support.constants import NOON, TENANTS, TINY
 from tests.support.lora_samples import RANK, publish_base, publish_sample
 
 LUMEN, TIDEWATER = TENANTS

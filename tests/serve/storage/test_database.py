@@ -23,7 +23,7 @@ import serve.registry.registry
 import serve.tenants  # noqa: F401
 from serve.errors import StoreUnavailable
 from serve.storage.database import Store, metadata
-from tests.serve.conftest import on_sqlite
+from tests.support.databases import on_sqlite
 
 
 def test_the_migrations_make_exactly_the_tables_that_the_code_declares(store: Store) -> None:

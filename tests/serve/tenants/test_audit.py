@@ -20,7 +20,9 @@ from serve.registry.versions import AdapterVersion
 from serve.storage.database import Store
 from serve.tenants import Keys, PlatformKeys, Projects, Tenants
 from serve.tenants.audit import Audit, audit_table, command_actor, record
-from tests.serve.conftest import NOON, PLAN, RATES, TINY, BillingFixture, on_sqlite
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON, PLAN, RATES, TINY
+from tests.support.databases import on_sqlite
 from tests.support.lora_samples import publish_base, publish_sample
 
 WHO = "platform:pkey_1"

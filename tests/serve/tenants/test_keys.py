@@ -17,7 +17,8 @@ from serve.errors import (
 )
 from serve.rate_limits.limits import Limits
 from serve.tenants import Principal, Tenants, key_cache, keys_table, server_secret
-from tests.serve.conftest import NOON, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
 
 HOUR = timedelta(hours=1)
 

@@ -17,7 +17,8 @@ from serve.errors import (
 )
 from serve.rate_limits.limits import Limits
 from serve.tenants import server_secret
-from tests.serve.conftest import NOON, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
 
 
 def test_names_that_could_be_paths_are_refused(shop: BillingFixture) -> None:

@@ -12,7 +12,8 @@ import pytest
 from serve.engine.adapters.probe import probe
 from serve.engine.vllm.engine import VllmEngine
 from serve.registry.validation import decoder_linears
-from tests.serve.engine.conftest import SETTINGS, TINY, Host, Loop
+from tests.support.constants import TINY
+from tests.support.engine_host import SETTINGS, EngineHost, EventLoopThread
 
 torch = pytest.importorskip("torch")
 
@@ -46,12 +47,14 @@ def quantize(base_dir: Path, directory: Path) -> Path:
     return directory
 
 
-def test_an_int8_base_answers_with_and_without_an_adapter(base_dir: Path, loop: Loop, tmp_path: Path) -> None:
+def test_an_int8_base_answers_with_and_without_an_adapter(
+    base_dir: Path, loop: EventLoopThread, tmp_path: Path
+) -> None:
     quantized = quantize(base_dir, tmp_path / "bases" / TINY)
     adapters_dir = tmp_path / "adapters"
     engine = loop.run(VllmEngine.start(TINY, quantized, adapters_dir, SETTINGS, "int8"), 300)
     try:
-        host = Host(engine, loop, quantized, adapters_dir)
+        host = EngineHost(engine, loop, quantized, adapters_dir)
         adapter = host.publish("int8", 1)
         assert loop.run(probe(engine, adapter)) is None
         plain, adapted = host.ask(None, "Hello there"), host.ask(adapter, "Hello there")

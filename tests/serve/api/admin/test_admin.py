@@ -21,7 +21,9 @@ from serve.errors import StoreUnavailable
 from serve.observability.metrics import Metrics
 from serve.registry.registry import AdapterRegistry
 from serve.tenants.audit import Audit
-from tests.serve.conftest import NOON, PLAN, TINY, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON, PLAN, TINY
+from tests.support.databases import on_sqlite
 from tests.support.lora_samples import publish_base, publish_sample
 
 Json = dict[str, Any]
@@ -180,6 +182,7 @@ def test_the_operator_may_do_all_and_it_is_written_down(
     assert {entry.actor for entry in new} == {f"platform:{admin_client.platform_id}"}
 
 
+@on_sqlite
 def test_to_a_tenants_admin_others_and_what_is_missing_look_the_same(admin_client: AdminClient) -> None:
     before = Audit(admin_client.shop.store).entries(limit=1)
     for tenant, other in (("acme", "rival"), ("rival", "acme")):
@@ -191,6 +194,7 @@ def test_to_a_tenants_admin_others_and_what_is_missing_look_the_same(admin_clien
     assert Audit(admin_client.shop.store).entries(limit=1) == before
 
 
+@on_sqlite
 @pytest.mark.parametrize("route", OWN)
 def test_a_tenants_admin_rules_its_own_projects_and_keys(
     admin_client: AdminClient, route: tuple[str, str]
@@ -199,6 +203,7 @@ def test_a_tenants_admin_rules_its_own_projects_and_keys(
     assert answer.status_code in (200, 201), answer.text
 
 
+@on_sqlite
 def test_and_nothing_else(admin_client: AdminClient) -> None:
     missing = admin_client.call(("GET", T), "nobody", admin_client.admins["acme"])
     for route in set(ROUTES) - set(OWN):
@@ -206,6 +211,7 @@ def test_and_nothing_else(admin_client: AdminClient) -> None:
         assert (answer.status_code, answer.content) == (404, missing.content), route
 
 
+@on_sqlite
 @pytest.mark.parametrize("route", [route for route in OWN if "{key}" in route[1] or "{project}" in route[1]])
 def test_anothers_key_under_ones_own_name_is_like_one_that_does_not_exist(
     admin_client: AdminClient, route: tuple[str, str]
@@ -221,6 +227,7 @@ def test_anothers_key_under_ones_own_name_is_like_one_that_does_not_exist(
     assert answers[0].text.replace(theirs, "…") == answers[1].text.replace(missing, "…")
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("key", "status", "code"),
     [
@@ -235,6 +242,7 @@ def test_nobody_else_gets_in(admin_client: AdminClient, key: str, status: int, c
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), route
 
 
+@on_sqlite
 def test_a_body_is_not_looked_at_before_the_key(admin_client: AdminClient) -> None:
     broken = {"content": b"{", "headers": {"content-type": "application/json"}}
     assert admin_client.ask("POST", "/admin/v1/tenants", "bsp-wrong", **broken).status_code == 401
@@ -262,6 +270,7 @@ WRONG: list[tuple[str, Json | None, str | None]] = [
 ]
 
 
+@on_sqlite
 def test_what_is_wrong_is_named(admin_client: AdminClient) -> None:
     for path, body, param in WRONG:
         error = admin_client.say("POST", path, body, status=400)["error"]
@@ -269,6 +278,7 @@ def test_what_is_wrong_is_named(admin_client: AdminClient) -> None:
         assert error["code"] == "invalid_value", (path, body)
 
 
+@on_sqlite
 def test_a_body_that_is_too_large_is_413(admin_client: AdminClient) -> None:
     admin_client.app.add_middleware(RequestMiddleware, metrics=Metrics(adapters_max=1), body_bytes_max=10_000)
 
@@ -295,6 +305,7 @@ REFUSED: list[tuple[str, str, Json | None, int, str]] = [
 ]
 
 
+@on_sqlite
 def test_errors_are_openai_shaped(admin_client: AdminClient) -> None:
     for method, path, body, status, code in REFUSED:
         error = admin_client.say(method, path, body, status)["error"]
@@ -302,6 +313,7 @@ def test_errors_are_openai_shaped(admin_client: AdminClient) -> None:
         assert error["code"] == code, path
 
 
+@on_sqlite
 def test_the_alias_keeps_its_version_from_being_retired(admin_client: AdminClient) -> None:
     path = "/tenants/acme/adapters/support/versions/" + admin_client.names["acme"]["version"]
     assert admin_client.say("POST", path + "/promote")["alias"] == "next"
@@ -310,6 +322,7 @@ def test_the_alias_keeps_its_version_from_being_retired(admin_client: AdminClien
     assert "promote another version first" in error["message"]
 
 
+@on_sqlite
 def test_a_store_that_is_away_is_503_never_401(
     admin_client: AdminClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +334,7 @@ def test_a_store_that_is_away_is_503_never_401(
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
 
 
+@on_sqlite
 def test_a_key_from_its_making_to_its_end(admin_client: AdminClient) -> None:
     created = admin_client.say(
         "POST", "/tenants/acme/keys", {"name": "crm", "limits": {"models": ["acme/*"]}}, 201
@@ -347,6 +361,7 @@ def test_a_key_from_its_making_to_its_end(admin_client: AdminClient) -> None:
     assert admin_client.ask("GET", "/v1/models", new["secret"]).status_code == 200
 
 
+@on_sqlite
 def test_anthropics_header_is_taken_where_openais_is_missing(admin_client: AdminClient) -> None:
     async def send(headers: dict[str, str]) -> int:
         async with httpx.AsyncClient(
@@ -360,6 +375,7 @@ def test_anthropics_header_is_taken_where_openais_is_missing(admin_client: Admin
     assert asyncio.run(send({})) == 401
 
 
+@on_sqlite
 def test_a_suspended_tenant_is_told_so(admin_client: AdminClient) -> None:
     assert admin_client.say("PATCH", "/tenants/acme", {"suspended": True})["suspended_at"]
     for path in ("/v1/models", "/admin/v1/tenants/acme/keys"):
@@ -368,6 +384,7 @@ def test_a_suspended_tenant_is_told_so(admin_client: AdminClient) -> None:
     assert admin_client.say("PATCH", "/tenants/acme", {"suspended": False})["suspended_at"] is None
 
 
+@on_sqlite
 def test_an_admin_key_grants_no_more_than_its_tenant_may(admin_client: AdminClient) -> None:
     admin_client.say("PATCH", "/tenants/acme", {"scopes": ["inference", "admin"]})
     answer = admin_client.ask(
@@ -393,6 +410,7 @@ def test_lists_come_page_by_page(admin_client: AdminClient) -> None:
     assert (empty["data"], empty["first_id"], empty["last_id"]) == ([], None, None)
 
 
+@on_sqlite
 def test_the_document_says_what_is_true(admin_client: AdminClient) -> None:
     document = admin_client.app.openapi()
     for path, operations in document["paths"].items():

@@ -9,7 +9,9 @@ import pytest
 
 from serve.billing.ledger.holds import Hold
 from tests.serve.api.admin.test_admin import ADMIN, AdminClient
-from tests.serve.conftest import NOON, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
+from tests.support.databases import on_sqlite
 
 PATH = "/tenants/acme/budgets"
 
@@ -26,6 +28,7 @@ def as_admin(
     return answer.status_code, answer.json()
 
 
+@on_sqlite
 def test_a_budget_from_its_making_to_its_end(admin_client: AdminClient) -> None:
     body = {"limit_nanos": 1000, "period": "total", "webhook_url": "https://example.com/hook"}
     created = admin_client.say("POST", PATH, body, 201)
@@ -49,6 +52,7 @@ def test_a_budget_from_its_making_to_its_end(admin_client: AdminClient) -> None:
     admin_client.say("PATCH", one, {"limit_nanos": 5}, 409)
 
 
+@on_sqlite
 def test_a_budget_starts_with_what_is_held_already(admin_client: AdminClient) -> None:
     key = admin_client.names["acme"]["key"]
     hold = Hold("r1", "acme", 300, None, key, terms=json.dumps({"key_id": key, "project": None}))
@@ -70,6 +74,7 @@ def test_lists_come_page_by_page(admin_client: AdminClient) -> None:
     admin_client.say("GET", "/tenants/nobody/budgets", status=404)
 
 
+@on_sqlite
 def test_a_tenants_admin_manages_its_projects_and_keys_budgets(admin_client: AdminClient) -> None:
     body = {"project": admin_client.names["acme"]["project"], "limit_nanos": 5, "period": "day"}
     status, created = as_admin(admin_client, "POST", PATH, body)
@@ -80,6 +85,7 @@ def test_a_tenants_admin_manages_its_projects_and_keys_budgets(admin_client: Adm
     assert as_admin(admin_client, "DELETE", f"{PATH}/{created['id']}")[1]["retired_at"]
 
 
+@on_sqlite
 def test_what_binds_the_whole_tenant_is_the_platforms(admin_client: AdminClient) -> None:
     created = admin_client.say("POST", PATH, {"limit_nanos": 5, "period": "month"}, 201)
     one = f"{PATH}/{created['id']}"
@@ -93,6 +99,7 @@ def test_what_binds_the_whole_tenant_is_the_platforms(admin_client: AdminClient)
     assert as_admin(admin_client, "GET", one) == (200, created)
 
 
+@on_sqlite
 def test_anothers_budget_is_like_one_that_does_not_exist(admin_client: AdminClient) -> None:
     theirs = admin_client.names["rival"]["budget"]
     for method, body in (("GET", None), ("PATCH", {"limit_nanos": 6}), ("DELETE", None)):
@@ -109,6 +116,7 @@ def test_anothers_budget_is_like_one_that_does_not_exist(admin_client: AdminClie
         assert [status for status, _ in answers] == [404, 404]
 
 
+@on_sqlite
 def test_a_webhook_to_the_server_itself_is_the_platforms(admin_client: AdminClient) -> None:
     body = {"key": admin_client.names["acme"]["key"], "limit_nanos": 5, "period": "day"}
     for url in ("http://localhost:9000/x", "http://127.0.0.1:80/", "http://[::1]/"):
@@ -137,6 +145,7 @@ WRONG = [
 ]
 
 
+@on_sqlite
 def test_what_is_wrong_is_named(admin_client: AdminClient) -> None:
     good = {"limit_nanos": 5, "period": "day"}
     for wrong, param in WRONG:
@@ -149,6 +158,7 @@ def test_what_is_wrong_is_named(admin_client: AdminClient) -> None:
     assert admin_client.say("POST", PATH, same, 409)["error"]["code"] == "already_exists"
 
 
+@on_sqlite
 def test_a_projects_key_is_no_admin_of_its_budgets(admin_client: AdminClient) -> None:
     plain = admin_client.ask("GET", "/admin/v1" + PATH, admin_client.shop.secret)
     assert plain.status_code == 403

@@ -9,7 +9,9 @@ from serve.billing.pricing.plans import PricePlan, Prices
 from tests.serve.api.admin.test_admin import AdminClient
 from tests.serve.billing.invoicing.test_calculation import MONTH, buy
 from tests.serve.billing.invoicing.test_invoices import DECEMBER, finalize
-from tests.serve.conftest import NOON, PLAN, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON, PLAN
+from tests.support.databases import on_sqlite
 
 BUYER = {"name": "Acme Käse 有限公司", "address": "Hauptstraße 1\n10115 Berlin", "tax_id": "DE1"}
 
@@ -19,6 +21,7 @@ def admin_client(shop: BillingFixture, tmp_path: Path) -> AdminClient:
     return AdminClient(shop, tmp_path)
 
 
+@on_sqlite
 def test_a_month_becomes_an_invoice_that_is_not_final_before_its_end(admin_client: AdminClient) -> None:
     buy(admin_client.shop, 1, adapter=True)
     created = admin_client.say("POST", "/invoices", {"tenant": "acme", "period": MONTH}, 201)
@@ -38,6 +41,7 @@ def test_a_month_becomes_an_invoice_that_is_not_final_before_its_end(admin_clien
     assert admin_client.say("POST", path, {"state": "draft"})["state"] == "draft"
 
 
+@on_sqlite
 def test_a_final_invoice_is_listed_read_paid_and_credited(admin_client: AdminClient) -> None:
     cost = buy(admin_client.shop, 1, adapter=False, times=1000)
     number = finalize(admin_client.shop).number
@@ -75,6 +79,7 @@ def test_a_line_is_followed_down_to_its_requests(admin_client: AdminClient) -> N
         )
 
 
+@on_sqlite
 @pytest.mark.parametrize("form", ["csv", "json", "pdf"])
 def test_an_invoice_is_a_file_with_whatever_names(admin_client: AdminClient, form: str) -> None:
     assert admin_client.say("PUT", "/tenants/acme/billing-details", BUYER)["details"]["name"] == BUYER["name"]
@@ -99,6 +104,7 @@ def test_credit_is_granted_and_listed_with_what_is_left(admin_client: AdminClien
     admin_client.say("POST", "/tenants/nobody/grants", {"amount_nanos": 1}, 404)
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -119,12 +125,14 @@ def test_what_is_out_of_bounds_is_refused(
     admin_client.say("POST", path, body, 400)
 
 
+@on_sqlite
 def test_what_is_not_there_is_not_found(admin_client: AdminClient) -> None:
     for path in ("/invoices/INV-2026-000009", "/invoices/acme-2026-11-r9999999999", "/invoices/x/usage"):
         admin_client.say("GET", path, status=404)
     admin_client.say("POST", "/invoices", {"tenant": "nobody", "period": MONTH}, 404)
 
 
+@on_sqlite
 def test_a_plan_is_assigned_from_a_day_on_but_not_before_it_may_be_paid(admin_client: AdminClient) -> None:
     later = PLAN.model_dump() | {"name": "later", "effective_from": "2099-12-01"}
     Prices(admin_client.shop.store).publish(PricePlan.model_validate(later), at=NOON)
@@ -134,6 +142,7 @@ def test_a_plan_is_assigned_from_a_day_on_but_not_before_it_may_be_paid(admin_cl
     assert admin_client.say("PUT", path, {"plan": "later", "effective_at": day})["effective_at"] == day
 
 
+@on_sqlite
 def test_a_tenants_own_admin_sees_no_invoice_here(admin_client: AdminClient) -> None:
     buy(admin_client.shop, 1, adapter=False)
     number = finalize(admin_client.shop, at=DECEMBER).number

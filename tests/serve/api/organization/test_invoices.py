@@ -6,7 +6,9 @@ import pytest
 
 from serve.billing.invoicing.invoices import Invoices
 from tests.serve.api.organization.test_organization import Json, Office
-from tests.serve.conftest import NOON, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
+from tests.support.databases import on_sqlite
 
 DECEMBER = datetime(2026, 12, 2, tzinfo=UTC)
 PATH = "invoices"
@@ -47,6 +49,7 @@ def test_a_customer_reads_its_own_invoice_down_to_the_request(office: Office) ->
     assert read(office, f"{PATH}/{number}/credit-notes")["data"] == []
 
 
+@on_sqlite
 @pytest.mark.parametrize("format", ["csv", "json", "pdf"])
 def test_it_gets_the_invoice_as_a_file(office: Office, format: str) -> None:
     office.use(NOON)
@@ -57,6 +60,7 @@ def test_it_gets_the_invoice_as_a_file(office: Office, format: str) -> None:
     assert answer.content.startswith({"csv": b"invoice", "json": b"{", "pdf": b"%PDF"}[format])
 
 
+@on_sqlite
 def test_anothers_invoice_a_draft_and_none_look_the_same(office: Office) -> None:
     office.use(NOON)
     office.use(NOON, "rival")
@@ -70,6 +74,7 @@ def test_anothers_invoice_a_draft_and_none_look_the_same(office: Office) -> None
             assert answer.json()["error"]["message"] == f"There is no invoice '{name}'."
 
 
+@on_sqlite
 def test_the_operator_reads_all_of_them_or_one_tenants(office: Office) -> None:
     office.use(NOON)
     office.use(NOON, "rival")

@@ -18,7 +18,9 @@ from serve.billing.budgets.service import BudgetService
 from serve.billing.credits.charges import Charge, post_charge
 from serve.billing.ledger.holds import Hold
 from serve.billing.metering.events import UsageEvent
-from tests.serve.conftest import NOON, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
+from tests.support.databases import on_sqlite
 from tests.support.usage_events import usage_event
 
 Json = dict[str, Any]
@@ -115,6 +117,7 @@ def results(page: Json) -> list[list[Json]]:
     return [bucket["results"] for bucket in page["data"]]
 
 
+@on_sqlite
 def test_a_day_is_summed_in_openais_shape(office: Office) -> None:
     office.use(MIDNIGHT + timedelta(hours=1))
     office.use(MIDNIGHT + timedelta(hours=2))
@@ -151,6 +154,7 @@ def test_a_day_is_summed_in_openais_shape(office: Office) -> None:
     }
 
 
+@on_sqlite
 def test_days_in_which_nothing_was_used_are_there_and_empty(office: Office) -> None:
     office.use(MIDNIGHT - timedelta(days=2))
     page = office.completions(start_time=s(MIDNIGHT) - 3 * DAY_S)
@@ -160,6 +164,7 @@ def test_days_in_which_nothing_was_used_are_there_and_empty(office: Office) -> N
     assert [len(buckets) for buckets in results(page)] == [0, 1, 0, 0]
 
 
+@on_sqlite
 def test_a_window_that_cuts_hours_counts_to_the_second(office: Office) -> None:
     start = MIDNIGHT + timedelta(hours=1, minutes=30)
     end = MIDNIGHT + timedelta(hours=5, minutes=30)
@@ -181,6 +186,7 @@ def test_a_window_that_cuts_hours_counts_to_the_second(office: Office) -> None:
     assert [bucket["start_time"] % 3600 for bucket in hours["data"]] == [1800, 0, 0, 0, 0]
 
 
+@on_sqlite
 def test_minutes_come_from_the_events(office: Office) -> None:
     office.use(NOON - timedelta(minutes=2, seconds=-30))
     office.use(NOON - timedelta(minutes=2, seconds=-31))
@@ -222,6 +228,7 @@ def test_groups_tell_apart_what_they_name(office: Office) -> None:
     assert len(results(office.completions(start_time=s(MIDNIGHT), group_by="model"))[0]) == 2
 
 
+@on_sqlite
 @pytest.mark.parametrize("suffix", ["", "[]"])
 def test_filters_are_understood_in_both_spellings(office: Office, suffix: str) -> None:
     office.use(MIDNIGHT, model="one")
@@ -239,6 +246,7 @@ def test_filters_are_understood_in_both_spellings(office: Office, suffix: str) -
     assert (count(batch="true"), count(batch="false"), count()) == (1, 2, 3)
 
 
+@on_sqlite
 def test_a_tenant_sees_itself_and_the_operator_everybody(office: Office) -> None:
     office.use(MIDNIGHT)
     office.use(MIDNIGHT, "rival")
@@ -288,6 +296,7 @@ def test_costs_are_exact_and_hold_charges_too(office: Office) -> None:
     assert results(office.costs(office.keys["rival"], start_time=s(MIDNIGHT))) == [[]]
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("path", "params", "param"),
     [
@@ -323,6 +332,7 @@ def test_what_is_wrong_is_refused_by_its_name(office: Office, path: str, params:
     assert answer.json()["error"]["param"] == param
 
 
+@on_sqlite
 @pytest.mark.parametrize("path", ["usage/completions", "costs", "forecast", "balance"])
 def test_a_key_without_the_scope_is_refused_before_anything_is_looked_at(office: Office, path: str) -> None:
     _, inference = office.shop.tenants.create_key("acme", at=NOON)
@@ -331,6 +341,7 @@ def test_a_key_without_the_scope_is_refused_before_anything_is_looked_at(office:
     assert office.ask(path, "wrong", start_time="wrong").status_code == 401
 
 
+@on_sqlite
 def test_openais_client_reads_usage_and_costs(office: Office) -> None:
     office.use(MIDNIGHT, model="one")
     office.use(MIDNIGHT, model="two")
@@ -350,6 +361,7 @@ def test_openais_client_reads_usage_and_costs(office: Office) -> None:
     asyncio.run(read())
 
 
+@on_sqlite
 def test_a_forecast_adds_the_last_days_mean_for_each_day_that_is_left(office: Office) -> None:
     for days, nanos in ((1, 700), (2, 100), (3, 400)):  # the first was three days ago
         office.use(MIDNIGHT - timedelta(days=days), cost_nanos=nanos)
@@ -377,6 +389,7 @@ def test_a_forecast_adds_the_last_days_mean_for_each_day_that_is_left(office: Of
     assert office.ask("forecast", office.platform).json()["total"]["to_date_nanos"] == 1250
 
 
+@on_sqlite
 def test_the_balance_shows_credit_and_budgets_in_force(office: Office) -> None:
     budgets = BudgetService(office.shop.store)
     kept = budgets.create("acme", "tenant", "acme", "month", 5000, at=NOON).budget

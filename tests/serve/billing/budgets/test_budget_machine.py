@@ -25,7 +25,8 @@ from serve.billing.pricing.plans import Prices
 from serve.errors import AlreadyExists, BudgetExceeded, InsufficientCredit
 from serve.storage.database import Store
 from serve.tenants import Tenants
-from tests.serve.conftest import NOON, PLAN, NewDatabase
+from tests.support.constants import NOON, PLAN
+from tests.support.databases import NewDatabase
 from tests.support.usage_events import usage_event
 
 LEASE = timedelta(minutes=10)

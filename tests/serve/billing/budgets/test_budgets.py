@@ -34,7 +34,9 @@ from serve.formats.errors import anthropic_body_of, body_of, status_of
 from serve.observability.metrics import render_budgets
 from serve.tenants import server_secret
 from serve.tenants.audit import Audit
-from tests.serve.conftest import NOON, BillingFixture, on_sqlite
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
+from tests.support.databases import on_sqlite
 from tests.support.usage_events import usage_event
 
 LEASE = timedelta(minutes=10)

@@ -12,7 +12,8 @@ from serve.billing.jobs import expire_due
 from serve.billing.ledger.holds import Hold
 from serve.errors import Conflict, UnknownRecord
 from tests.serve.billing.invoicing.test_calculation import buy
-from tests.serve.conftest import NOON, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
 
 DAY = timedelta(days=1)
 BEGIN = datetime(2026, 11, 1, tzinfo=UTC)

@@ -16,7 +16,8 @@ from serve.billing.ledger.holds import Hold
 from serve.billing.money import nanos_of_usd, usd
 from serve.billing.pricing.plans import BatchRates, Prices, Rates, Tokens
 from serve.errors import OperatorError, UnknownRecord
-from tests.serve.conftest import NOON, PLAN, RATES, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON, PLAN, RATES
 from tests.support.usage_events import usage_event
 
 MONTH = "2026-11"

@@ -19,7 +19,8 @@ from serve.billing.pricing.plans import PricePlan, Prices
 from serve.errors import Conflict, InvalidRequest, UnknownRecord
 from serve.tenants.audit import Audit
 from tests.serve.billing.invoicing.test_calculation import MONTH, buy
-from tests.serve.conftest import NOON, PLAN, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON, PLAN
 
 DECEMBER = datetime(2026, 12, 2, tzinfo=UTC)
 JANUARY = datetime(2027, 1, 2, tzinfo=UTC)

@@ -27,8 +27,9 @@ from serve.billing.ledger.checkpoints import (
 from serve.billing.metering.events import UsageEvent, UsageStatus
 from serve.billing.metering.terms import BillingTerms, RequestUsage
 from serve.billing.pricing.plans import Tokens
-from tests.serve.conftest import NOON, RATES, wait_until
+from tests.support.constants import NOON, RATES
 from tests.support.disks import SIZE_BYTES, small_disk
+from tests.support.waiting import wait_until
 
 SALE = BillingTerms("acme", "key", None, "tiny", "tiny", None, 1, RATES, 1, "default")
 

@@ -20,7 +20,8 @@ from serve.billing.metering.rollups import hours_table
 from serve.errors import BudgetExceeded, StoreUnavailable
 from serve.storage.database import Store
 from tests.serve.billing.budgets.test_budgets import Spender
-from tests.serve.conftest import NOON, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
 
 LEASE = timedelta(minutes=10)
 T = TypeVar("T")

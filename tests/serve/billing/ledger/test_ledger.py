@@ -21,7 +21,9 @@ from serve.billing.pricing.plans import Prices, Tokens
 from serve.errors import InsufficientCredit
 from serve.storage.database import Store
 from serve.tenants import Principal, Tenants
-from tests.serve.conftest import NOON, PLAN, BillingFixture, NewDatabase
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON, PLAN
+from tests.support.databases import NewDatabase
 from tests.support.usage_events import usage_event
 
 LEASE = timedelta(minutes=10)

@@ -12,7 +12,9 @@ from serve.billing.ledger.ledger import Ledger
 from serve.billing.ledger.writer import CommitQueue
 from serve.errors import InsufficientCredit, StoreUnavailable
 from tests.serve.billing.ledger.test_ledger import event
-from tests.serve.conftest import NOON, BillingFixture, wait_until
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
+from tests.support.waiting import wait_until
 
 LEASE = timedelta(minutes=10)
 

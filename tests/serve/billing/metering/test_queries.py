@@ -20,7 +20,9 @@ from serve.cli import app
 from serve.errors import InvalidRequest
 from serve.storage.database import Store
 from serve.tenants.audit import Audit
-from tests.serve.conftest import NOON, BillingFixture, on_sqlite
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
+from tests.support.databases import on_sqlite
 from tests.support.usage_events import usage_event
 
 MIDNIGHT = NOON.replace(hour=0)

@@ -22,7 +22,8 @@ from serve.billing.pricing.plans import (
     read_plan,
 )
 from serve.errors import UnknownRecord
-from tests.serve.conftest import CONFIGS, NOON, PLAN, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import CONFIGS, NOON, PLAN
 
 prices_st = st.integers(0, 10**12)
 counts_st = st.integers(0, 10**6)

@@ -31,7 +31,8 @@ from serve.billing.webhooks.outbox import deliver_due as deliver
 from serve.billing.webhooks.outbox import enqueue, webhook_events_table
 from serve.errors import InvalidRequest
 from serve.storage.database import Store
-from tests.serve.conftest import NOON, BillingFixture
+from tests.support.billing_fixture import BillingFixture
+from tests.support.constants import NOON
 
 SERVER_SECRET = b"a secret of the server's"
 

@@ -18,7 +18,7 @@ from finetune.card import (
 from serve.engine.adapters.cache import AdapterCache, read_verified
 from serve.registry.versions import AdapterVersion
 from serve.vllm_plugin.packed import Layer, Layout, Packed
-from tests.finetune.conftest import card_for
+from tests.support.finetune_samples import card_for
 from tests.support.lora_samples import RANK, publish_sample, write_adapter
 
 TENANT, CAPACITY = "acme", 2

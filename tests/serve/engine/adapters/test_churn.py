@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from serve.engine.adapters.probe import probe
 from serve.engine.protocol import Counters, Delta, Event, Finished
 from serve.registry.versions import AdapterVersion
-from tests.serve.engine.conftest import MEMORY, SLOTS, Host, until
+from tests.support.engine_host import MEMORY, SLOTS, EngineHost, until
 
-REQUESTS, IN_FLIGHT_MAX, DISTURB_EVERY = 2200, 24, 12
+REQUESTS, IN_FLIGHT_MAX, DISTURB_EVERY = 1200, 24, 8
 NAMES = [f"churn-{number}" for number in range(12)]
 BASE_SHARE, OLD_SHARE, ABORT_SHARE = 0.1, 0.1, 0.1
 LONG_TOKENS = 60
@@ -27,7 +27,7 @@ LONG_OPENING = "The quick brown fox jumps over the lazy dog, and " * 16
 class Versions:
     """Holds what each version answers alone, and which version each name means now."""
 
-    host: Host
+    host: EngineHost
     answers: dict[str, dict[tuple[str, int], str]] = field(default_factory=dict)
     aliases: dict[str, AdapterVersion] = field(default_factory=dict)
     retired: list[AdapterVersion] = field(default_factory=list)
@@ -89,7 +89,7 @@ async def serve(versions: Versions, wish: Wish, record: Record) -> None:
 
 
 async def drain(
-    host: Host, number: str, events: AsyncIterator[list[Event]], *, abort: bool
+    host: EngineHost, number: str, events: AsyncIterator[list[Event]], *, abort: bool
 ) -> tuple[str, Finished]:
     """Returns the whole text. With `abort` it stops the request after its first token."""
     text, aborted = "", False
@@ -163,7 +163,9 @@ def billable(before: Counters, after: Counters) -> tuple[int, int]:
     )
 
 
-def test_under_churn_every_answer_is_that_of_its_own_version_and_every_token_is_counted(host: Host) -> None:
+def test_under_churn_every_answer_is_that_of_its_own_version_and_every_token_is_counted(
+    host: EngineHost,
+) -> None:
     """The test compares greedy answers with those of the same version when nothing else ran.
 
     Batches of other shapes add in another order, so only such prompts are used whose tokens, served alone,

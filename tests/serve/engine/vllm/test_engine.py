@@ -11,12 +11,12 @@ import pytest
 
 from finetune.errors import FinetuneError
 from serve.engine.protocol import Finished, GenerationRequest, Sampling, Texts
-from tests.serve.conftest import wait_until
-from tests.serve.engine.conftest import Host, events_of, until
+from tests.support.engine_host import EngineHost, events_of, until
+from tests.support.waiting import wait_until
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-def test_an_aborted_request_leaves_nothing_in_vllm(host: Host, samples: int) -> None:
+def test_an_aborted_request_leaves_nothing_in_vllm(host: EngineHost, samples: int) -> None:
     processor = host.engine._llm.output_processor
 
     async def scenario() -> None:
@@ -38,7 +38,7 @@ def test_an_aborted_request_leaves_nothing_in_vllm(host: Host, samples: int) -> 
     assert not processor.external_req_ids
 
 
-def test_a_probe_that_does_not_begin_is_not_counted(host: Host) -> None:
+def test_a_probe_that_does_not_begin_is_not_counted(host: EngineHost) -> None:
     adapter = host.publish("spoilt", 77)
     shutil.rmtree(adapter.path(host.adapters_dir))
     before = host.counters()

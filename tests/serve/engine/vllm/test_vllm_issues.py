@@ -16,7 +16,7 @@ from serve.engine.protocol import Accepted, Delta, Event
 from serve.errors import BespokeError, EngineUnavailable, RegistryError
 from serve.registry.validation import inspect
 from serve.registry.versions import AdapterVersion
-from tests.serve.engine.conftest import RANK_MAX, TENANT, Host, collect
+from tests.support.engine_host import RANK_MAX, TENANT, EngineHost, collect
 
 OPENINGS = ("The", "Bicycle tea", "Hello there", "Once", "Rain on", "Why do", "Blue", "Seven", "It", "Please")
 # With small weights the tiny model soon repeats itself, so that even a long answer is sure (see LEAD_MIN).
@@ -33,12 +33,12 @@ async def begun(events: AsyncIterator[list[Event]]) -> str:
     raise AssertionError("the stream ended at once")
 
 
-def long_reference(host: Host, adapter: AdapterVersion | None) -> tuple[str, str]:
+def long_reference(host: EngineHost, adapter: AdapterVersion | None) -> tuple[str, str]:
     (((prompt, _), text),) = host.references(adapter, [(text, LONG_TOKENS) for text in OPENINGS], 1).items()
     return prompt, text
 
 
-def calm(host: Host, name: str) -> tuple[AdapterVersion, str, str]:
+def calm(host: EngineHost, name: str) -> tuple[AdapterVersion, str, str]:
     """Publishes an adapter with a long answer that is sure."""
     for seed in range(20):
         adapter = host.publish(name, seed, size=CALM)
@@ -49,7 +49,7 @@ def calm(host: Host, name: str) -> tuple[AdapterVersion, str, str]:
     raise AssertionError("no adapter is calm enough")
 
 
-def test_47724_adapters_added_while_others_decode_change_nobodys_tokens(host: Host) -> None:
+def test_47724_adapters_added_while_others_decode_change_nobodys_tokens(host: EngineHost) -> None:
     first, first_prompt, first_text = calm(host, "long")
     base_prompt, base_text = long_reference(host, None)
     others = [host.publish("added", 900 + seed) for seed in range(3)]
@@ -83,7 +83,7 @@ def test_47724_adapters_added_while_others_decode_change_nobodys_tokens(host: Ho
     assert [got for got, _ in pairs] == [want for _, want in pairs]
 
 
-def test_42125_a_new_version_never_answers_from_the_old_ones_cache(host: Host) -> None:
+def test_42125_a_new_version_never_answers_from_the_old_ones_cache(host: EngineHost) -> None:
     shared = "A long preamble that fills blocks of the prefix cache, said again and again. " * 24
     candidates = [(shared + opening, 8) for opening in OPENINGS]
     old, new = (host.publish("moved", seed, tenant=TENANT) for seed in (41, 42))
@@ -104,7 +104,7 @@ def test_42125_a_new_version_never_answers_from_the_old_ones_cache(host: Host) -
     assert not set(old_answers.values()) & set(new_answers.values())
 
 
-def test_42125_streams_of_the_old_version_finish_on_it_after_the_alias_has_moved(host: Host) -> None:
+def test_42125_streams_of_the_old_version_finish_on_it_after_the_alias_has_moved(host: EngineHost) -> None:
     old, old_prompt, old_text = calm(host, "in-flight")
     new = host.publish("in-flight", 4242)
     ((new_prompt, tokens), new_text), *_ = host.references(new, [(text, 8) for text in OPENINGS], 1).items()
@@ -121,7 +121,7 @@ def test_42125_streams_of_the_old_version_finish_on_it_after_the_alias_has_moved
     assert host.run(scenario()) == (old_text, new_text)
 
 
-def misnamed(host: Host, name: str, seed: int, old: str, new: str) -> AdapterVersion:
+def misnamed(host: EngineHost, name: str, seed: int, old: str, new: str) -> AdapterVersion:
     """Publishes an adapter with a matching card, none of whose tensors has a name of the base's modules."""
     good = host.publish(name, seed).path(host.adapters_dir)
     with tempfile.TemporaryDirectory(dir=host.adapters_dir.parent) as staging:
@@ -143,7 +143,7 @@ FOREIGN = [("model.layers", "wrong_model.layers"), ("base_model.model.", "base_m
 
 @pytest.mark.parametrize(("old", "new"), FOREIGN, ids=["of the base", "of the adapter"])
 def test_34186_an_adapter_with_a_foreign_prefix_is_refused_by_its_tensors_name(
-    host: Host, old: str, new: str
+    host: EngineHost, old: str, new: str
 ) -> None:
     path = misnamed(host, "foreign", 1, old, new).path(host.adapters_dir)
     with pytest.raises(RegistryError, match=r"base_model\..*wrong_model\..*layers\.0"):
@@ -152,7 +152,7 @@ def test_34186_an_adapter_with_a_foreign_prefix_is_refused_by_its_tensors_name(
 
 @pytest.mark.parametrize(("old", "new"), FOREIGN, ids=["of the base", "of the adapter"])
 def test_34186_an_engine_that_is_given_one_nevertheless_refuses_it_and_lives_on(
-    host: Host, old: str, new: str
+    host: EngineHost, old: str, new: str
 ) -> None:
     adapter = misnamed(host, "foreign", 2, old, new)
     before = host.run(host.engine.logprobs(None))
@@ -165,13 +165,13 @@ def test_34186_an_engine_that_is_given_one_nevertheless_refuses_it_and_lives_on(
     assert distance(before, host.run(host.engine.logprobs(None))) < NOISE
 
 
-def test_an_adapter_without_an_effect_is_rejected(host: Host) -> None:
+def test_an_adapter_without_an_effect_is_rejected(host: EngineHost) -> None:
     reason = host.run(probe(host.engine, host.publish("nothing", 1, size=1e-9)))
     assert reason is not None
     assert "changes nothing" in reason
 
 
-def test_a_good_adapter_passes_its_probe_and_leaves_the_base_as_it_was(host: Host) -> None:
+def test_a_good_adapter_passes_its_probe_and_leaves_the_base_as_it_was(host: EngineHost) -> None:
     before = host.run(host.engine.logprobs(None))
     adapter = host.publish("good", 1)
     assert host.run(probe(host.engine, adapter)) is None
@@ -179,7 +179,7 @@ def test_a_good_adapter_passes_its_probe_and_leaves_the_base_as_it_was(host: Hos
     assert host.run(host.engine.logprobs(None)) == pytest.approx(before, abs=NOISE / 10)
 
 
-def test_bytes_that_changed_after_registration_are_refused_and_the_engine_lives_on(host: Host) -> None:
+def test_bytes_that_changed_after_registration_are_refused_and_the_engine_lives_on(host: EngineHost) -> None:
     adapter, other = host.publish("changed", 1), host.publish("unchanged", 2)
     ((prompt, tokens), want), *_ = host.references(other, [(text, 8) for text in OPENINGS], 1).items()
     weights = adapter.path(host.adapters_dir) / WEIGHTS_NAME

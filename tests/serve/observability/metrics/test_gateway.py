@@ -13,7 +13,7 @@ from serve.billing.pricing.plans import Tokens
 from serve.deployment.app import build_app
 from serve.observability.metrics import Metrics
 from serve.settings import Settings
-from tests.serve.conftest import TINY
+from tests.support.constants import TINY
 from tests.support.scripted_app import BROKEN, HELLO, LEFT, Json, ScriptedApp, ScriptedEngine
 
 TOKEN = "let-me-see-é"

@@ -8,14 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.serve.conftest import import_tiny
+from tests.support.live_service import import_tiny_bases
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_a_run_starts_a_service_reconciles_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    import_tiny(tmp_path)
+    import_tiny_bases(tmp_path)
     command = [sys.executable, "-m", "loadtests.load", "mixed", "--users", "4", "--duration", "5s"]
     command += ["--home", str(tmp_path), "--out", str(tmp_path / "report.json")]
     others = set(psutil.Process().children(recursive=True))

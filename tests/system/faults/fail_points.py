@@ -1,8 +1,9 @@
-"""Where a replica under test dies or stands still: put into its process from outside, at existing seams.
+"""Fail points: places at which a process under test kills itself or stands still.
 
-A test sets a trap, a file `POINT@MARKER` that says what to do there: "kill" (SIGKILL, by the process itself)
-or "stop" (stand still until the test lets it go). A request's marker is its whole last message. Whoever comes
-to the point first takes the trap away, so each acts once.
+They are put into the processes from outside, at existing seams. A test sets one by a file `POINT@MARKER` that
+holds its action: "kill" (SIGKILL, by the process itself) or "stop" (stand still until the test releases it).
+A request's marker is its whole last message. The first process to reach a point takes its file away, so each
+acts once.
 """
 
 import asyncio
@@ -50,17 +51,17 @@ KILL, STOP = "kill", "stop"
 
 @dataclass(frozen=True)
 class Hit:
-    """Who came to a trap, for which request."""
+    """The process that reached a fail point, and for which request."""
 
     pid: int
     request_id: str
 
 
 class FailPoints:
-    """The traps of one running application: a folder that its processes look into."""
+    """The fail points of one running application: a folder that its processes look into."""
 
     def __init__(self, home: Path) -> None:
-        self._folder = home / "traps"
+        self._folder = home / "fail-points"
         self._folder.mkdir(exist_ok=True)
 
     def set(self, point: str, marker: str, action: str) -> None:
@@ -78,12 +79,12 @@ class FailPoints:
         self._path(point, marker, ".go").touch()
 
     def forget(self, point: str, marker: str) -> None:
-        """The same trap may be set again."""
+        """Lets the same fail point be set again."""
         for suffix in (".hit", ".go"):
             self._path(point, marker, suffix).unlink(missing_ok=True)
 
     def reach(self, point: str, marker: str | None, request_id: str) -> Path | None:
-        """Come to `point`. Returns what to wait for, if it is to wait; does not return if it is to die."""
+        """Returns the file to wait for, or None to go on. Does not return where the action is "kill"."""
         if marker is None:
             return None
         taken = self._path(point, marker, ".taken")
@@ -91,20 +92,20 @@ class FailPoints:
             self._path(point, marker).rename(taken)
         except FileNotFoundError:
             return None
-        beside = self._path(point, marker, ".saying")
+        beside = self._path(point, marker, ".new-hit")
         beside.write_text(json.dumps({"pid": os.getpid(), "request_id": request_id}))
         beside.rename(self._path(point, marker, ".hit"))
         if taken.read_text() == KILL:
             os.kill(os.getpid(), signal.SIGKILL)
         return self._path(point, marker, ".go")
 
-    async def come(self, point: str, marker: str | None, request_id: str) -> None:
+    async def pass_by(self, point: str, marker: str | None, request_id: str) -> None:
         if (go := self.reach(point, marker, request_id)) is not None:
             deadline_s = time.monotonic() + STOP_S_MAX
             while not go.exists() and time.monotonic() < deadline_s:
                 await asyncio.sleep(0.01)
 
-    def come_blocking(self, point: str, marker: str | None, request_id: str) -> None:
+    def pass_by_blocking(self, point: str, marker: str | None, request_id: str) -> None:
         if (go := self.reach(point, marker, request_id)) is not None:
             deadline_s = time.monotonic() + STOP_S_MAX
             while not go.exists() and time.monotonic() < deadline_s:
@@ -114,20 +115,20 @@ class FailPoints:
         return self._folder / f"{point}@{marker}{suffix}"
 
 
-def at(who: str, moment: str) -> str:
-    """The point at which `who` comes to `moment`."""
-    return f"{who}, {moment}"
+def at(process: str, moment: str) -> str:
+    """The point at which `process` comes to `moment`."""
+    return f"{process}, {moment}"
 
 
 class FaultyGateway(GatewayDeployment):
     async def __init__(  # type: ignore[misc] # Serve awaits it
         self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any], steward: Any
     ) -> None:
-        traps = FailPoints(settings.home)
+        fail_points = FailPoints(settings.home)
         markers: dict[str, str | None] = {}
-        _watch_generations(traps, markers)
-        _watch_engines(traps)
-        _watch_ledger(traps, "gateway", markers.get)
+        _patch_generations(fail_points, markers)
+        _patch_engines(fail_points)
+        _patch_ledger(fail_points, "gateway", markers.get)
         assert BatchWorker.__init__.__kwdefaults__ is not None
         BatchWorker.__init__.__kwdefaults__["lease"] = BATCH_LEASE
         await super().__init__(settings, contexts, handles, steward)  # type: ignore[misc]
@@ -135,36 +136,36 @@ class FaultyGateway(GatewayDeployment):
 
 class FaultyEngine(EngineDeployment):
     async def __init__(self, settings: Settings, base: str) -> None:  # type: ignore[misc] # Serve awaits it
-        traps = FailPoints(settings.home)
+        fail_points = FailPoints(settings.home)
         await super().__init__(settings, base)  # type: ignore[misc]
         generate = self._engine.generate
 
         async def stopping(request: GenerationRequest, take: Take) -> None:
-            async def come(batch: list[Event]) -> None:
+            async def before_next(batch: list[Event]) -> None:
                 if any(isinstance(event, Accepted) for event in batch):
                     point = at("engine", BEFORE_FIRST_TOKEN)
-                    await traps.come(point, _marker_of(request.prompt), request.request_id)
+                    await fail_points.pass_by(point, _marker_of(request.prompt), request.request_id)
 
-            await _held_up(lambda slowly: generate(request, slowly), take, come)
+            await _one_by_one(lambda slowly: generate(request, slowly), take, before_next)
 
         self._engine.generate = stopping  # type: ignore[method-assign]
 
 
 class FaultySteward(StewardDeployment):
     def __init__(self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> None:
-        traps = FailPoints(settings.home)
+        fail_points = FailPoints(settings.home)
         commit = recovery.Recovery._commit
 
         async def _commit(self: recovery.Recovery, closing: ledger.Resolution) -> bool:
-            await traps.come(at("steward", BEFORE_SETTLE), ANY, closing.request_id)
+            await fail_points.pass_by(at("steward", BEFORE_SETTLE), ANY, closing.request_id)
             return await commit(self, closing)
 
         recovery.Recovery._commit = _commit  # type: ignore[method-assign]
-        _watch_ledger(traps, "steward", lambda _request_id: ANY)
+        _patch_ledger(fail_points, "steward", lambda _request_id: ANY)
         super().__init__(settings, contexts, handles)
 
 
-def _watch_generations(traps: FailPoints, markers: dict[str, str | None]) -> None:
+def _patch_generations(fail_points: FailPoints, markers: dict[str, str | None]) -> None:
     init, close = generation.Generation.__init__, generation.Generation._settle_or_void
 
     def __init__(self: generation.Generation, terms: Any, principal: Any, call: Any, *rest: Any) -> None:
@@ -173,7 +174,7 @@ def _watch_generations(traps: FailPoints, markers: dict[str, str | None]) -> Non
 
     async def _settle_or_void(self: generation.Generation, failure: Any) -> None:
         request_id = self.request.request_id
-        await traps.come(at("gateway", BEFORE_SETTLE), markers[request_id], request_id)
+        await fail_points.pass_by(at("gateway", BEFORE_SETTLE), markers[request_id], request_id)
         await close(self, failure)
         markers.pop(request_id)
 
@@ -181,37 +182,37 @@ def _watch_generations(traps: FailPoints, markers: dict[str, str | None]) -> Non
     generation.Generation._settle_or_void = _settle_or_void  # type: ignore[method-assign]
 
 
-def _watch_engines(traps: FailPoints) -> None:
+def _patch_engines(fail_points: FailPoints) -> None:
     ask = RemoteEngine.generate
 
     async def generate(self: RemoteEngine, request: GenerationRequest, take: Take) -> None:
         marker, name = _marker_of(request.prompt), request.request_id
-        await traps.come(at("gateway", BEFORE_DISPATCH), marker, name)
+        await fail_points.pass_by(at("gateway", BEFORE_DISPATCH), marker, name)
         tokens = 0
 
-        async def come(batch: list[Event]) -> None:
+        async def before_next(batch: list[Event]) -> None:
             nonlocal tokens
             if any(isinstance(event, Accepted) for event in batch):
-                await traps.come(at("gateway", BEFORE_FIRST_TOKEN), marker, name)
+                await fail_points.pass_by(at("gateway", BEFORE_FIRST_TOKEN), marker, name)
             tokens += sum(event.tokens for event in batch if isinstance(event, Delta))
             if tokens >= MID_TOKENS:
-                await traps.come(at("gateway", IN_MID_STREAM), marker, name)
+                await fail_points.pass_by(at("gateway", IN_MID_STREAM), marker, name)
 
-        await _held_up(lambda slowly: ask(self, request, slowly), take, come)
+        await _one_by_one(lambda slowly: ask(self, request, slowly), take, before_next)
 
     RemoteEngine.generate = generate  # type: ignore[method-assign]
 
 
-async def _held_up(
-    ask: Callable[[Take], Awaitable[None]], take: Take, come: Callable[[list[Event]], Awaitable[None]]
+async def _one_by_one(
+    ask: Callable[[Take], Awaitable[None]], take: Take, before_next: Callable[[list[Event]], Awaitable[None]]
 ) -> None:
-    """`ask`, whose events get to `take` one by one, each when `come` has let go of the one before."""
+    """Calls `ask`; gives its batches of events to `take` one by one, each after `before_next` of the last."""
     waiting: asyncio.Queue[list[Event]] = asyncio.Queue()  # an empty list is the end
 
     async def give() -> None:
         while batch := await waiting.get():
             take(batch)
-            await come(batch)
+            await before_next(batch)
 
     giving = asyncio.create_task(give())
     try:
@@ -224,18 +225,20 @@ async def _held_up(
         await asyncio.wait({giving})
 
 
-def _watch_ledger(traps: FailPoints, who: str, marker_of: Callable[[str], str | None]) -> None:
+def _patch_ledger(fail_points: FailPoints, process: str, marker_of: Callable[[str], str | None]) -> None:
     record, close = ledger._record, writer.CommitQueue.resolve
 
     def _record(connection: Any, closed: list[ledger.Resolution], held: Any) -> None:
         record(connection, closed, held)
-        for one in closed:  # in the transaction, with all rows written and locked
-            traps.come_blocking(at(who, DURING_SETTLE), marker_of(one.request_id), one.request_id)
+        for resolution in closed:  # in the transaction, with all rows written and locked
+            fail_points.pass_by_blocking(
+                at(process, DURING_SETTLE), marker_of(resolution.request_id), resolution.request_id
+            )
 
     async def _close(self: writer.CommitQueue, closing: ledger.Resolution) -> bool:
         outcome = await close(self, closing)
         request_id = closing.request_id
-        await traps.come(at(who, AFTER_SETTLE), marker_of(request_id), request_id)
+        await fail_points.pass_by(at(process, AFTER_SETTLE), marker_of(request_id), request_id)
         return outcome
 
     ledger._record = _record

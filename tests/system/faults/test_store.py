@@ -18,8 +18,9 @@ from serve.billing.metering.events import UsageEvent
 from serve.errors import StoreUnavailable
 from serve.maintenance.recovery import ENGINE_PATIENCE
 from serve.storage.database import Store
-from tests.serve.conftest import NOON, BillingFixture, onboard
 from tests.serve.maintenance.test_recovery import Scene
+from tests.support.billing_fixture import BillingFixture, onboard
+from tests.support.constants import NOON
 from tests.support.disks import small_disk
 from tests.support.usage_events import COST_NANOS, usage_event
 

@@ -1,19 +1,19 @@
-"""What a run saw, as the table of docs/faults.md: python -m tests.faults.table FILE."""
+"""Prints a run's observations as the table of docs/faults.md: python -m tests.system.faults.table FILE."""
 
 import json
 import sys
 from pathlib import Path
 
-from tests.faults.failpoints import MOMENTS
+from tests.system.faults.fail_points import MOMENTS
 
 HEAD = ("killed", "at", "the client got", "tokens sent", "tokens billed", "the ledger", "closed after, s")
 
 
 def main() -> None:
     rows = [HEAD, ("---",) * len(HEAD)]
-    every = json.loads(Path(sys.argv[1]).read_text())
-    faults = [seen["fault"] for seen in every]
-    for seen in sorted(every, key=lambda one: (faults.index(one["fault"]), _order(one["moment"]))):
+    observations = json.loads(Path(sys.argv[1]).read_text())
+    faults = [observation["fault"] for observation in observations]
+    for seen in sorted(observations, key=lambda row: (faults.index(row["fault"]), _order(row["moment"]))):
         counted = seen["counted"]
         tokens = (seen["sent_tokens"], seen["billed_tokens"]) if counted else ("", "")
         rows.append(
