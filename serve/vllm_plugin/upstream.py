@@ -106,3 +106,17 @@ def replace_device_lookup(wrap: Wrap) -> None:
 
     # base_linear has imported the name; other layer kinds (embeddings, experts) are not packed so.
     utils._get_lora_device = base_linear._get_lora_device = wrap(utils._get_lora_device)
+
+
+def int8_kernel_choice() -> Any:
+    """Returns vLLM's `check_cpu_sgl_kernel` as its INT8 layers call it."""
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+    return cpu.check_cpu_sgl_kernel
+
+
+def replace_int8_kernel_choice(wrap: Wrap) -> None:
+    """Wraps `check_cpu_sgl_kernel`, by which an INT8 layer takes the AMX kernel instead of oneDNN's."""
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+    cpu.check_cpu_sgl_kernel = wrap(cpu.check_cpu_sgl_kernel)

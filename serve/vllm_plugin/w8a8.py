@@ -1,7 +1,9 @@
-"""Lets W8A8 bases start with LoRA on.
+"""Lets W8A8 bases start with LoRA on, and compute in float32 on CPUs with AMX.
 
-We found no numbered vLLM issue for it. On CPU, oneDNN packs an INT8 layer's weight away and leaves `weight`
-None. `lora/layers/utils.py:_get_lora_device` then fails on `weight.device` at start.
+We found no numbered vLLM issue for either. On CPU, oneDNN packs an INT8 layer's weight away and leaves
+`weight` None. `lora/layers/utils.py:_get_lora_device` then fails on `weight.device` at start. With AMX, vLLM
+takes a kernel for INT8 weights without asking for the activations' type; it refuses float32 ("expect A to be
+bfloat16 or half"), and the first request ends the engine.
 """
 
 from typing import Any
@@ -15,9 +17,11 @@ def needed() -> bool:
 
 
 def install() -> None:
-    """Gives LoRA tensors of packed layers the device of the layer's other tensors."""
+    """Gives LoRA tensors of packed layers the device of the layer's other tensors; keeps float32 from AMX."""
     if needed():
         upstream.replace_device_lookup(_finding_packed_layers)
+    if not getattr(upstream.int8_kernel_choice(), "asks_activations", False):
+        upstream.replace_int8_kernel_choice(_asking_activations)
 
 
 def _finding_packed_layers(original: Any) -> Any:
@@ -30,6 +34,18 @@ def _finding_packed_layers(original: Any) -> Any:
         return tensors[0].device if tensors else torch.device("cpu")
 
     return device_of
+
+
+def _asking_activations(original: Any) -> Any:
+    def choose(n: int, k: int, dtype: Any) -> bool:
+        import torch
+
+        # vLLM loads a model with its activations' type as PyTorch's default.
+        fits = dtype != torch.int8 or torch.get_default_dtype() in (torch.bfloat16, torch.float16)
+        return bool(fits and original(n, k, dtype))
+
+    choose.asks_activations = True  # type: ignore[attr-defined]
+    return choose
 
 
 def _packed_layer() -> Any:

@@ -118,3 +118,23 @@ def test_a_layer_of_an_unknown_kind_is_still_an_error(unpatched: Any) -> None:
     w8a8.install()
     with pytest.raises(ValueError, match="Unsupported base layer"):
         base_linear._get_lora_device(torch.nn.Module())
+
+
+def test_float32_activations_take_no_kernel_that_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+    from vllm.model_executor.layers import utils
+
+    from serve.vllm_plugin import w8a8
+
+    monkeypatch.setattr(cpu, "check_cpu_sgl_kernel", utils.check_cpu_sgl_kernel)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert cpu.check_cpu_sgl_kernel(64, 64, torch.int8), (
+        "vLLM asks for the activations' type: the repair can go"
+    )
+    w8a8.install()
+    assert not cpu.check_cpu_sgl_kernel(64, 64, torch.int8)
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+    assert cpu.check_cpu_sgl_kernel(64, 64, torch.int8)
+    repaired = cpu.check_cpu_sgl_kernel
+    w8a8.install()
+    assert cpu.check_cpu_sgl_kernel is repaired
