@@ -7,7 +7,7 @@ After `abort` the last event is Finished still, which carries what was generated
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -18,9 +18,13 @@ from serve.registry.versions import AdapterVersion
 
 @dataclass(frozen=True, slots=True)
 class JsonFormat:
-    """The answer is JSON: of `schema` (JSON Schema as JSON text), or any object if it is None."""
+    """The answer is JSON: of `schema` (JSON Schema as JSON text), or any object if it is None.
+
+    `param` is the client's own name for the schema's place, for error messages.
+    """
 
     schema: str | None = None
+    param: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +78,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call. `parameters` is JSON Schema as JSON text."""
+    """A function that the model may call. `parameters` is JSON Schema as JSON text.
+
+    `param` is the client's own name for the schema's place, for error messages.
+    """
 
     name: str
     description: str | None = None
     parameters: str | None = None
     strict: bool | None = None
+    param: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
