@@ -23,6 +23,7 @@ from serve.engine.protocol import (
     Accepted,
     Counters,
     GenerationRequest,
+    JsonFormat,
     Message,
     Residency,
     Sampling,
@@ -30,6 +31,7 @@ from serve.engine.protocol import (
     Texts,
 )
 from serve.engine.vllm.counters import read_counters
+from serve.engine.vllm.grammars import pin_grammars
 from serve.engine.vllm.outputs import OutputHook, OutputParser
 from serve.engine.vllm.prompts import PromptRenderer, Rendered, refusal_of
 from serve.engine.vllm.setup import engine_args, prepare_environment
@@ -100,9 +102,7 @@ class VllmEngine:
             **engine_args(settings, targets),
         )
         config = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        # A small model may write free whitespace until its tokens are spent. Both grammar backends that
-        # `auto` chooses between know the switch; vLLM's check of the arguments overlooks that.
-        config.structured_outputs_config.disable_any_whitespace = True
+        pin_grammars(config)
         llm = AsyncLLM.from_vllm_config(config)
         card = read_card(base_dir)
         renderer = PromptRenderer(llm, tool_parser=card.tool_parser, reasoning_parser=card.reasoning_parser)
@@ -124,7 +124,7 @@ class VllmEngine:
                 adapter_cache,
                 Slots(settings.max_loras, settings.slot_patience_s),
             )
-        await engine.logprobs(None)
+        await engine.logprobs(None, JsonFormat())  # the first grammar loads the grammar library
         return engine
 
     @property
@@ -136,13 +136,15 @@ class VllmEngine:
         """Ids of the adapters in this replica's memory."""
         return self._cache.cached_ids if self._cache else []
 
-    async def logprobs(self, adapter: AdapterVersion | None) -> dict[int, float]:
+    async def logprobs(
+        self, adapter: AdapterVersion | None, format: JsonFormat | None = None
+    ) -> dict[int, float]:
         """Log-probabilities of the likeliest first tokens of an answer: what `probe` compares.
 
         Billed to nobody, cached for nobody. Raises EngineUnavailable, EngineLost.
         """
         number = f"probe-{uuid.uuid4().hex}"
-        sampling = Sampling(completion_tokens_max=1, temperature=0.0, logprobs=_PROBE_LOGPROBS)
+        sampling = Sampling(completion_tokens_max=1, temperature=0.0, logprobs=_PROBE_LOGPROBS, format=format)
         probe = GenerationRequest(number, adapter, _PROBE, sampling, cache_salt=number)
         rendered = await self._renderer.render(probe)
         ((prompt,), (params,)) = rendered.inputs, rendered.params

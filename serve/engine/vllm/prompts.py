@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.engine.protocol import GenerationRequest, Message, Texts, Toolbox
+from serve.engine.vllm.grammars import check_grammars
 from serve.errors import BespokeError, ContextLengthExceeded, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class PromptRenderer:
 
     async def render(self, request: GenerationRequest) -> Rendered:
         """Raises InvalidRequest, ContextLengthExceeded."""
+        check_grammars(request)
         where = "prompt" if isinstance(request.prompt, Texts) else "messages"
         from vllm.exceptions import VLLMValidationError
 
@@ -209,7 +211,7 @@ def _common(request: GenerationRequest) -> dict[str, Any]:
 
 
 def _bound_whitespace(tag: Any) -> None:
-    """In tool calls too (see `VllmEngine.start`): one space may follow a comma, and no more."""
+    """In tool calls too (see `pin_grammars`): one space may follow a comma, and no more."""
     if isinstance(tag, dict):
         if tag.get("type") == "json_schema" and "json_schema" in tag:
             tag["max_whitespace_cnt"] = 1
