@@ -7,7 +7,7 @@ the last event is Finished too, with the counts until then.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -18,9 +18,13 @@ from serve.registry.versions import AdapterVersion
 
 @dataclass(frozen=True, slots=True)
 class JsonFormat:
-    """Asks for JSON: of `schema` (JSON Schema as JSON text), or any object if it is None."""
+    """Asks for JSON: of `schema` (JSON Schema as JSON text), or any object if it is None.
+
+    `param` is the client's own name for the schema's place, for error messages.
+    """
 
     schema: str | None = None
+    param: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +81,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """Describes a function that the model may call. `parameters` is JSON Schema as JSON text."""
+    """Describes a function that the model may call. `parameters` is JSON Schema as JSON text.
+
+    `param` is the client's own name for the schema's place, for error messages.
+    """
 
     name: str
     description: str | None = None
     parameters: str | None = None
     strict: bool | None = None
+    param: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

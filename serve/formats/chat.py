@@ -5,7 +5,7 @@ the installation are checked by `request_of`.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -15,11 +15,13 @@ from serve.errors import InvalidRequest
 from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.response_format import Json
 from serve.formats.sampling import GenerationBody, RequestBounds
+from serve.formats.schema_budget import Schema, check_schemas
 from serve.inference.answer import Choice
 from serve.inference.request import GenerationResult, InferenceRequest
 
 FUNCTION_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 TOOL_CALLS_MAX = 128
+FORMAT_SCHEMA = "response_format.json_schema.schema"
 
 FunctionName = Annotated[str, Field(pattern=FUNCTION_NAME)]
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
@@ -140,7 +142,18 @@ class ChatCompletionRequest(GenerationBody):
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         names = [tool.function.name for tool in self.tools or ()]
         check_tools(names, forced=self.tool_choice == "required", function=named)
+        check_schemas([*self._schemas()])
         return self
+
+    def _schemas(self) -> Iterator[Schema]:
+        answer = self.response_format.json_schema if self.response_format else None
+        if answer is not None and answer.document is not None:
+            yield Schema(FORMAT_SCHEMA, answer.document)
+        for index, tool in enumerate(self.tools or ()):
+            function = tool.function
+            if function.parameters is not None:
+                strict = function.strict is True
+                yield Schema(_schema_param(index), function.parameters, function.name, strict)
 
     @property
     def length_param(self) -> str:
@@ -175,14 +188,16 @@ class ChatCompletionRequest(GenerationBody):
             return None
         if output.json_schema is None or output.json_schema.document is None:
             return JsonFormat()
-        return JsonFormat(schema_text(output.json_schema.document, "response_format.json_schema.schema"))
+        return JsonFormat(schema_text(output.json_schema.document), FORMAT_SCHEMA)
 
 
 def _tool(function: OfferedFunction, index: int) -> Tool:
-    parameters = None
-    if function.parameters is not None:
-        parameters = schema_text(function.parameters, f"tools.{index}.function.parameters")
-    return Tool(function.name, function.description, parameters, function.strict)
+    parameters = None if function.parameters is None else schema_text(function.parameters)
+    return Tool(function.name, function.description, parameters, function.strict, _schema_param(index))
+
+
+def _schema_param(index: int) -> str:
+    return f"tools.{index}.function.parameters"
 
 
 def request_of(body: ChatCompletionRequest, request_id: str, limits: RequestBounds) -> InferenceRequest:

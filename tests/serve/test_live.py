@@ -28,6 +28,22 @@ def body(**fields: Any) -> dict[str, Any]:
     return {"model": TINY, "messages": HELLO, "max_tokens": 4, "temperature": 0} | fields
 
 
+def answer_format(schema: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+def tool(parameters: object) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "forecast", "parameters": parameters}}
+
+
+# A grammar library that vLLM may choose knows both keywords; the one that tools need leaves out the length.
+PATTERN_AND_LENGTH = {
+    "type": "object",
+    "properties": {"k": {"type": "string", "pattern": "^[a-z]+$", "maxLength": 3}},
+    "required": ["k"],
+}
+
+
 def ask(
     live: LiveService, tenant: str, model: str, text: str = "What is your name?", tokens: int = 24
 ) -> str:
@@ -187,6 +203,13 @@ def test_a_key_without_the_scope_is_refused(live: LiveService) -> None:
         (body(messages=[{"role": "user", "content": "word " * 3000}]), 400, "messages"),
         (body(temperature=9), 400, "temperature"),
         (body(tools=[{}]), 400, "tools.0.type"),
+        (
+            body(response_format=answer_format(PATTERN_AND_LENGTH)),
+            400,
+            "response_format.json_schema.schema",
+        ),
+        (body(tools=[tool(PATTERN_AND_LENGTH)]), 400, "tools.0.function.parameters"),
+        (body(tools=[tool({"type": "wat"})]), 400, "tools.0.function.parameters"),
         (body(messages=[{"role": "user", "content": "x" * (1 << 20)}]), 413, None),
     ],
     ids=lambda value: None if isinstance(value, dict | bytes) else str(value),

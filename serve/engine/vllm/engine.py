@@ -23,6 +23,7 @@ from serve.engine.protocol import (
     Accepted,
     Counters,
     GenerationRequest,
+    JsonFormat,
     Message,
     Residency,
     Sampling,
@@ -31,6 +32,7 @@ from serve.engine.protocol import (
 )
 from serve.engine.vllm import upstream
 from serve.engine.vllm.counters import read_counters
+from serve.engine.vllm.grammars import grammar_config
 from serve.engine.vllm.outputs import OutputHook, OutputParser
 from serve.engine.vllm.prompts import PromptRenderer, Rendered, refusal_of
 from serve.engine.vllm.setup import engine_args, prepare_environment
@@ -93,6 +95,7 @@ class VllmEngine:
         llm = upstream.start_llm(
             model=str(base_dir),
             served_model_name=base,
+            structured_outputs_config=grammar_config(),
             otlp_traces_endpoint=traces_url(otlp_endpoint) if otlp_endpoint else None,
             **engine_args(settings, targets),
         )
@@ -116,7 +119,7 @@ class VllmEngine:
                 adapter_cache,
                 Slots(settings.max_loras, settings.slot_patience_s),
             )
-        await engine.logprobs(None)
+        await engine.logprobs(None, JsonFormat())  # the first grammar loads the grammar library
         return engine
 
     @property
@@ -128,13 +131,15 @@ class VllmEngine:
         """Ids of the adapters in this replica's memory."""
         return self._cache.cached_ids if self._cache else []
 
-    async def logprobs(self, adapter: AdapterVersion | None) -> dict[int, float]:
+    async def logprobs(
+        self, adapter: AdapterVersion | None, format: JsonFormat | None = None
+    ) -> dict[int, float]:
         """Returns log-probabilities of the likeliest first tokens of an answer, which `probe` compares.
 
         The request is billed to nobody and cached for nobody. Raises EngineUnavailable, EngineLost.
         """
         number = f"probe-{uuid.uuid4().hex}"
-        sampling = Sampling(completion_tokens_max=1, temperature=0.0, logprobs=_PROBE_LOGPROBS)
+        sampling = Sampling(completion_tokens_max=1, temperature=0.0, logprobs=_PROBE_LOGPROBS, format=format)
         probe = GenerationRequest(number, adapter, _PROBE, sampling, cache_salt=number)
         rendered = await self._renderer.render(probe)
         ((prompt,), (params,)) = rendered.inputs, rendered.params

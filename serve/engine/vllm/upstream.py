@@ -26,23 +26,13 @@ def start_llm(**arguments: Any) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
-    forbid_free_whitespace(config.structured_outputs_config)
     return AsyncLLM.from_vllm_config(config)
-
-
-def forbid_free_whitespace(structured_outputs: Any) -> None:
-    """Switches off free whitespace in JSON answers, which a small model may write until its tokens are spent.
-
-    Both grammar backends that `auto` chooses between know the switch. vLLM's check of its arguments
-    (config/structured_outputs.py) refuses it together with `auto`, so it is set on the checked configuration.
-    """
-    structured_outputs.disable_any_whitespace = True
 
 
 def bound_whitespace(request: Any) -> None:
     """Lets one space at most follow a comma in the JSON of tool calls.
 
-    The switch of `forbid_free_whitespace` does not reach structural tags, which vLLM makes for tool calls
+    `disable_any_whitespace` does not reach structural tags, which vLLM makes for tool calls
     (entrypoints, `structured_outputs.structural_tag`). xgrammar reads `max_whitespace_cnt` in them.
     """
     outputs = request.structured_outputs

@@ -15,8 +15,11 @@ from serve.errors import InvalidRequest
 from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.chat import CallId
 from serve.formats.sampling import RequestBounds, refuse
+from serve.formats.schema_budget import Schema, check_schemas
 
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+
+FORMAT_SCHEMA = "output_config.format.schema"
 
 # Anthropic's fields that are not implemented, each with the values that change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -194,7 +197,15 @@ class MessagesRequest(BaseModel):
         named = (choice.name or "") if choice is not None and choice.type == "tool" else None
         names = [tool.name for tool in self.tools or ()]
         check_tools(names, forced=choice is not None and choice.type == "any", function=named)
+        check_schemas([*self._schemas()])
         return self
+
+    def _schemas(self) -> Iterator[Schema]:
+        answer = self.output_config.format if self.output_config else None
+        if answer is not None:
+            yield Schema(FORMAT_SCHEMA, answer.document)
+        for index, tool in enumerate(self.tools or ()):
+            yield Schema(f"tools.{index}.input_schema", tool.input_schema, tool.name, tool.strict is True)
 
     def prompt(self, limits: RequestBounds) -> tuple[Message, ...]:
         """The messages in the engine's terms.
@@ -221,8 +232,9 @@ class MessagesRequest(BaseModel):
             Tool(
                 tool.name,
                 tool.description,
-                schema_text(tool.input_schema, f"tools.{index}.input_schema"),
+                schema_text(tool.input_schema),
                 tool.strict,
+                f"tools.{index}.input_schema",
             )
             for index, tool in enumerate(self.tools)
         )
@@ -242,9 +254,7 @@ class MessagesRequest(BaseModel):
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
             stop=stop,
-            format=JsonFormat(schema_text(output.document, "output_config.format.schema"))
-            if output
-            else None,
+            format=JsonFormat(schema_text(output.document), FORMAT_SCHEMA) if output else None,
         )
 
     @property

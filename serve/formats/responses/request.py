@@ -4,6 +4,7 @@ The rules are those of `serve.formats.sampling`: unknown fields are ignored, and
 answer but is not implemented is refused by name. Reference: `openai.types.responses.ResponseCreateParams`.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
@@ -13,8 +14,10 @@ from serve.errors import InvalidRequest
 from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.chat import CalledFunction, CallId, FunctionName, OfferedFunction
 from serve.formats.sampling import RequestBounds, refuse
+from serve.formats.schema_budget import Schema, check_schemas
 
 METADATA_PAIRS_MAX = 16
+FORMAT_SCHEMA = "text.format.schema"
 LOGPROBS = "message.output_text.logprobs"
 
 # OpenAI's fields that are not implemented, each with the values that change nothing.
@@ -193,7 +196,17 @@ class ResponsesRequest(BaseModel):
         named = self.tool_choice.name if isinstance(self.tool_choice, NamedFunctionTool) else None
         names = [tool.name for tool in self.tools or ()]
         check_tools(names, forced=self.tool_choice == "required", function=named)
+        check_schemas([*self._schemas()])
         return self
+
+    def _schemas(self) -> Iterator[Schema]:
+        answer = self.text.format if self.text else None
+        if answer is not None and answer.document is not None:
+            yield Schema(FORMAT_SCHEMA, answer.document)
+        for index, tool in enumerate(self.tools or ()):
+            if tool.parameters is not None:
+                strict = tool.strict is True
+                yield Schema(f"tools.{index}.parameters", tool.parameters, tool.name, strict)
 
     @property
     def wants_logprobs(self) -> bool:
@@ -230,14 +243,13 @@ class ResponsesRequest(BaseModel):
             return None
         if text_format.type == "json_object":
             return JsonFormat()
-        return JsonFormat(schema_text(text_format.document, "text.format.schema"))
+        assert text_format.document is not None  # TextFormat's own rule
+        return JsonFormat(schema_text(text_format.document), FORMAT_SCHEMA)
 
 
 def _tool(tool: FunctionTool, index: int) -> Tool:
-    parameters = None
-    if tool.parameters is not None:
-        parameters = schema_text(tool.parameters, f"tools.{index}.parameters")
-    return Tool(tool.name, tool.description, parameters, tool.strict)
+    parameters = None if tool.parameters is None else schema_text(tool.parameters)
+    return Tool(tool.name, tool.description, parameters, tool.strict, f"tools.{index}.parameters")
 
 
 def _functions_only(tool: Any, param: str) -> None:

@@ -42,19 +42,6 @@ def test_an_llm_is_still_made_of_a_checked_configuration() -> None:
     assert {"prompt", "params", "lora_request", "trace_headers"} <= parameters(AsyncLLM.add_request)
 
 
-def test_vllms_check_still_refuses_the_switch_for_whitespace_that_its_backends_know() -> None:
-    from vllm.config import StructuredOutputsConfig
-    from vllm.v1.structured_output import backend_guidance, backend_xgrammar
-
-    with pytest.raises(ValueError, match="disable_any_whitespace is only supported"):
-        StructuredOutputsConfig(backend="auto", disable_any_whitespace=True)
-    config = StructuredOutputsConfig(backend="auto")
-    upstream.forbid_free_whitespace(config)
-    assert config.disable_any_whitespace
-    for backend in (backend_xgrammar, backend_guidance):
-        assert "structured_outputs_config.disable_any_whitespace" in inspect.getsource(backend)
-
-
 def test_xgrammar_still_reads_the_bound_on_whitespace_in_structural_tags() -> None:
     import xgrammar
 
