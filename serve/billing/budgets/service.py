@@ -212,7 +212,7 @@ def _start_counting(connection: sa.Connection, budget: Budget, *, at: datetime) 
     c = holds_table.c
     hold_updates = []
     for row in connection.execute(sa.select(holds_table).where(c.tenant_id == budget.tenant)):
-        terms = json.loads(row.sale) if row.sale else {}
+        terms = json.loads(row.terms) if row.terms else {}
         if budget.binds(row.tenant_id, terms.get("project"), terms.get("key_id")):
             span = budget.period_at(row.created_at)
             held_by_period[span] += row.amount_nanos

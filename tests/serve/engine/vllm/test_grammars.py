@@ -14,7 +14,7 @@ from serve.engine.vllm.grammars import GRAMMAR_BACKEND
 from serve.errors import InvalidRequest
 from serve.formats.schema_budget import Schema, check_schemas
 from serve.formats.schema_support import FORMATS, unsupported
-from tests.serve.engine.conftest import Answer, Host, collect, events_of
+from tests.support.engine_host import Answer, EngineHost, collect, events_of
 
 COMPILE_CPU_S_MAX = 15.0  # about 4 on an idle machine, three times that on a busy one
 HELLO = (Message("user", "Hello"),)
@@ -29,7 +29,9 @@ _numbers = itertools.count()
 FORMAT_PARAM, TOOL_PARAM = "response_format.json_schema.schema", "tools.0.function.parameters"
 
 
-def answer(host: Host, name: str, *, schema: Any = None, tool: Any = None, choice: str = "auto") -> Answer:
+def answer(
+    host: EngineHost, name: str, *, schema: Any = None, tool: Any = None, choice: str = "auto"
+) -> Answer:
     number = f"{name}-{next(_numbers)}"  # a request's id is used once
     format = None if schema is None else JsonFormat(json.dumps(schema), FORMAT_PARAM)
     offered = None if tool is None else Tool("forecast", None, json.dumps(tool), None, TOOL_PARAM)
@@ -40,7 +42,7 @@ def answer(host: Host, name: str, *, schema: Any = None, tool: Any = None, choic
 
 
 @pytest.mark.parametrize("order", [("format", "tools"), ("tools", "format")])
-def test_the_order_of_requests_never_matters(host: Host, order: tuple[str, str]) -> None:
+def test_the_order_of_requests_never_matters(host: EngineHost, order: tuple[str, str]) -> None:
     for turn, kind in enumerate(order * 2):
         number = f"order-{'-'.join(order)}-{turn}"
         if kind == "tools":
@@ -53,7 +55,7 @@ def test_the_order_of_requests_never_matters(host: Host, order: tuple[str, str])
         assert len(json.loads(answer(host, f"{number}-length", schema=LENGTH).text)["k"]) <= 3
 
 
-def test_the_library_is_loaded_before_the_first_request(host: Host) -> None:
+def test_the_library_is_loaded_before_the_first_request(host: EngineHost) -> None:
     config = host.engine._llm.vllm_config.structured_outputs_config
     assert (config.backend, config.disable_any_whitespace) == (GRAMMAR_BACKEND, True)
 
@@ -68,7 +70,7 @@ def test_the_library_is_loaded_before_the_first_request(host: Host) -> None:
     ],
 )
 def test_a_schema_that_does_not_compile_is_named_with_the_reason(
-    host: Host, schema: dict[str, Any], reason: str
+    host: EngineHost, schema: dict[str, Any], reason: str
 ) -> None:
     inside = {"type": "object", "properties": {"k": schema}, "required": ["k"]}
     with pytest.raises(InvalidRequest) as of_format:
@@ -146,7 +148,7 @@ def strings(*lengths: int) -> dict[str, Any]:
     ids=["lengths", "different lengths", "same length", "pattern", "optional", "counted", "enum"],
 )
 def test_the_dearest_schemas_that_are_allowed_compile_in_bounded_cpu_time(
-    host: Host, schema: dict[str, Any]
+    host: EngineHost, schema: dict[str, Any]
 ) -> None:
     import xgrammar
 
