@@ -168,7 +168,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
             ChatCompletionRequest,
             {
                 "messages": HELLO,
-                "tools": [{"type": "function", "function": {"name": "f", "parameters": BAD}}],
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": BAD, "strict": True}}],
             },
             "tools.0.function.parameters",
         ),
@@ -179,12 +179,16 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ),
         (
             ResponsesRequest,
-            {"input": "x", "tools": [{"type": "function", "name": "f", "parameters": BAD}]},
+            {"input": "x", "tools": [{"type": "function", "name": "f", "parameters": BAD, "strict": True}]},
             "tools.0.parameters",
         ),
         (
             MessagesRequest,
-            {"messages": HELLO, "max_tokens": 1, "tools": [{"name": "f", "input_schema": BAD}]},
+            {
+                "messages": HELLO,
+                "max_tokens": 1,
+                "tools": [{"name": "f", "input_schema": BAD, "strict": True}],
+            },
             "tools.0.input_schema",
         ),
         (
