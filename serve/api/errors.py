@@ -16,6 +16,10 @@ from serve.formats.errors import anthropic_body_of, body_of, status_of
 # Routes whose errors have another API's format than OpenAI's.
 BODY_BY_PATH = {"/v1/messages": anthropic_body_of}
 
+# OpenAI's and Anthropic's clients retry these refusals, unless `x-should-retry` is false. They are final
+# where the error names no time: an empty account, a used-up budget, a record that exists.
+RETRIED_REFUSALS = frozenset({409, 429})
+
 
 def render(error: errors.BespokeError, path: str = "") -> Response:
     """The answer to a request for `path` that ended in `error`."""
@@ -36,22 +40,22 @@ class ErrorResponse(JSONResponse):
 
 
 def _headers(error: errors.BespokeError) -> dict[str, str]:
-    match error:
-        case errors.Unavailable():
-            return {"Retry-After": str(error.retry_after_s)}
-        case errors.IdempotencyConflict():
-            return {"Retry-After": "1"}
-        case errors.Unauthenticated():
-            return {"WWW-Authenticate": "Bearer"}
-        case errors.RateLimited():
-            return _rate_limit_headers(error)
-    return {}
+    status, _, _ = status_of(error)
+    retry_after_s: int | None = getattr(error, "retry_after_s", None)
+    headers = {}
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(retry_after_s)
+    elif status in RETRIED_REFUSALS:
+        headers["x-should-retry"] = "false"
+    if isinstance(error, errors.Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, errors.RateLimited) and retry_after_s is not None:
+        headers |= _rate_limit_headers(error)
+    return headers
 
 
 def _rate_limit_headers(error: errors.RateLimited) -> dict[str, str]:
-    if error.retry_after_s is None:
-        return {"x-should-retry": "false"}  # OpenAI's clients obey it
-    headers = {"Retry-After": str(error.retry_after_s)}
+    headers = {}
     if error.what in ("requests", "tokens"):
         headers[f"x-ratelimit-limit-{error.what}"] = str(error.limit)
         headers[f"x-ratelimit-remaining-{error.what}"] = str(max(error.limit - error.used, 0))

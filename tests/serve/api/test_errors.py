@@ -92,3 +92,25 @@ def test_rays_errors_tell_a_dead_replica_from_a_deployment_without_any() -> None
 
 def test_unavailable_says_when_to_come_back() -> None:
     assert render(errors.StoreUnavailable()).headers["retry-after"] == "5"
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_a_refusal_that_clients_retry_says_when_or_that_no_retry_helps(error: errors.BespokeError) -> None:
+    headers = render(error).headers
+    if render(error).status_code in (409, 429):
+        assert ("retry-after" in headers) != ("x-should-retry" in headers)
+        assert headers.get("x-should-retry", "false") == "false"
+    else:
+        assert "x-should-retry" not in headers
+
+
+def test_an_empty_account_and_a_request_above_its_limit_are_not_retried() -> None:
+    for error in (
+        errors.InsufficientCredit("acme", 5, 3),
+        errors.BudgetExceeded("project", "month", 10, 5, 3),
+        errors.NotBillable("acme"),
+        errors.RateLimited("tokens", 1000, 0, 2000, None),
+        errors.AlreadyExists("The tenant 'acme' exists already."),
+    ):
+        assert render(error).headers["x-should-retry"] == "false"
+    assert render(errors.RateLimited("tokens", 1000, 900, 200, 3)).headers["retry-after"] == "3"
