@@ -82,7 +82,7 @@ class ChatMessage(BaseModel):
 
 class OfferedFunction(BaseModel):
     name: FunctionName
-    description: Annotated[str, Field(max_length=4096)] | None = None
+    description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 

@@ -115,7 +115,7 @@ class AnthropicTurn(BaseModel):
 class AnthropicTool(BaseModel):
     type: Literal["custom"] | None = None
     name: ToolName
-    description: Annotated[str, Field(max_length=4096)] | None = None
+    description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
 

@@ -13,6 +13,7 @@ from serve.errors import InvalidRequest
 from serve.formats.bounds import SCHEMA_DEPTH_MAX, schema_text
 from serve.formats.chat import ChatCompletionRequest
 from serve.formats.completions import CompletionRequest
+from serve.formats.messages.request import MessagesRequest
 from serve.formats.sampling import HARMFUL, RequestBounds, parse
 
 LIMITS = RequestBounds(messages=4, n=2, stop_sequences=4, completion_tokens=100, tools=2, prompts=2)
@@ -248,3 +249,20 @@ def test_whatever_a_completions_field_holds_it_is_accepted_or_refused_by_our_err
 def test_whatever_bytes_come_they_are_accepted_or_refused_by_our_error(body: bytes) -> None:
     with pytest.raises(InvalidRequest):
         parse(ChatCompletionRequest, body)
+
+
+def test_a_tools_description_is_bounded_by_the_body_and_the_context_alone() -> None:
+    """Servers of the Model Context Protocol describe their tools in 9,000 characters and more."""
+    text = "Reads a page. " * 2_000
+    function = WEATHER["function"] | {"description": text}  # type: ignore[operator]
+    toolbox = chat(tools=[WEATHER | {"function": function}]).toolbox(LIMITS)
+    assert toolbox is not None
+    assert toolbox.tools[0].description == text
+    tool = {"name": "weather", "description": text, "input_schema": CITY}
+    message = parse(
+        MessagesRequest,
+        json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 5, "tools": [tool]}).encode(),
+    )
+    toolbox = message.toolbox(LIMITS)
+    assert toolbox is not None
+    assert toolbox.tools[0].description == text
