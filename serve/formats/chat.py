@@ -6,7 +6,7 @@ the installation are checked by `request_of`.
 
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -123,6 +123,10 @@ class StructuredOutput(BaseModel):
 
 
 class ChatCompletionRequest(GenerationBody):
+    HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "add_special_tokens": (False,)
+    }  # the template writes them
+
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[OfferedTool] | None = None

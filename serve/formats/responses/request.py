@@ -12,7 +12,7 @@ from serve.engine.protocol import JsonFormat, Sampling, Tool, Toolbox
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.chat import CalledFunction, CallId, FunctionName, OfferedFunction
-from serve.formats.sampling import RequestBounds, refuse
+from serve.formats.sampling import RequestBounds, TopP, refuse, top_p_of
 
 METADATA_PAIRS_MAX = 16
 LOGPROBS = "message.output_text.logprobs"
@@ -141,7 +141,7 @@ class ResponsesRequest(BaseModel):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
@@ -219,7 +219,7 @@ class ResponsesRequest(BaseModel):
         return Sampling(
             completion_tokens_max=self.max_output_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=top_p_of(self.top_p),
             logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
             format=self._json_format(),
         )

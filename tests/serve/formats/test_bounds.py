@@ -14,7 +14,8 @@ from serve.formats.bounds import SCHEMA_DEPTH_MAX, schema_text
 from serve.formats.chat import ChatCompletionRequest
 from serve.formats.completions import CompletionRequest
 from serve.formats.messages.request import MessagesRequest
-from serve.formats.sampling import HARMFUL, RequestBounds, parse
+from serve.formats.responses.request import ResponsesRequest
+from serve.formats.sampling import HARMFUL, TOP_P_MIN, RequestBounds, parse
 
 LIMITS = RequestBounds(messages=4, n=2, stop_sequences=4, completion_tokens=100, tools=2, prompts=2)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -43,12 +44,16 @@ def chat(**fields: Any) -> ChatCompletionRequest:
         ({"max_completion_tokens": -1}, "max_completion_tokens"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "NaN"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"stop": ""}, "stop"),
         ({"seed": 2**64}, "seed"),
         ({"stream": "perhaps"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
         ({"tools": [{"type": "function"}]}, "tools.0.function"),
         ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name"),
         ({"tools": [WEATHER, WEATHER]}, "tools"),
@@ -213,7 +218,7 @@ def test_a_schema_that_would_make_a_huge_grammar_is_refused(schema: dict[str, An
 @pytest.mark.parametrize("name", sorted(HARMFUL))
 def test_vllms_own_fields_are_refused_by_name(name: str) -> None:
     with pytest.raises(InvalidRequest) as wrong:
-        chat(**{name: 1})
+        chat(**{name: {"another": "value"}})
     assert (wrong.value.param, wrong.value.code) == (name, "unsupported_parameter")
     chat(**{name: None})
 
@@ -266,3 +271,44 @@ def test_a_tools_description_is_bounded_by_the_body_and_the_context_alone() -> N
     toolbox = message.toolbox(LIMITS)
     assert toolbox is not None
     assert toolbox.tools[0].description == text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in HARMFUL.items() for value in values]
+)
+def test_values_of_vllms_fields_that_change_nothing_are_accepted(name: str, value: object) -> None:
+    assert chat(**{name: value}).sampling(LIMITS) == chat().sampling(LIMITS)
+    assert completion(prompt="a", **{name: value}).sampling(LIMITS) == completion(prompt="a").sampling(LIMITS)
+
+
+def test_special_tokens_are_added_to_a_text_and_not_to_a_chat() -> None:
+    chat(add_special_tokens=False)
+    completion(prompt="a", add_special_tokens=True)
+    with pytest.raises(InvalidRequest):
+        chat(add_special_tokens=True)
+    with pytest.raises(InvalidRequest):
+        completion(prompt="a", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("fields", [{"ignore_eos": True}, {"ignore_eos": 0}, {"min_tokens": 1}])
+def test_a_value_of_another_type_or_size_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        chat(**fields)
+
+
+def test_a_top_p_of_zero_leaves_the_likeliest_token_in_every_api() -> None:
+    respond = json.dumps({"model": "tiny", "input": "Hi", "top_p": 0}).encode()
+    message = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 5, "top_p": 0}).encode()
+    for sampling in (
+        chat(top_p=0).sampling(LIMITS),
+        completion(prompt="a", top_p=0).sampling(LIMITS),
+        parse(ResponsesRequest, respond).sampling(LIMITS),
+        parse(MessagesRequest, message).sampling(LIMITS),
+    ):
+        assert 0 < sampling.top_p <= TOP_P_MIN  # vLLM refuses 0
+
+
+def test_usage_in_every_chunk_is_refused_and_its_default_is_not() -> None:
+    assert chat(
+        stream=True, stream_options={"include_usage": True, "continuous_usage_stats": False}
+    ).include_usage
