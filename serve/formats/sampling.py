@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from serve.engine.protocol import JsonFormat, Sampling
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound
+from serve.formats.errors import validation_text
 
 # vLLM's extensions that reach into the engine or another tenant's cache, or get around a bound, each with the
 # values that change nothing. Clients made for vLLM send its defaults.
@@ -206,7 +207,9 @@ def parse(kind: type[Body], body: bytes) -> Body:
             key=lambda detail: len(_path(detail)),
         )
         param = ".".join(_path(deepest)) or None
-        text = "The body is not valid JSON." if deepest["type"] == "json_invalid" else deepest["msg"]
+        text = (
+            "The body is not valid JSON." if deepest["type"] == "json_invalid" else validation_text(deepest)
+        )
         raise InvalidRequest(f"{param}: {text}" if param else text, param, "invalid_value") from None
 
 

@@ -13,6 +13,7 @@ from serve.errors import InvalidRequest
 from serve.formats.bounds import SCHEMA_DEPTH_MAX, schema_text
 from serve.formats.chat import ChatCompletionRequest
 from serve.formats.completions import CompletionRequest
+from serve.formats.errors import body_of
 from serve.formats.messages.request import MessagesRequest
 from serve.formats.responses.request import ResponsesRequest
 from serve.formats.sampling import HARMFUL, TOP_P_MIN, RequestBounds, parse
@@ -83,6 +84,9 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as wrong:
         chat(**fields)
     assert wrong.value.param == param
+    detail = body_of(wrong.value)["error"]
+    assert detail["code"] is not None
+    assert "Value error" not in detail["message"]
 
 
 @pytest.mark.parametrize(
