@@ -41,10 +41,28 @@ class InputText(BaseModel):
     text: str
 
 
+class InputRefusal(BaseModel):
+    """The assistant's refusal in an earlier answer, which the client sends back."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
 class InputMessage(BaseModel):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[InputText]
+    content: str | list[InputText | InputRefusal]
+
+    @model_validator(mode="after")
+    def _assistant_refuses(self) -> "InputMessage":
+        parts = self.content if isinstance(self.content, list) else ()
+        if self.role != "assistant" and any(isinstance(part, InputRefusal) for part in parts):
+            raise ValueError("only an assistant's message may hold a refusal")
+        return self
 
     @property
     def text(self) -> str:

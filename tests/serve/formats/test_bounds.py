@@ -15,7 +15,7 @@ from serve.formats.chat import ChatCompletionRequest
 from serve.formats.completions import CompletionRequest
 from serve.formats.errors import body_of
 from serve.formats.messages.request import MessagesRequest
-from serve.formats.responses.request import ResponsesRequest
+from serve.formats.responses.request import InputMessage, ResponsesRequest
 from serve.formats.sampling import HARMFUL, TOP_P_MIN, RequestBounds, parse
 
 LIMITS = RequestBounds(messages=4, n=2, stop_sequences=4, completion_tokens=100, tools=2, prompts=2)
@@ -316,3 +316,29 @@ def test_usage_in_every_chunk_is_refused_and_its_default_is_not() -> None:
     assert chat(
         stream=True, stream_options={"include_usage": True, "continuous_usage_stats": False}
     ).include_usage
+
+
+def test_an_assistants_refusal_is_the_text_of_its_turn() -> None:
+    part = [{"type": "refusal", "refusal": "I cannot."}]
+    for turn in ({"refusal": "I cannot."}, {"content": None, "refusal": "I cannot."}, {"content": part}):
+        body = chat(messages=[*HELLO, {"role": "assistant"} | turn, *HELLO])
+        assert body.prompt(LIMITS)[1] == Message("assistant", "I cannot.")
+    answered = {"role": "assistant", "content": "Yes.", "refusal": None}
+    assert chat(messages=[*HELLO, answered]).prompt(LIMITS)[1] == Message("assistant", "Yes.")
+    for turn in ({"content": "x", "refusal": "no"}, {"content": part}):
+        with pytest.raises(InvalidRequest):
+            chat(messages=[{"role": "user"} | turn])
+
+
+def test_an_assistants_refusal_is_taken_by_the_responses_api() -> None:
+    content = [{"type": "refusal", "refusal": "I cannot."}]
+
+    def sent(role: str) -> ResponsesRequest:
+        item = {"type": "message", "role": role, "content": content}
+        return parse(ResponsesRequest, json.dumps({"model": "tiny", "input": [item]}).encode())
+
+    (item,) = sent("assistant").input
+    assert isinstance(item, InputMessage)
+    assert item.text == "I cannot."
+    with pytest.raises(InvalidRequest, match="only an assistant"):
+        sent("user")
