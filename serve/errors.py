@@ -180,10 +180,18 @@ class ResponseNotFound(NotFound):
 
 
 class IdempotencyConflict(BespokeError):
-    def __init__(
-        self, message: str = "A request with this Idempotency-Key is still running; try again later."
-    ) -> None:
-        super().__init__(message)
+    """The first request with this key still runs. retry_after_s: when its answer can be there."""
+
+    def __init__(self, retry_after_s: int = 1) -> None:
+        super().__init__(retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def message(self) -> str:
+        return (
+            "A request with this Idempotency-Key is still running. "
+            f"Please try again in {self.retry_after_s}s."
+        )
 
 
 class InsufficientCredit(BespokeError):

@@ -3,6 +3,10 @@
 Headers say when to retry, or which credentials are needed.
 """
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -11,10 +15,16 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from serve import errors
-from serve.formats.errors import anthropic_body_of, body_of, status_of
+from serve.formats.errors import anthropic_body_of, body_of, status_of, validation_text
 
-# Routes whose errors have another API's format than OpenAI's.
+# Routes whose errors have another API's format than OpenAI's, with all that is below them.
 BODY_BY_PATH = {"/v1/messages": anthropic_body_of}
+
+# OpenAI's and Anthropic's clients retry these refusals, unless `x-should-retry` is false. They are final
+# where the error names no time: an empty account, a used-up budget, a record that exists.
+RETRIED_REFUSALS = frozenset({409, 429})
+
+_ROUTE_NAME = re.compile("[a-z]+(?:[_-][a-z]+)*")
 
 
 def render(error: errors.BespokeError, path: str = "") -> Response:
@@ -27,7 +37,7 @@ class ErrorResponse(JSONResponse):
 
     def __init__(self, error: errors.BespokeError, path: str) -> None:
         status, _, _ = status_of(error)
-        super().__init__(BODY_BY_PATH.get(path, body_of)(error), status, headers=_headers(error))
+        super().__init__(_body_format(path)(error), status, headers=_headers(error))
         self._error = error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,23 +45,28 @@ class ErrorResponse(JSONResponse):
         await super().__call__(scope, receive, send)
 
 
+def _body_format(path: str) -> Callable[[errors.BespokeError], dict[str, Any]]:
+    formats = (body for root, body in BODY_BY_PATH.items() if path == root or path.startswith(f"{root}/"))
+    return next(formats, body_of)
+
+
 def _headers(error: errors.BespokeError) -> dict[str, str]:
-    match error:
-        case errors.Unavailable():
-            return {"Retry-After": str(error.retry_after_s)}
-        case errors.IdempotencyConflict():
-            return {"Retry-After": "1"}
-        case errors.Unauthenticated():
-            return {"WWW-Authenticate": "Bearer"}
-        case errors.RateLimited():
-            return _rate_limit_headers(error)
-    return {}
+    status, _, _ = status_of(error)
+    retry_after_s: int | None = getattr(error, "retry_after_s", None)
+    headers = {}
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(retry_after_s)
+    elif status in RETRIED_REFUSALS:
+        headers["x-should-retry"] = "false"
+    if isinstance(error, errors.Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, errors.RateLimited) and retry_after_s is not None:
+        headers |= _rate_limit_headers(error)
+    return headers
 
 
 def _rate_limit_headers(error: errors.RateLimited) -> dict[str, str]:
-    if error.retry_after_s is None:
-        return {"x-should-retry": "false"}  # OpenAI's clients obey it
-    headers = {"Retry-After": str(error.retry_after_s)}
+    headers = {}
     if error.what in ("requests", "tokens"):
         headers[f"x-ratelimit-limit-{error.what}"] = str(error.limit)
         headers[f"x-ratelimit-remaining-{error.what}"] = str(max(error.limit - error.used, 0))
@@ -65,8 +80,16 @@ def invalid_request(error: RequestValidationError) -> errors.InvalidRequest:
     if first["type"] == "json_invalid":
         return errors.InvalidRequest("The body is not valid JSON.", None, "invalid_value")
     param = ".".join(str(part) for part in first["loc"][1:]) or None
-    text = f"{param}: {first['msg']}" if param else f"The body: {first['msg']}"
+    text = f"{param or 'The body'}: {validation_text(first)}"
     return errors.InvalidRequest(text, param, "invalid_value")
+
+
+def _names_a_route(request: Request) -> bool:
+    """True if a route's name stands where a route with another method has an id: POST /v1/responses/compact.
+
+    There is no such route; that the method is wrong would be a misleading answer. Ids have digits.
+    """
+    return any(_ROUTE_NAME.fullmatch(str(value)) for value in request.path_params.values())
 
 
 def install(app: FastAPI) -> None:
@@ -88,14 +111,16 @@ def install(app: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> Response:
         if isinstance(error.__cause__, errors.BespokeError):  # FastAPI wraps what reading a body raises
             return render(error.__cause__, request.url.path)
-        if error.status_code == 405:
-            failure: errors.BespokeError = errors.MethodNotAllowed(
-                f"Method {request.method} is not allowed here."
+        no_route = error.status_code == 404 or (error.status_code == 405 and _names_a_route(request))
+        if no_route:
+            failure: errors.BespokeError = errors.NotFound(
+                f"Invalid URL ({request.method} {request.url.path})."
             )
-        elif error.status_code == 404:
-            failure = errors.NotFound(f"Invalid URL ({request.method} {request.url.path}).")
+        elif error.status_code == 405:
+            failure = errors.MethodNotAllowed(f"Method {request.method} is not allowed here.")
         else:
             failure = errors.InvalidRequest(str(error.detail))
         response = render(failure, request.url.path)
-        response.headers.update(error.headers or {})
+        if not no_route:
+            response.headers.update(error.headers or {})
         return response

@@ -4,7 +4,12 @@ Fields and the number of parts are bounded here; the file's draft bounds the fil
 """
 
 import asyncio
+import contextlib
+import re
 from collections.abc import AsyncIterator
+from email.errors import HeaderParseError
+from email.header import decode_header, make_header
+from urllib.parse import unquote_to_bytes
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -100,7 +105,7 @@ class Upload:
         if self.filename is not None:
             raise InvalidRequest("Send one file at a time.", "file", "invalid_value")
         self._in_file = True
-        self.filename = options.get(b"filename", b"").decode(errors="replace")
+        self.filename = filename_of(self._disposition, options.get(b"filename", b""))
 
     def _on_data(self, data: bytes) -> None:
         if self._in_file:
@@ -116,3 +121,26 @@ class Upload:
 
     def _on_end(self) -> None:
         self._ended = True
+
+
+def filename_of(disposition: bytes, plain: bytes) -> str:
+    """The file's name: of `filename*` (RFC 5987), else `plain`, the value of `filename`.
+
+    .NET's clients send both, the plain one as an encoded word (RFC 2047). RFC 7578 wants UTF-8 bytes in it,
+    as all other clients send them. A value that cannot be decoded stays as it is.
+    """
+    if extended := _EXTENDED.search(_QUOTED.sub(b"", disposition)):
+        charset, value = (part.decode("latin-1") for part in extended.groups())
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
+            return unquote_to_bytes(value).decode(charset)
+    name = plain.decode(errors="replace")
+    if _ENCODED_WORD.fullmatch(name):
+        with contextlib.suppress(HeaderParseError, UnicodeDecodeError, LookupError, ValueError):
+            return str(make_header(decode_header(name))) or name
+    return name
+
+
+# The charset, the language and the percent-encoded value, outside of what stands in quotes.
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_EXTENDED = re.compile(rb";\s*filename\*\s*=\s*([\w.:-]+)'[\w-]*'([^\s;]*)", re.IGNORECASE)
+_ENCODED_WORD = re.compile(r"(=\?[\w.:*-]+\?[bq]\?[^?\s]*\?=\s*)+", re.IGNORECASE)

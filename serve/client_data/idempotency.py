@@ -7,6 +7,7 @@ draft-ietf-httpapi-idempotency-key-header.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -19,6 +20,8 @@ from serve.storage.database import Store, UtcDateTime, metadata
 
 RETENTION = timedelta(hours=24)
 KEY_CHARS_MAX = 255
+# OpenAI's and Anthropic's clients obey a Retry-After up to a minute, and try two more times by default.
+RETRY_AFTER_S_MAX = 60
 
 idempotency_table = sa.Table(
     "idempotency_keys",
@@ -75,7 +78,7 @@ class Idempotency:
                 "idempotency_key_reused",
             )
         if row.body is None:
-            raise IdempotencyConflict()
+            raise IdempotencyConflict(retry_after_s(at - (row.expires_at - self.lease), row.expires_at - at))
         return StoredAnswer(row.request_id, row.body)
 
     def commit_hook(
@@ -134,6 +137,15 @@ class IdempotencyCommitHook:
 
     def on_void(self, connection: sa.Connection) -> None:
         release_key(connection, self._row["request_id"])
+
+
+def retry_after_s(elapsed: timedelta, left: timedelta) -> int:
+    """The seconds after which the first answer can be there: as long as it has taken so far.
+
+    So the waits double, and a few retries reach the end of a long answer. left: until the key is free again.
+    """
+    wait_s = min(elapsed.total_seconds(), left.total_seconds(), RETRY_AFTER_S_MAX)
+    return max(math.ceil(wait_s), 1)
 
 
 def release_key(connection: sa.Connection, request_id: str) -> None:

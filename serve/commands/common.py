@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from serve.errors import OperatorError
+from serve.formats.errors import validation_text
 from serve.settings import Settings, load_settings
 from serve.storage.database import Store
 from serve.storage.pagination import Page
@@ -39,7 +40,8 @@ def settings_of(home: Path | None, profile: Path | None = None, **overrides: obj
     try:
         return load_settings(profile, home=home, **overrides)
     except ValidationError as error:
-        lines = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        lines = [f"{'.'.join(str(part) for part in e['loc'])}: {validation_text(e)}" for e in details]
         raise OperatorError("Wrong settings:\n  " + "\n  ".join(lines)) from None
 
 

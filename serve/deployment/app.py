@@ -5,11 +5,14 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Mapping
-from datetime import timedelta
+from collections.abc import AsyncIterator, Iterable, Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
 
 from fastapi import FastAPI
 
+from quantize.card import read_card
+from quantize.errors import QuantizeError
 from serve.api import (
     admin,
     batches,
@@ -66,7 +69,8 @@ def build_app(
     """
     store = Store(settings.store_url)
     store.migrate()
-    registry = AdapterRegistry(store, list(engines))
+    imported_at = _imported_at(settings.bases_dir, engines)
+    registry = AdapterRegistry(store, list(engines), imported_at=imported_at)
     metrics = _metrics(settings, peers.name if peers else ALONE)
     rate_limiter = RateLimiter(store, f"{socket.gethostname()}-{os.getpid()}")
     commit_queue = CommitQueue(Ledger(store), metrics.committed)
@@ -169,6 +173,15 @@ def build_app(
     if tracing is not OFF:
         app.add_middleware(TracingMiddleware, tracing=tracing)
     return app
+
+
+def _imported_at(bases_dir: Path, bases: Iterable[str]) -> dict[str, datetime]:
+    """When each base was imported, as its card says. A base whose card is not here is left out."""
+    times = {}
+    for base in bases:
+        with contextlib.suppress(QuantizeError, OSError):  # its engine reads the card, and refuses it
+            times[base] = read_card(bases_dir / base).created_at
+    return times
 
 
 def _metrics(settings: Settings, gateway: str) -> Metrics:

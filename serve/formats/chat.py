@@ -6,7 +6,7 @@ the installation are checked by `request_of`.
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -30,6 +30,17 @@ CallId = Annotated[str, Field(min_length=1, max_length=256)]
 class TextPart(BaseModel):
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(BaseModel):
+    """An assistant's refusal in an earlier answer, which the client sends back."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
 
 
 class CalledFunction(BaseModel):
@@ -56,7 +67,8 @@ class AssistantToolCall(BaseModel):
 
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart | RefusalPart] | None = None
+    refusal: str | None = None
     name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     tool_calls: Annotated[list[AssistantToolCall], Field(max_length=TOOL_CALLS_MAX)] | None = None
     tool_call_id: CallId | None = None
@@ -67,13 +79,19 @@ class ChatMessage(BaseModel):
             raise ValueError("only an assistant's message may hold tool_calls")
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a tool's message needs a tool_call_id")
-        if self.content is None and not self.tool_calls:
+        parts = self.content if isinstance(self.content, list) else ()
+        refuses = self.refusal is not None or any(isinstance(part, RefusalPart) for part in parts)
+        if refuses and self.role != "assistant":
+            raise ValueError("only an assistant's message may hold a refusal")
+        if self.content is None and self.refusal is None and not self.tool_calls:
             raise ValueError("the message has no content")
         return self
 
     def message(self) -> Message:
-        """The message in the engine's terms."""
+        """The message in the engine's terms. Chat templates know no refusals: one is the turn's text."""
         text = "".join(p.text for p in self.content) if isinstance(self.content, list) else self.content
+        if self.refusal is not None:
+            text = (text or "") + self.refusal
         calls = tuple(
             ToolCall(index, call.id, call.function.name, call.function.arguments)
             for index, call in enumerate(self.tool_calls or ())
@@ -84,7 +102,7 @@ class ChatMessage(BaseModel):
 
 class OfferedFunction(BaseModel):
     name: FunctionName
-    description: Annotated[str, Field(max_length=4096)] | None = None
+    description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
@@ -125,6 +143,10 @@ class StructuredOutput(BaseModel):
 
 
 class ChatCompletionRequest(GenerationBody):
+    HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "add_special_tokens": (False,)
+    }  # the template writes them
+
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[OfferedTool] | None = None
@@ -218,8 +240,11 @@ class ChatFormat:
     """Writes chat.completion and chat.completion.chunk objects."""
 
     def opening_choices(self, result: GenerationResult) -> Iterable[Json]:
+        toolbox = result.request.toolbox
+        # A call has no content, so the opening must not claim an empty text; a text comes as deltas.
+        content = None if toolbox is not None and toolbox.choice != "none" else ""
         for index in range(result.request.choices):
-            delta = {"role": "assistant", "content": ""}
+            delta = {"role": "assistant", "content": content}
             yield {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def streamed_choice(self, delta: Delta) -> Json:

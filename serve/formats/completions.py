@@ -5,7 +5,7 @@ platform.openai.com/docs/api-reference/completions.
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,6 +22,8 @@ COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's
 
 
 class CompletionRequest(GenerationBody):
+    HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {"add_special_tokens": (True,)}
+
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None

@@ -5,13 +5,14 @@ OpenAI: platform.openai.com/docs/guides/error-codes, {"error": {"message", "type
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from serve import errors
 
 # The order does not matter: the look-up walks each error's own class hierarchy.
 STATUS: dict[type[errors.BespokeError], tuple[int, str, str | None]] = {
-    errors.InvalidRequest: (400, "invalid_request_error", None),
+    errors.InvalidRequest: (400, "invalid_request_error", "invalid_value"),
     errors.BodyTimeout: (408, "invalid_request_error", "request_timeout"),
     errors.HeadersTooLarge: (431, "invalid_request_error", "headers_too_large"),
     errors.UnsupportedEncoding: (415, "invalid_request_error", "unsupported_encoding"),
@@ -57,6 +58,11 @@ def body_of(error: errors.BespokeError) -> dict[str, Any]:
     hidden = type(error) is errors.BespokeError or (isinstance(error, errors.OperatorError) and status == 500)
     message = "The server had an error while processing your request." if hidden else error.message
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def validation_text(detail: Mapping[str, Any]) -> str:
+    """The message of one of pydantic's errors, without the Python exception that it puts before ours."""
+    return str(detail["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
 
 
 def kind_of(error: errors.BespokeError) -> tuple[str, str]:

@@ -6,7 +6,7 @@ them would give a wrong answer.
 """
 
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -14,22 +14,28 @@ from pydantic_core import ErrorDetails
 from serve.engine.protocol import JsonFormat, Sampling
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound
+from serve.formats.errors import validation_text
 
-# vLLM's extensions that reach into the engine or another tenant's cache, or get around a bound.
+# vLLM's extensions that reach into the engine or another tenant's cache, or get around a bound, each with the
+# values that change nothing. Clients made for vLLM send its defaults.
 # fmt: off
-HARMFUL = frozenset({
-    "add_generation_prompt", "add_special_tokens", "allowed_token_ids", "bad_words", "cache_salt",
-    "chat_template", "chat_template_kwargs", "continue_final_message", "documents", "ec_transfer_params",
-    "guided_choice", "guided_grammar", "guided_json", "guided_regex", "ignore_eos", "include_reasoning",
-    "include_stop_str_in_output", "kv_transfer_params", "length_penalty", "logprob_token_ids",
-    "lora_request", "media_io_kwargs", "min_tokens", "mm_payload", "mm_processor_kwargs", "priority",
-    "prompt_embeds", "prompt_logprobs", "prompt_token_ids", "repetition_detection", "request_id",
-    "return_mm_kwargs", "return_prompt_text", "return_token_ids", "return_token_offsets",
-    "return_tokens_as_token_ids", "routed_experts_prompt_start", "session_id", "skip_special_tokens",
-    "spaces_between_special_tokens", "stop_token_ids", "stream_interval", "structured_outputs",
-    "thinking_token_budget", "truncate_prompt_tokens", "truncation_side", "use_beam_search", "vllm_xargs",
-    "watermarking",
-})
+HARMFUL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,), "add_special_tokens": (), "allowed_token_ids": (), "bad_words": ([],),
+    "cache_salt": (), "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,),
+    "documents": ([],), "ec_transfer_params": (), "guided_choice": (), "guided_grammar": (),
+    "guided_json": (), "guided_regex": (), "ignore_eos": (False,), "include_reasoning": (True,),
+    "include_stop_str_in_output": (False,), "kv_transfer_params": (), "length_penalty": (1.0,),
+    "logprob_token_ids": ([],), "lora_request": (), "media_io_kwargs": ({},), "min_tokens": (0,),
+    "mm_payload": (), "mm_processor_kwargs": ({},), "priority": (0,), "prompt_embeds": (),
+    "prompt_logprobs": (), "prompt_token_ids": (), "repetition_detection": (), "request_id": (),
+    "return_mm_kwargs": (False,), "return_prompt_text": (False,), "return_token_ids": (False,),
+    "return_token_offsets": (False,), "return_tokens_as_token_ids": (False,),
+    "routed_experts_prompt_start": (0,), "session_id": (), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "stop_token_ids": ([],), "stream_interval": (),
+    "structured_outputs": (), "thinking_token_budget": (), "truncate_prompt_tokens": (),
+    "truncation_side": ("left", "right"),  # of what `truncate_prompt_tokens` cuts
+    "use_beam_search": (False,), "vllm_xargs": ({},), "watermarking": (False,),
+}
 # fmt: on
 # OpenAI's fields that are not implemented, each with the values that change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -46,6 +52,9 @@ CHOICES_MAX = 64
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+TopP = Annotated[float, Field(ge=0, le=1)]
+# OpenAI and Anthropic allow 0, and vLLM does not. Both leave the likeliest token alone.
+TOP_P_MIN = 1e-6
 
 
 class RequestBounds(BaseModel):
@@ -63,17 +72,32 @@ class RequestBounds(BaseModel):
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
+    continuous_usage_stats: bool | None = None
+
+    @field_validator("continuous_usage_stats")
+    @classmethod
+    def _usage_once(cls, continuous: bool | None) -> bool | None:
+        """vLLM's: usage in every chunk. Ours comes once, at the end."""
+        if continuous:
+            raise InvalidRequest(
+                "'stream_options.continuous_usage_stats' is not supported: the usage comes once, at the end.",
+                "stream_options.continuous_usage_stats",
+                "unsupported_parameter",
+            )
+        return continuous
 
 
 class GenerationBody(BaseModel):
     """Holds the fields that chat and text completions share."""
+
+    HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     model: str = Field(min_length=1, max_length=160)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: str | list[str] | None = None
@@ -88,7 +112,7 @@ class GenerationBody(BaseModel):
     @classmethod
     def _refuse(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            refuse(data)
+            refuse(data, cls.HARMLESS)
         return data
 
     @field_validator("stop")
@@ -129,7 +153,7 @@ class GenerationBody(BaseModel):
         return Sampling(
             completion_tokens_max=completion_tokens_max,
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=top_p_of(self.top_p),
             n=n,
             seed=self.seed,
             stop=stop,
@@ -148,16 +172,26 @@ class GenerationBody(BaseModel):
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def refuse(data: dict[str, Any]) -> None:
-    """Raises InvalidRequest for a HARMFUL field, or an UNSUPPORTED one with another value. Null is fine."""
-    for name in sorted(data.keys() & HARMFUL):
-        if data[name] is not None:
+def refuse(data: dict[str, Any], harmless: dict[str, tuple[Any, ...]] | None = None) -> None:
+    """Raises InvalidRequest for a HARMFUL or UNSUPPORTED field with a value that changes something.
+
+    Null is fine. harmless: more values that change nothing in this API.
+    """
+    more = harmless or {}
+    for name in sorted(data.keys() & HARMFUL.keys()):
+        if not _changes_nothing(data[name], HARMFUL[name] + more.get(name, ())):
             raise InvalidRequest(f"The parameter '{name}' is not accepted.", name, "unsupported_parameter")
     for name in sorted(data.keys() & UNSUPPORTED.keys()):
-        if data[name] is not None and data[name] not in UNSUPPORTED[name]:
+        if not _changes_nothing(data[name], UNSUPPORTED[name]):
             raise InvalidRequest(
                 f"The parameter '{name}' is not supported with this value.", name, "unsupported_parameter"
             )
+
+
+def _changes_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
+    """True for null and for a value of `harmless`. In Python 1 equals True; in JSON it does not."""
+    same = (value == each and isinstance(value, bool) == isinstance(each, bool) for each in harmless)
+    return value is None or any(same)
 
 
 def parse(kind: type[Body], body: bytes) -> Body:
@@ -173,13 +207,20 @@ def parse(kind: type[Body], body: bytes) -> Body:
             key=lambda detail: len(_path(detail)),
         )
         param = ".".join(_path(deepest)) or None
-        text = "The body is not valid JSON." if deepest["type"] == "json_invalid" else deepest["msg"]
+        text = (
+            "The body is not valid JSON." if deepest["type"] == "json_invalid" else validation_text(deepest)
+        )
         raise InvalidRequest(f"{param}: {text}" if param else text, param, "invalid_value") from None
 
 
 def _path(error: ErrorDetails) -> list[str]:
     """The fields and positions without union branches: messages.0.content, not messages.0.content.str."""
     return [str(part) for part in error["loc"] if isinstance(part, int) or not _BRANCH.match(part)]
+
+
+def top_p_of(top_p: float | None) -> float:
+    """The share of the probability to sample from; all of it if the body names none."""
+    return 1.0 if top_p is None else max(top_p, TOP_P_MIN)
 
 
 def _as_list(stop: str | list[str] | None) -> list[str]:

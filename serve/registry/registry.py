@@ -10,7 +10,7 @@ that fit its base. It is served once an engine has shown that it takes effect.
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,17 @@ _SERVED = sa.and_(adapters_table.c.state == VersionState.READY, adapters_table.c
 
 
 class AdapterRegistry:
-    """Registers, promotes and resolves the adapters of one store. Methods block."""
+    """Registers, promotes and resolves the adapters of one store. Methods block.
 
-    def __init__(self, store: Store, bases: list[str]) -> None:
+    imported_at: when a base was imported, where that is known; clients see it.
+    """
+
+    def __init__(
+        self, store: Store, bases: list[str], *, imported_at: Mapping[str, datetime] | None = None
+    ) -> None:
         self._store = store
         self._bases = bases
+        self._imported_at = imported_at or {}
 
     def register(
         self, directory: Path, *, at: datetime, base_dir: Path, max_rank: int, actor: str = SYSTEM
@@ -209,7 +215,7 @@ class AdapterRegistry:
         Raises ModelNotFound, the same for a name that does not exist and for one that another tenant has.
         """
         if name in self._bases:
-            return Model(name, name, None)
+            return self._base(name)
         owner, _, rest = name.partition("/")
         adapter, _, version = rest.partition("@")
         if owner != tenant or (version and not VERSION_PATTERN.match(version)):
@@ -238,7 +244,10 @@ class AdapterRegistry:
                 with contextlib.suppress(ModelNotFound):  # none of its versions is served here
                     aliases.append(self.resolve(connection, tenant, f"{tenant}/{name}"))
         versions = [Model(_ref(row).model, row.base, _ref(row), row.registered_at) for row in rows]
-        return [*(Model(base, base, None) for base in self._bases), *aliases, *versions]
+        return [*map(self._base, self._bases), *aliases, *versions]
+
+    def _base(self, name: str) -> Model:
+        return Model(name, name, None, self._imported_at.get(name))
 
 
 def newest_published(adapters_dir: Path, tenant: str, name: str) -> Path:

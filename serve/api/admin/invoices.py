@@ -26,7 +26,7 @@ from serve.billing.invoicing.billing_details import SELLER, BillingDetails
 from serve.billing.invoicing.breakdown import InvoiceFilter, InvoiceUsage, UsageRequest, UsageSum
 from serve.billing.invoicing.credit_notes import LINES_MAX, CreditNote, CreditNotes
 from serve.billing.invoicing.document import InvoiceDocument, Party
-from serve.billing.invoicing.export import csv_text, json_text
+from serve.billing.invoicing.export import invoice_csv, json_text
 from serve.billing.invoicing.invoices import Invoices
 from serve.billing.invoicing.pdf import pdf_bytes
 from serve.billing.invoicing.store import Invoice, InvoiceState, StateChange
@@ -267,7 +267,7 @@ def file_of(invoice: Invoice, format: str) -> Response:
     """The invoice as "csv", "json" or "pdf"; the browser saves it under its number."""
     name = {"content-disposition": f'attachment; filename="{invoice.number}.{format}"'}
     if format == "csv":
-        return Response(csv_text(invoice), media_type="text/csv; charset=utf-8", headers=name)
+        return Response(invoice_csv(invoice), media_type="text/csv; charset=utf-8", headers=name)
     if format == "json":
         return Response(json_text(invoice), media_type="application/json", headers=name)
     return Response(pdf_bytes(invoice), media_type="application/pdf", headers=name)

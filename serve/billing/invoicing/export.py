@@ -1,13 +1,13 @@
 """Exports invoices for machines: CSV with one row per item, and JSON with the document itself."""
 
-import csv
-import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from serve.billing.invoicing.store import Invoice
 from serve.billing.money import usd
+from serve.billing.spreadsheet import csv_text
 
 CSV_COLUMNS = (
     "invoice",
@@ -30,12 +30,13 @@ CSV_COLUMNS = (
 )
 
 
-def csv_text(invoice: Invoice) -> str:
+def invoice_csv(invoice: Invoice) -> str:
     """Return one row per item, then the line's subtotal; credits, tax and totals at the end. All exact."""
+    return csv_text(CSV_COLUMNS, _rows(invoice))
+
+
+def _rows(invoice: Invoice) -> Iterator[dict[str, Any]]:
     document = invoice.document
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, CSV_COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
     invoice_columns = {
         "invoice": invoice.number,
         "tenant": document.tenant,
@@ -53,30 +54,23 @@ def csv_text(invoice: Invoice) -> str:
         }
         for item in line.items:
             item_columns = {"class": item.what, "quantity": item.quantity, "included": item.included}
-            writer.writerow(
-                invoice_columns
-                | line_columns
-                | item_columns
-                | {"price_per_unit": usd(item.nanos), "unit": item.per}
-            )
+            price_columns = {"price_per_unit": usd(item.nanos), "unit": item.per}
+            yield invoice_columns | line_columns | item_columns | price_columns
         requests = line.requests if line.kind == "usage" else ""
         subtotal = {"class": "subtotal", "requests": requests, "amount": usd(line.amount_nanos)}
-        writer.writerow(invoice_columns | line_columns | subtotal)
+        yield invoice_columns | line_columns | subtotal
     for credit in document.credits:
         amount = usd(-credit.amount_nanos)
-        writer.writerow(invoice_columns | {"kind": "credit", "class": credit.kind, "amount": amount})
+        yield invoice_columns | {"kind": "credit", "class": credit.kind, "amount": amount}
     if document.tax is not None:
         tax = f"{document.tax.name} {document.tax.percent}%"
-        writer.writerow(
-            invoice_columns | {"kind": "tax", "class": tax, "amount": usd(document.tax.amount_nanos)}
-        )
+        yield invoice_columns | {"kind": "tax", "class": tax, "amount": usd(document.tax.amount_nanos)}
     for name, nanos in (
         ("total", document.total_nanos),
         ("due", document.due_nanos),
         ("payable", document.payable_nanos),
     ):
-        writer.writerow(invoice_columns | {"class": name, "amount": usd(nanos)})
-    return buffer.getvalue()
+        yield invoice_columns | {"class": name, "amount": usd(nanos)}
 
 
 def summary(invoice: Invoice) -> dict[str, Any]:
@@ -103,7 +97,7 @@ def json_text(invoice: Invoice) -> str:
 
 
 def write_csv(invoice: Invoice, path: Path) -> None:
-    path.write_text(csv_text(invoice), encoding="utf-8")
+    path.write_text(invoice_csv(invoice), encoding="utf-8")
 
 
 def write_json(invoice: Invoice, path: Path) -> None:

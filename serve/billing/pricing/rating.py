@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from serve.billing.invoicing.document import InvoiceLine, LineItem
+from serve.billing.money import usd
 from serve.billing.pricing.plans import Included, PriceVersion, Rates, TieredRates, Tokens
 from serve.billing.pricing.tiers import MTOK, PriceComponent, list_price, price_components
 
@@ -99,7 +100,8 @@ def minimum_lines(lines: Sequence[InvoiceLine], price: PriceVersion | None) -> l
     missing = price.plan.minimum_nanos - sum(line.amount_nanos for line in lines) if price else 0
     if price is None or missing <= 0:
         return []
-    item = LineItem(what="monthly minimum", quantity=1, nanos=price.plan.minimum_nanos, per=1)
+    minimum = f"{usd(price.plan.minimum_nanos)} {price.plan.currency}"
+    item = LineItem(what=f"rest of the monthly minimum of {minimum}", quantity=1, nanos=missing, per=1)
     return [
         InvoiceLine(
             kind="minimum",

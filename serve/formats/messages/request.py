@@ -14,7 +14,7 @@ from serve.engine.protocol import JsonFormat, Message, Sampling, Tool, Toolbox, 
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.chat import CallId
-from serve.formats.sampling import RequestBounds, refuse
+from serve.formats.sampling import RequestBounds, TopP, refuse, top_p_of
 from serve.formats.schema_budget import Schema, check_schemas
 
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
@@ -118,7 +118,7 @@ class AnthropicTurn(BaseModel):
 class AnthropicTool(BaseModel):
     type: Literal["custom"] | None = None
     name: ToolName
-    description: Annotated[str, Field(max_length=4096)] | None = None
+    description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
 
@@ -158,7 +158,7 @@ class MessagesRequest(BaseModel):
     system: str | list[TextBlock] | None = None
     stop_sequences: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     top_k: int | None = Field(None, ge=0, le=2**31 - 1)
     tools: list[AnthropicTool] | None = None
     tool_choice: AnthropicToolChoice | None = None
@@ -251,7 +251,7 @@ class MessagesRequest(BaseModel):
         return Sampling(
             completion_tokens_max=self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=top_p_of(self.top_p),
             top_k=self.top_k or 0,
             stop=stop,
             format=JsonFormat(schema_text(output.document), FORMAT_SCHEMA) if output else None,

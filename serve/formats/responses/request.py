@@ -13,7 +13,7 @@ from serve.engine.protocol import JsonFormat, Sampling, Tool, Toolbox
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.chat import CalledFunction, CallId, FunctionName, OfferedFunction
-from serve.formats.sampling import RequestBounds, refuse
+from serve.formats.sampling import RequestBounds, TopP, refuse, top_p_of
 from serve.formats.schema_budget import Schema, check_schemas
 
 METADATA_PAIRS_MAX = 16
@@ -44,10 +44,28 @@ class InputText(BaseModel):
     text: str
 
 
+class InputRefusal(BaseModel):
+    """The assistant's refusal in an earlier answer, which the client sends back."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
 class InputMessage(BaseModel):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[InputText]
+    content: str | list[InputText | InputRefusal]
+
+    @model_validator(mode="after")
+    def _assistant_refuses(self) -> "InputMessage":
+        parts = self.content if isinstance(self.content, list) else ()
+        if self.role != "assistant" and any(isinstance(part, InputRefusal) for part in parts):
+            raise ValueError("only an assistant's message may hold a refusal")
+        return self
 
     @property
     def text(self) -> str:
@@ -144,7 +162,7 @@ class ResponsesRequest(BaseModel):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
@@ -232,7 +250,7 @@ class ResponsesRequest(BaseModel):
         return Sampling(
             completion_tokens_max=self.max_output_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=top_p_of(self.top_p),
             logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
             format=self._json_format(),
         )

@@ -80,6 +80,38 @@ def served(tmp_path: Path) -> Served:
     return Served(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "name"),
+    [
+        ('filename="plain.jsonl"', "plain.jsonl"),
+        ('filename="東京.jsonl"', "東京.jsonl"),
+        ("filename*=UTF-8''%E6%9D%B1%E4%BA%AC%20x.jsonl", "東京 x.jsonl"),
+        ("filename*=utf-8'en'%e6%9d%b1.jsonl; filename=other", "東.jsonl"),
+        ("filename*=iso-8859-1''K%E4se.jsonl", "Käse.jsonl"),
+        ('filename="=?utf-8?B?5p2x5LqsLmpzb25s?="; filename*=utf-8%E6%9D%B1%E4%BA%AC.jsonl', "東京.jsonl"),
+        ('filename="=?utf-8?B?5p2x5LqsLmpzb25s?="', "東京.jsonl"),
+        ('filename="=?utf-8?Q?K=C3=A4se.jsonl?="', "Käse.jsonl"),
+        ('filename="=?utf-8?B?5p2x?= =?utf-8?B?5Lqs?="', "東京"),
+        ("filename=a.txt; filename*=utf-8''%FF", "a.txt"),
+        ("filename=a.txt; filename*=no-such''%41", "a.txt"),
+        ('filename="=?no-such?B?5p2x?="', "=?no-such?B?5p2x?="),
+        ('filename="=?utf-8?B?%%%?="', "=?utf-8?B?%%%?="),
+        ('filename="a=?b?c"', "a=?b?c"),
+        ("filename=\"a; filename*=utf-8''b\"", "a; filename*=utf-8''b"),
+        ("filename*=UTF-8''..%2F..%2Fetc%2Fpasswd%0d%0a", "passwd"),
+    ],
+)
+def test_a_files_name_is_read_in_every_form_that_clients_send(
+    served: Served, parameters: str, name: str
+) -> None:
+    head = f'--b\r\nContent-Disposition: form-data; name="file"; {parameters}\r\n\r\n{{}}\r\n'
+    tail = '--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b--\r\n'
+    kind = {"content-type": "multipart/form-data; boundary=b"}
+    created = served.ask("POST", "/v1/files", content=(head + tail).encode(), headers=kind)
+    assert created.status_code == 200, created.text
+    assert created.json()["filename"] == name
+
+
 def test_a_file_comes_back_as_it_was_sent(served: Served) -> None:
     content = bytes(range(256)) * 300
     created = served.upload(content, filename="../../etc/pass wd\r\n\x00.jsonl").json()

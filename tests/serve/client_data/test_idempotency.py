@@ -7,7 +7,7 @@ import pytest
 import sqlalchemy as sa
 
 from serve.billing.ledger.ledger import Ledger
-from serve.client_data.idempotency import IdempotencyCommitHook, idempotency_table
+from serve.client_data.idempotency import IdempotencyCommitHook, idempotency_table, retry_after_s
 from serve.engine.protocol import Delta, TokenLogprob
 from serve.errors import EngineUnavailable
 from tests.support.scripted_app import ACCEPTED, BROKEN, FINISHED, HELLO, LEFT, ScriptedApp
@@ -79,6 +79,26 @@ def test_while_the_first_request_runs_another_gets_409(tmp_path: Path) -> None:
     refused = played.ask("POST", CHAT, BODY, **KEY)
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "idempotency_key_in_use")
     assert refused.headers["retry-after"] == "1"
+
+
+def test_a_409_says_to_wait_as_long_as_the_first_request_has_run(tmp_path: Path) -> None:
+    played = ScriptedApp(tmp_path, HELLO)
+    played.ask("POST", CHAT, BODY, **KEY)
+    lease = played.app.state.context.idempotency.lease
+    claimed_at = played.gateway.context.now() - timedelta(seconds=20)
+    with played.store.write() as connection:
+        connection.execute(idempotency_table.update().values(body=None, expires_at=claimed_at + lease))
+    refused = played.ask("POST", CHAT, BODY, **KEY)
+    assert 20 <= int(refused.headers["retry-after"]) <= 50
+    assert f"try again in {refused.headers['retry-after']}s" in refused.json()["error"]["message"]
+    assert "x-should-retry" not in refused.headers
+
+
+@pytest.mark.parametrize(
+    ("elapsed_s", "left_s", "wait_s"), [(0, 700, 1), (2.5, 700, 3), (300, 400, 60), (690, 10, 10), (-1, 9, 1)]
+)
+def test_the_wait_has_a_least_and_a_most(elapsed_s: float, left_s: float, wait_s: int) -> None:
+    assert retry_after_s(timedelta(seconds=elapsed_s), timedelta(seconds=left_s)) == wait_s
 
 
 def test_a_key_whose_gateway_died_is_free_once_its_lease_is_over(tmp_path: Path) -> None:

@@ -12,7 +12,10 @@ from serve.engine.protocol import JsonFormat, Message, Texts, Tool, Toolbox, Too
 from serve.errors import InvalidRequest
 from serve.formats.chat import ChatCompletionRequest
 from serve.formats.completions import CompletionRequest
-from serve.formats.sampling import HARMFUL, RequestBounds, parse
+from serve.formats.errors import body_of
+from serve.formats.messages.request import MessagesRequest
+from serve.formats.responses.request import InputMessage, ResponsesRequest
+from serve.formats.sampling import HARMFUL, TOP_P_MIN, RequestBounds, parse
 
 LIMITS = RequestBounds(messages=4, n=2, stop_sequences=4, completion_tokens=100, tools=2, prompts=2)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -41,12 +44,16 @@ def chat(**fields: Any) -> ChatCompletionRequest:
         ({"max_completion_tokens": -1}, "max_completion_tokens"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "NaN"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"stop": ""}, "stop"),
         ({"seed": 2**64}, "seed"),
         ({"stream": "perhaps"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
         ({"tools": [{"type": "function"}]}, "tools.0.function"),
         ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools.0.function.name"),
         ({"tools": [WEATHER, WEATHER]}, "tools"),
@@ -76,6 +83,9 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as wrong:
         chat(**fields)
     assert wrong.value.param == param
+    detail = body_of(wrong.value)["error"]
+    assert detail["code"] is not None
+    assert "Value error" not in detail["message"]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +197,7 @@ def test_the_format_of_the_answer_is_json_of_a_schema_or_any_object() -> None:
 @pytest.mark.parametrize("name", sorted(HARMFUL))
 def test_vllms_own_fields_are_refused_by_name(name: str) -> None:
     with pytest.raises(InvalidRequest) as wrong:
-        chat(**{name: 1})
+        chat(**{name: {"another": "value"}})
     assert (wrong.value.param, wrong.value.code) == (name, "unsupported_parameter")
     chat(**{name: None})
 
@@ -223,3 +233,87 @@ def test_whatever_a_completions_field_holds_it_is_accepted_or_refused_by_our_err
 def test_whatever_bytes_come_they_are_accepted_or_refused_by_our_error(body: bytes) -> None:
     with pytest.raises(InvalidRequest):
         parse(ChatCompletionRequest, body)
+
+
+def test_a_tools_description_is_bounded_by_the_body_and_the_context_alone() -> None:
+    """Servers of the Model Context Protocol describe their tools in 9,000 characters and more."""
+    text = "Reads a page. " * 2_000
+    function = WEATHER["function"] | {"description": text}  # type: ignore[operator]
+    toolbox = chat(tools=[WEATHER | {"function": function}]).toolbox(LIMITS)
+    assert toolbox is not None
+    assert toolbox.tools[0].description == text
+    tool = {"name": "weather", "description": text, "input_schema": CITY}
+    message = parse(
+        MessagesRequest,
+        json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 5, "tools": [tool]}).encode(),
+    )
+    toolbox = message.toolbox(LIMITS)
+    assert toolbox is not None
+    assert toolbox.tools[0].description == text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in HARMFUL.items() for value in values]
+)
+def test_values_of_vllms_fields_that_change_nothing_are_accepted(name: str, value: object) -> None:
+    assert chat(**{name: value}).sampling(LIMITS) == chat().sampling(LIMITS)
+    assert completion(prompt="a", **{name: value}).sampling(LIMITS) == completion(prompt="a").sampling(LIMITS)
+
+
+def test_special_tokens_are_added_to_a_text_and_not_to_a_chat() -> None:
+    chat(add_special_tokens=False)
+    completion(prompt="a", add_special_tokens=True)
+    with pytest.raises(InvalidRequest):
+        chat(add_special_tokens=True)
+    with pytest.raises(InvalidRequest):
+        completion(prompt="a", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("fields", [{"ignore_eos": True}, {"ignore_eos": 0}, {"min_tokens": 1}])
+def test_a_value_of_another_type_or_size_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        chat(**fields)
+
+
+def test_a_top_p_of_zero_leaves_the_likeliest_token_in_every_api() -> None:
+    respond = json.dumps({"model": "tiny", "input": "Hi", "top_p": 0}).encode()
+    message = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 5, "top_p": 0}).encode()
+    for sampling in (
+        chat(top_p=0).sampling(LIMITS),
+        completion(prompt="a", top_p=0).sampling(LIMITS),
+        parse(ResponsesRequest, respond).sampling(LIMITS),
+        parse(MessagesRequest, message).sampling(LIMITS),
+    ):
+        assert 0 < sampling.top_p <= TOP_P_MIN  # vLLM refuses 0
+
+
+def test_usage_in_every_chunk_is_refused_and_its_default_is_not() -> None:
+    assert chat(
+        stream=True, stream_options={"include_usage": True, "continuous_usage_stats": False}
+    ).include_usage
+
+
+def test_an_assistants_refusal_is_the_text_of_its_turn() -> None:
+    part = [{"type": "refusal", "refusal": "I cannot."}]
+    for turn in ({"refusal": "I cannot."}, {"content": None, "refusal": "I cannot."}, {"content": part}):
+        body = chat(messages=[*HELLO, {"role": "assistant"} | turn, *HELLO])
+        assert body.prompt(LIMITS)[1] == Message("assistant", "I cannot.")
+    answered = {"role": "assistant", "content": "Yes.", "refusal": None}
+    assert chat(messages=[*HELLO, answered]).prompt(LIMITS)[1] == Message("assistant", "Yes.")
+    for turn in ({"content": "x", "refusal": "no"}, {"content": part}):
+        with pytest.raises(InvalidRequest):
+            chat(messages=[{"role": "user"} | turn])
+
+
+def test_an_assistants_refusal_is_taken_by_the_responses_api() -> None:
+    content = [{"type": "refusal", "refusal": "I cannot."}]
+
+    def sent(role: str) -> ResponsesRequest:
+        item = {"type": "message", "role": role, "content": content}
+        return parse(ResponsesRequest, json.dumps({"model": "tiny", "input": [item]}).encode())
+
+    (item,) = sent("assistant").input
+    assert isinstance(item, InputMessage)
+    assert item.text == "I cannot."
+    with pytest.raises(InvalidRequest, match="only an assistant"):
+        sent("user")

@@ -14,7 +14,7 @@ from serve.billing.invoicing.invoices import Invoices, period_bounds
 from serve.billing.invoicing.pdf import write_pdf
 from serve.billing.ledger.holds import Hold
 from serve.billing.money import nanos_of_usd, usd
-from serve.billing.pricing.plans import BatchRates, Prices, Rates, Tokens
+from serve.billing.pricing.plans import BatchRates, Prices, Rates, Tax, Tokens
 from serve.errors import OperatorError, UnknownRecord
 from tests.support.billing_fixture import BillingFixture
 from tests.support.constants import NOON, PLAN, RATES
@@ -79,7 +79,7 @@ def test_the_files_say_what_the_invoice_says(shop: BillingFixture, tmp_path: Pat
         buy(shop, number, adapter=number > 0)
     invoice = Invoices(shop.store).create("acme", MONTH, at=NOON)
     write_csv(invoice, tmp_path / "i.csv")
-    rows = list(csv.DictReader((tmp_path / "i.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "i.csv").open(encoding="utf-8-sig")))
     subtotals = [nanos_of_usd(row["amount"]) for row in rows if row["class"] == "subtotal"]
     (total,) = [nanos_of_usd(row["amount"]) for row in rows if row["class"] == "total"]
     assert sum(subtotals) == total == invoice.document.total_nanos
@@ -129,11 +129,24 @@ def test_batches_are_lines_of_their_own_at_their_own_rates(shop: BillingFixture,
     ]
     assert [line.items[-1].nanos for line in lines] == [400_000_000, 200_000_000]
     write_csv(invoice, tmp_path / "i.csv")
-    rows = list(csv.DictReader((tmp_path / "i.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "i.csv").open(encoding="utf-8-sig")))
     subtotals = {row["tier"]: row["amount"] for row in rows if row["class"] == "subtotal"}
     assert subtotals == {"default": usd(direct), "batch": usd(batch)}
     write_pdf(invoice, tmp_path / "i.pdf")
     assert "(batch)" in text_of(tmp_path / "i.pdf")
+
+
+def test_names_that_begin_like_formulas_are_text_in_the_csv(shop: BillingFixture, tmp_path: Path) -> None:
+    plan = PLAN.model_copy(update={"tax": Tax(name="=VAT", percent="19"), "minimum_nanos": 10**9})
+    buy(replace(shop, price=Prices(shop.store).publish(plan, at=NOON)), 0, adapter=True)
+    Prices(shop.store).subscribe("acme", PLAN.name, at=NOON)
+    invoice = Invoices(shop.store).create("acme", MONTH, at=NOON)
+    write_csv(invoice, tmp_path / "i.csv")
+    assert (tmp_path / "i.csv").read_bytes().startswith(b"\xef\xbb\xbfinvoice,")
+    rows = list(csv.DictReader((tmp_path / "i.csv").open(encoding="utf-8-sig")))
+    assert [row["class"] for row in rows if row["kind"] == "tax"] == ["'=VAT 19%"]
+    item, subtotal = (row for row in rows if row["kind"] == "minimum")
+    assert item["price_per_unit"] == subtotal["amount"]
 
 
 def test_a_month_without_usage_is_an_empty_invoice(shop: BillingFixture, tmp_path: Path) -> None:

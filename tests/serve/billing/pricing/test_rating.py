@@ -141,6 +141,14 @@ def test_a_minimum_is_reached_and_never_exceeded_by_itself(minimum: int, spent: 
     assert sum(line.amount_nanos for line in lines) == max(minimum, spent)
 
 
+def test_the_item_of_a_minimum_equals_its_line() -> None:
+    spent = InvoiceLine(model="m", price="p v1", list_nanos=2, amount_nanos=2)
+    (line,) = minimum_lines([spent], version(minimum_nanos=3_000_000))
+    (item,) = line.items
+    assert item.quantity * item.nanos == line.amount_nanos == 2_999_998
+    assert item.what == "rest of the monthly minimum of 0.003 USD"
+
+
 @given(st.integers(0, 10**18), st.decimals(0, 100, places=4))
 def test_tax_is_rounded_half_up(taxable: int, percent: object) -> None:
     exact = Fraction(taxable) * Fraction(str(percent)) / 100
