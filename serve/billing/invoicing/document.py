@@ -130,6 +130,6 @@ class InvoiceDocument(_DocumentPart):
 
 
 def sha256_of(number: str, issued_at: datetime, document: str) -> str:
-    """The fingerprint of a final document: of its number, its time and its text."""
-    said = json.dumps([number, issued_at.isoformat(), document])
-    return hashlib.sha256(said.encode()).hexdigest()
+    """Return the fingerprint of a final document: of its number, its time and its text."""
+    fingerprint_input = json.dumps([number, issued_at.isoformat(), document])
+    return hashlib.sha256(fingerprint_input.encode()).hexdigest()
