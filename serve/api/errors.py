@@ -24,7 +24,7 @@ BODY_BY_PATH = {"/v1/messages": anthropic_body_of}
 # where the error names no time: an empty account, a used-up budget, a record that exists.
 RETRIED_REFUSALS = frozenset({409, 429})
 
-_ROUTE_NAME = re.compile("[a-z]+(?:[_-][a-z]+)*")
+_ROUTE_NAME = re.compile("(?=.{6})[a-z]+(?:[_-][a-z]+)*")
 
 
 def render(error: errors.BespokeError, path: str = "") -> Response:
@@ -87,7 +87,7 @@ def invalid_request(error: RequestValidationError) -> errors.InvalidRequest:
 def _names_a_route(request: Request) -> bool:
     """True if a route's name stands where a route with another method has an id: POST /v1/responses/compact.
 
-    There is no such route; that the method is wrong would be a misleading answer. Ids have digits.
+    There is no such route: 405 would mislead. Ids have digits, or are short.
     """
     return any(_ROUTE_NAME.fullmatch(str(value)) for value in request.path_params.values())
 

@@ -168,7 +168,7 @@ class ToolCallPiece(_Object):
 
 class ChatDelta(_Object):
     role: Literal["assistant"] = "assistant"
-    content: str = ""
+    content: str | None = ""
     reasoning_content: str = ""
     tool_calls: list[ToolCallPiece] = []
 
