@@ -24,7 +24,9 @@ BODY_BY_PATH = {"/v1/messages": anthropic_body_of}
 # where the error names no time: an empty account, a used-up budget, a record that exists.
 RETRIED_REFUSALS = frozenset({409, 429})
 
-_ROUTE_NAME = re.compile("(?=.{6})[a-z]+(?:[_-][a-z]+)*")
+_ROUTE_NAME = re.compile("[a-z]+(?:[_-][a-z]+)*")
+# Routes whose ids we make, with digits; a tenant's or a model's name may look like a route's.
+_WITH_IDS = ("/v1/batches/", "/v1/files/", "/v1/responses/")
 
 
 def render(error: errors.BespokeError, path: str = "") -> Response:
@@ -87,9 +89,11 @@ def invalid_request(error: RequestValidationError) -> errors.InvalidRequest:
 def _names_a_route(request: Request) -> bool:
     """True if a route's name stands where a route with another method has an id: POST /v1/responses/compact.
 
-    There is no such route: 405 would mislead. Ids have digits, or are short.
+    There is no such route: 405 would mislead.
     """
-    return any(_ROUTE_NAME.fullmatch(str(value)) for value in request.path_params.values())
+    return request.url.path.startswith(_WITH_IDS) and any(
+        _ROUTE_NAME.fullmatch(str(value)) for value in request.path_params.values()
+    )
 
 
 def install(app: FastAPI) -> None:
