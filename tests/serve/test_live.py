@@ -33,7 +33,8 @@ def answer_format(schema: object) -> dict[str, Any]:
 
 
 def tool(parameters: object) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": "forecast", "parameters": parameters}}
+    function = {"name": "forecast", "parameters": parameters, "strict": True}
+    return {"type": "function", "function": function}
 
 
 # A grammar library that vLLM may choose knows both keywords; the one that tools need leaves out the length.

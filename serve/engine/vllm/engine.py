@@ -32,7 +32,7 @@ from serve.engine.protocol import (
 )
 from serve.engine.vllm import upstream
 from serve.engine.vllm.counters import read_counters
-from serve.engine.vllm.grammars import grammar_config
+from serve.engine.vllm.grammars import GRAMMAR_BACKEND
 from serve.engine.vllm.outputs import OutputHook, OutputParser
 from serve.engine.vllm.prompts import PromptRenderer, Rendered, refusal_of
 from serve.engine.vllm.setup import engine_args, prepare_environment
@@ -95,7 +95,7 @@ class VllmEngine:
         llm = upstream.start_llm(
             model=str(base_dir),
             served_model_name=base,
-            structured_outputs_config=grammar_config(),
+            structured_outputs_config=upstream.grammar_config(GRAMMAR_BACKEND),
             otlp_traces_endpoint=traces_url(otlp_endpoint) if otlp_endpoint else None,
             **engine_args(settings, targets),
         )

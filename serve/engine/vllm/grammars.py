@@ -4,29 +4,18 @@ vLLM validates schemas too, but all tools of a request at once: its refusal name
 """
 
 import re
-from typing import Any
 
 from serve.engine.protocol import GenerationRequest
 from serve.errors import InvalidRequest
 
+# Left to vLLM (`auto`), the first request that needs a grammar chooses the library for all. xgrammar is the only
+# one that knows the tags of tool calls; vLLM's guidance fails on them.
 GRAMMAR_BACKEND = "xgrammar"
 _REASON_CHARS_MAX = 300
 # xgrammar's errors begin with a time, its source's place and the check that failed.
 _PREFIX = re.compile(
     r"^\s*(?:\[[\d:]+\]\s*)?\S*\.(?:cc|h):\d+:\s*(?:Check failed: \(.*?\) is false:\s*)?", re.DOTALL
 )
-
-
-def grammar_config() -> Any:
-    """Returns vLLM's configuration of grammars: one library, and no free whitespace.
-
-    With vLLM's own choice, `auto`, the first request that needs a grammar chooses the library for all.
-    xgrammar is the only one that knows the tags of tool calls; vLLM's guidance fails on them. A small model
-    may write free whitespace until its tokens are spent.
-    """
-    from vllm.config import StructuredOutputsConfig
-
-    return StructuredOutputsConfig(backend=GRAMMAR_BACKEND, disable_any_whitespace=True)
 
 
 def check_grammars(request: GenerationRequest) -> None:

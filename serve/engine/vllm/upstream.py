@@ -29,6 +29,16 @@ def start_llm(**arguments: Any) -> Any:
     return AsyncLLM.from_vllm_config(config)
 
 
+def grammar_config(backend: str) -> Any:
+    """Returns vLLM's configuration of grammars: the library `backend` for all, and no free whitespace.
+
+    A small model may write free whitespace until its tokens are spent.
+    """
+    from vllm.config import StructuredOutputsConfig
+
+    return StructuredOutputsConfig(backend=backend, disable_any_whitespace=True)
+
+
 def bound_whitespace(request: Any) -> None:
     """Lets one space at most follow a comma in the JSON of tool calls.
 
