@@ -8,8 +8,8 @@ import re
 from serve.engine.protocol import GenerationRequest
 from serve.errors import InvalidRequest
 
-# Left to vLLM (`auto`), the first request that needs a grammar chooses the library for all. xgrammar is the only
-# one that knows the tags of tool calls; vLLM's guidance fails on them.
+# Left to vLLM (`auto`), the first request that needs a grammar chooses the library for all. xgrammar is the
+# only one that knows the tags of tool calls; vLLM's guidance fails on them.
 GRAMMAR_BACKEND = "xgrammar"
 _REASON_CHARS_MAX = 300
 # xgrammar's errors begin with a time, its source's place and the check that failed.
