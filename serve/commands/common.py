@@ -53,7 +53,7 @@ def open_store(settings: Settings) -> Store:
 
 
 def gateway_url(settings: Settings) -> str:
-    """Where this machine reaches the gateway that these settings start.
+    """Return the URL at which this machine reaches the gateway that these settings start.
 
     Raises OperatorError if the settings leave the port to the operating system.
     """

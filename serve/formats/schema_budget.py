@@ -1,4 +1,4 @@
-"""What all JSON Schemas of one request may cost together, checked before anything is reserved.
+"""Bounds what all JSON Schemas of a request may cost together, before anything is reserved.
 
 The engine makes grammars of them, on threads that all tenants share. A schema of a kilobyte can ask for
 minutes there, so each dimension that a grammar grows with has its own bound.

@@ -204,7 +204,7 @@ def _unsupported_object(node: Json) -> str | None:
 
 
 def _resolve(ref: str, root: Json) -> Any:
-    """As xgrammar: through objects, without escapes."""
+    """Follows a reference as xgrammar does: through objects, without escapes."""
     node: Any = root
     for part in ref.split("/")[1:]:
         if not isinstance(node, dict):

@@ -114,7 +114,7 @@ class Invoice:
 
     @property
     def is_partial(self) -> bool:
-        """Whether the draft was made before its month was over, so that more usage can follow."""
+        """True if the draft was made before its month was over, so that more usage can follow."""
         return self.is_draft and self.created_at < period_bounds(self.document.period)[1]
 
 

@@ -1,4 +1,4 @@
-"""What a grammar would leave out is named, and nothing that real clients send is refused for it."""
+"""Checks that refusals name what a grammar would leave out, and refuse nothing that real clients send."""
 
 from typing import Any
 

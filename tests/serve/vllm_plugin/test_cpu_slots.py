@@ -47,7 +47,7 @@ class Manager:
         return dict(self._registered_adapters)
 
     def activate_adapter(self, lora_id: int) -> bool:
-        """As vLLM's own: writes the weights through the views of the slices."""
+        """Writes, as vLLM does, the weights through the views of the slices."""
         slot = self.lora_index_to_id.index(None)
         self._active_adapters[lora_id] = None
         self.lora_index_to_id[slot] = lora_id

@@ -209,7 +209,7 @@ class FaultSite(LiveService):
         assert drifts == [(0, 0)]
 
     def drift(self) -> list[Reconciliation]:
-        """As `bespoke usage check` computes it. A gateway that has just died is asked again."""
+        """Computes the drift as `bespoke usage check` does. A gateway that has just died is asked again."""
         entries: list[Reconciliation] = []
 
         def answered() -> bool:
