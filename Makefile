@@ -3,6 +3,7 @@ SHELL := /bin/bash
 # Which Python makes .venv: 3.11, 3.12 or 3.13; unset, the first that runs.
 PYTHON ?=
 BIN := .venv/bin
+MINUTES_FILE := build/test-minutes.json
 # Some images set it: then each process that imports torch or vLLM compiles them anew, 10 s of CPU each.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -20,8 +21,11 @@ demo: setup
 serve: setup
 	@$(BIN)/bespoke serve --config configs/serve/cpu.yaml
 
+# First what needs no service, on all cores; then what starts engines and services, alone on the machine.
 test: setup check
-	$(BIN)/pytest
+	@rm -f $(MINUTES_FILE); status=0; \
+	$(BIN)/pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile --minutes-file $(MINUTES_FILE) || status=1; \
+	$(BIN)/pytest -m slow --minutes-file $(MINUTES_FILE) || status=1; exit $$status
 
 test-faults: setup
 	$(BIN)/pytest tests/system/faults

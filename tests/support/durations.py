@@ -2,8 +2,11 @@
 
 A plugin that `tests/conftest.py` loads. The budgets are `[tool.bespoke.test_minutes]` of pyproject.toml, in
 minutes on two quiet cores. A folder beyond its budget is a warning; the run does not fail of it.
+
+`make test` is two runs. `--minutes-file` carries the first one's durations to the second one's table.
 """
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -59,6 +62,23 @@ def read_budgets(pyproject: Path = PYPROJECT) -> dict[str, float]:
     return budgets
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--minutes-file",
+        type=Path,
+        help="adds this run's durations to those in this file, prints them all",
+    )
+
+
+def keep_durations(file: Path, durations: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Adds `durations` to those that earlier runs left in `file`, and returns them all."""
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    both = [(path, duration_s) for path, duration_s in earlier] + durations
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(both), encoding="utf-8")
+    return both
+
+
 @pytest.hookimpl(trylast=True)  # below the slowest tests
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     durations = [
@@ -67,6 +87,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in reports
         if isinstance(report, pytest.TestReport)
     ]
+    if file := terminalreporter.config.getoption("minutes_file"):
+        durations = keep_durations(file, durations)
     rows = by_folder(durations, read_budgets())
     if not rows:
         return

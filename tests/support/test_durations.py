@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.durations import by_folder, folders_of, read_budgets
+from tests.support.durations import by_folder, folders_of, keep_durations, read_budgets
 
 TESTS = Path(__file__).parents[1]
 
@@ -46,3 +46,10 @@ def test_folders_that_take_next_to_nothing_are_left_out() -> None:
 @pytest.mark.parametrize("folder", read_budgets())
 def test_a_budget_is_of_a_folder_that_there_is(folder: str) -> None:
     assert (TESTS / folder).exists()
+
+
+def test_a_second_run_adds_its_durations_to_those_of_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "build" / "minutes.json"
+    assert keep_durations(file, [("tests/serve/test_a.py", 60.0)]) == [("tests/serve/test_a.py", 60.0)]
+    both = keep_durations(file, [("tests/system/test_b.py", 30.0)])
+    assert both == [("tests/serve/test_a.py", 60.0), ("tests/system/test_b.py", 30.0)]
