@@ -171,7 +171,9 @@ class VllmEngine:
                     pass
             except (FinetuneError, OSError):
                 log.exception("%s is pinned and cannot be loaded", ref.model)
-        for adapter in self._cache.cached_ids:
+        # Memory evicts an adapter without its slot, so a slot's may be in memory no more.
+        worker = await self._ask_worker(read_counters()[:3])
+        for adapter in sorted({*self._cache.cached_ids, *worker["slots"]}):
             if adapter not in wanted:
                 await self.unload(adapter)
 
@@ -305,15 +307,14 @@ class VllmEngine:
             load,
         )
 
-    async def _residency(self, counts: tuple[int, ...]) -> Residency:
-        """Counts adapters by tier. It asks the worker only if `counts` show that slots can have changed.
+    async def _ask_worker(self, counts: tuple[int, ...]) -> dict[str, Any]:
+        """Returns the worker's residency. It asks only if `counts` show that slots can have changed.
 
         The worker answers between two steps. Workers in processes of their own wait actively for a second
         after each call: a fifth of a core, if a steward asks every five seconds.
         """
-        if self._cache is None or self._slots is None:
-            return Residency()
-        counts += (self._cache.loads, self._cache.evictions, self._unloads)
+        if self._cache is not None:
+            counts += (self._cache.loads, self._cache.evictions, self._unloads)
         if counts != self._residency_key:
             try:
                 (self._worker, *_) = await self._llm.collective_rpc("bespoke_residency")
@@ -321,7 +322,13 @@ class VllmEngine:
                 log.exception("vLLM does not answer which adapters it holds")
                 raise _lost_or(EngineUnavailable(), self._llm) from error
             self._residency_key = counts
-        worker = self._worker
+        return self._worker
+
+    async def _residency(self, counts: tuple[int, ...]) -> Residency:
+        """Counts adapters by tier."""
+        if self._cache is None or self._slots is None:
+            return Residency()
+        worker = await self._ask_worker(counts)
         return Residency(
             slots=len(worker["slots"]),
             memory=len(self._cache.cached_ids),

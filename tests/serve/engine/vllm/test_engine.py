@@ -11,8 +11,10 @@ import pytest
 
 from finetune.errors import FinetuneError
 from serve.engine.protocol import Finished, GenerationRequest, Sampling, Texts
-from tests.support.engine_host import EngineHost, events_of, until
+from tests.support.engine_host import MEMORY, EngineHost, events_of, until
 from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -36,6 +38,26 @@ def test_an_aborted_request_leaves_nothing_in_vllm(host: EngineHost, samples: in
     host.run(scenario())
     assert (dict(processor.parent_requests), dict(processor.request_states)) == ({}, {})
     assert not processor.external_req_ids
+
+
+def test_an_adapter_that_is_not_wanted_leaves_its_slot_though_memory_has_evicted_it(host: EngineHost) -> None:
+    """One that a long request used until just now has a slot, and is the longest untouched in memory."""
+    long, *others = (host.publish(f"slot{number}", 300 + number) for number in range(MEMORY + 1))
+
+    async def scenario() -> None:
+        request_id, events = host.stream(long, "Rain on", 500)
+        await anext(events)
+        for adapter in others[:-1]:
+            await host.answer(adapter, "Rain on", 2)
+        await host.engine.abort(request_id)
+        async for _ in events:
+            pass
+        await host.answer(others[-1], "Rain on", 2)
+        assert long.id not in host.engine.loaded_adapters
+        await host.engine.apply_desired(frozenset(), [])
+
+    host.run(scenario())
+    assert host.counters().residency.slots == 0
 
 
 def test_a_probe_that_does_not_begin_is_not_counted(host: EngineHost) -> None:
