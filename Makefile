@@ -21,11 +21,12 @@ demo: setup
 serve: setup
 	@$(BIN)/bespoke serve --config configs/serve/cpu.yaml
 
-# First what needs no service, on all cores; then what starts engines and services, alone on the machine.
+# First what needs no engine, on all cores; then what starts engines and services, alone on the machine.
+# The file's option has an "=": pytest would take an existing file of its own for the tests to run.
 test: setup check
 	@rm -f $(MINUTES_FILE); status=0; \
-	$(BIN)/pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile --minutes-file $(MINUTES_FILE) || status=1; \
-	$(BIN)/pytest -m slow --minutes-file $(MINUTES_FILE) || status=1; exit $$status
+	$(BIN)/pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile --minutes-file=$(MINUTES_FILE) || status=1; \
+	$(BIN)/pytest -m slow --minutes-file=$(MINUTES_FILE) || status=1; exit $$status
 
 test-faults: setup
 	$(BIN)/pytest tests/system/faults

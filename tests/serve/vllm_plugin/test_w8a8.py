@@ -47,6 +47,7 @@ def quantize(base_dir: Path, directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_an_int8_base_answers_with_and_without_an_adapter(
     base_dir: Path, loop: EventLoopThread, tmp_path: Path
 ) -> None:

@@ -6,10 +6,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
+import pytest
+
 from serve.engine.adapters.probe import probe
 from serve.engine.protocol import Counters, Delta, Event, Finished
 from serve.registry.versions import AdapterVersion
 from tests.support.engine_host import MEMORY, SLOTS, EngineHost, until
+
+pytestmark = pytest.mark.slow
 
 REQUESTS, IN_FLIGHT_MAX, DISTURB_EVERY = 1200, 24, 8
 NAMES = [f"churn-{number}" for number in range(12)]

@@ -16,6 +16,8 @@ from serve.formats.schema_budget import Schema, check_schemas
 from serve.formats.schema_support import FORMATS, unsupported
 from tests.support.engine_host import Answer, EngineHost, collect, events_of
 
+pytestmark = pytest.mark.slow
+
 COMPILED_BYTES_MAX = 32 * 1024 * 1024  # counted, so the same on every machine; the dearest is 20
 COMPILE_CPU_S_MAX = 90.0  # about 4 on an idle machine, 17 were seen on a busy one
 HELLO = (Message("user", "Hello"),)

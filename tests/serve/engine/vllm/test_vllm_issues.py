@@ -18,6 +18,8 @@ from serve.registry.validation import inspect
 from serve.registry.versions import AdapterVersion
 from tests.support.engine_host import RANK_MAX, TENANT, EngineHost, collect
 
+pytestmark = pytest.mark.slow
+
 OPENINGS = ("The", "Bicycle tea", "Hello there", "Once", "Rain on", "Why do", "Blue", "Seven", "It", "Please")
 # With small weights the tiny model soon repeats itself, so that even a long answer is sure (see LEAD_MIN).
 CALM, LONG_TOKENS = 0.03, 120
