@@ -313,6 +313,7 @@ class VllmEngine:
             running,
             await self._residency((prompt_tokens, completion_tokens, running)),
             load,
+            self._grammar_gate.counts,
         )
 
     async def _residency(self, counts: tuple[int, ...]) -> Residency:

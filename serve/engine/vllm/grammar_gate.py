@@ -11,9 +11,10 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 
+from serve.engine.protocol import GRAMMAR_CPU_S_BUCKETS, GrammarCounts
 from serve.engine.vllm.grammar_process import Grammar, GrammarProcess, GrammarProcessFailed, Verdict
 from serve.errors import EngineUnavailable, RateLimited
 
@@ -25,28 +26,7 @@ REFUSED_MAX = 4_096
 # A busy machine takes more CPU for the same work. What it could not compile is tried again later.
 TOO_COMPLEX_FOR_S = 300.0
 
-CPU_S_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-
 Digest = bytes
-
-
-@dataclass(slots=True)
-class GrammarCounts:
-    """Counts what the gate has done since the replica started."""
-
-    compiled: int = 0
-    errors: int = 0
-    too_complex: int = 0
-    overloads: int = 0
-    cpu_s: float = 0.0
-    buckets: list[int] = field(default_factory=lambda: [0] * (len(CPU_S_BUCKETS) + 1))
-
-    def note(self, verdict: Verdict) -> None:
-        self.compiled += verdict.allowed
-        self.errors += verdict.error is not None
-        self.too_complex += verdict.too_complex
-        self.cpu_s += verdict.cpu_s
-        self.buckets[sum(verdict.cpu_s > bound for bound in CPU_S_BUCKETS)] += 1
 
 
 class VerdictCache:
@@ -101,11 +81,12 @@ class GrammarGate:
         self._thread = ThreadPoolExecutor(1, "grammars")
         self._queues: OrderedDict[str, OrderedDict[Digest, _Job]] = OrderedDict()  # tenants in their turn
         self._dispatcher: asyncio.Task[None] | None = None
-        self.counts = GrammarCounts()
+        self._counts = GrammarCounts()
 
     @property
-    def waiting(self) -> int:
-        return sum(len(queue) for queue in self._queues.values())
+    def counts(self) -> GrammarCounts:
+        """What the gate has done since the replica started, and how many grammars wait now."""
+        return replace(self._counts, waiting=sum(len(queue) for queue in self._queues.values()))
 
     async def verdict(self, tenant: str, grammar: Grammar) -> Verdict:
         """Compiles the grammar, unless it is known. Raises RateLimited, EngineUnavailable."""
@@ -114,7 +95,7 @@ class GrammarGate:
             return known
         queue = self._queues.setdefault(tenant, OrderedDict())
         if digest not in queue and len(queue) >= WAITING_MAX:
-            self.counts.overloads += 1
+            self._counts = replace(self._counts, overloads=self._counts.overloads + 1)
             raise RateLimited("new schemas being compiled", WAITING_MAX, len(queue), 1, RETRY_AFTER_S)
         waiter: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         queue.setdefault(digest, _Job(grammar)).waiters.append(waiter)
@@ -145,13 +126,12 @@ class GrammarGate:
             try:
                 verdict = await loop.run_in_executor(self._thread, self._process.compile, job.grammar)
             except Exception as error:
-                level = logging.WARNING if isinstance(error, GrammarProcessFailed) else logging.ERROR
-                log.log(level, "a grammar got no verdict", exc_info=True)
+                log.warning("a grammar got no verdict", exc_info=not isinstance(error, GrammarProcessFailed))
                 for waiter in job.waiters:
                     if not waiter.done():
                         waiter.set_exception(EngineUnavailable(retry_after_s=RETRY_AFTER_S))
                 return
-            self.counts.note(verdict)
+            self._counts = _counted(self._counts, verdict)
             self._cache.put(digest, verdict)
         for waiter in job.waiters:
             if not waiter.done():
@@ -160,6 +140,17 @@ class GrammarGate:
     def close(self) -> None:
         self._process.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _counted(counts: GrammarCounts, verdict: Verdict) -> GrammarCounts:
+    bucket = sum(verdict.cpu_s > bound for bound in GRAMMAR_CPU_S_BUCKETS)
+    return replace(
+        counts,
+        wrong=counts.wrong + (verdict.error is not None),
+        too_complex=counts.too_complex + verdict.too_complex,
+        cpu_s=counts.cpu_s + verdict.cpu_s,
+        buckets=tuple(count + (number == bucket) for number, count in enumerate(counts.buckets)),
+    )
 
 
 def _digest(grammar: Grammar) -> Digest:

@@ -81,7 +81,8 @@ def test_a_tenant_with_too_many_waiting_is_told_to_wait_and_others_are_not() -> 
         compiler.may_answer.set()
         assert all(verdict.allowed for verdict in await asyncio.gather(*tasks))
         assert len(compiler.asked) == WAITING_MAX + 1
-        assert gate.waiting == 0
+        assert gate.counts.waiting == 0
+        assert gate.counts.buckets[0] == sum(gate.counts.buckets) == WAITING_MAX + 1
         gate.close()
 
     asyncio.run(run())

@@ -197,10 +197,10 @@ def test_a_schema_that_takes_too_long_is_named_and_the_engine_goes_on(host: Engi
             break  # else the machine had no time for it
     assert (of_format.value.code, of_format.value.param) == ("schema_too_complex", FORMAT_PARAM)
     counts = host.engine._grammar_gate.counts
-    refused, compiled = counts.too_complex, sum(counts.buckets)
+    assert counts.too_complex > 0
     with pytest.raises(InvalidRequest):  # known by now
         answer(host, "slow-again", schema=URIS)
-    assert (counts.too_complex, sum(counts.buckets)) == (refused, compiled)
+    assert host.engine._grammar_gate.counts == counts
     assert len(json.loads(answer(host, "after", schema=LENGTH).text)["k"]) <= 3
 
 
