@@ -102,7 +102,8 @@ async def measure(base_dir: Path, *, turns: int, seconds: float) -> dict[str, An
         "cpus": os.cpu_count(), "load_average": os.getloadavg(), "turns": turns, "seconds": seconds,
         "without": figures(quiet), "with": figures(busy),
         "attacker": dict(sum((each["attacker"] for each in busy), Counter())),
-        "new_grammars": sum(counts.buckets), "too_complex": counts.too_complex, "cpu_s": round(counts.cpu_s, 1),
+        "new_grammars": sum(counts.buckets), "too_complex": counts.too_complex,
+        "cpu_s": round(counts.cpu_s, 1),
     }  # fmt: skip
 
 
