@@ -116,4 +116,8 @@ def test_the_core_still_compiles_grammars_with_an_executor_that_can_be_replaced(
         vars(request.StructuredOutputRequest)["structured_output_key"], functools.cached_property
     )
     assert "ctx" in vars(backend_xgrammar.XgrammarGrammar)["__dataclass_fields__"]
+    assert (
+        "self.compiler = xgr.GrammarCompiler(\n            tokenizer_info,\n            max_threads=8"
+        in source(backend_xgrammar)
+    )
     assert "cache_limit_bytes=vllm.envs.VLLM_XGRAMMAR_CACHE_MB * 1024 * 1024" in source(backend_xgrammar)
