@@ -1,12 +1,13 @@
 """Renders the counters of engine processes in Prometheus' form."""
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serve.engine.protocol import Counters, Load, Residency
+from serve.engine.protocol import GRAMMAR_CPU_S_BUCKETS, Counters, GrammarCounts, Load, Residency
 
 
 class EngineCounters(Collector):
@@ -28,7 +29,7 @@ class EngineCounters(Collector):
         running = GaugeMetricFamily(
             "bespoke_vllm_requests_running", "Requests in vLLM's batch.", labels=labels[:3]
         )
-        load, residency = _Load(labels[:3]), _Residency(labels[:3])
+        load, residency, grammars = _Load(labels[:3]), _Residency(labels[:3]), _Grammars(labels[:3])
         for counters in self._counters:
             engine = [counters.base, counters.replica, counters.boot]
             total.add_metric([*engine, "prompt"], counters.prompt_tokens)
@@ -38,7 +39,8 @@ class EngineCounters(Collector):
             running.add_metric(engine, counters.running)
             load.add(engine, counters.load)
             residency.add(engine, counters.residency)
-        return [total, probe, running, *load.families, *residency.families]
+            grammars.add(engine, counters.grammars)
+        return [total, probe, running, *load.families, *residency.families, *grammars.families]
 
 
 class _Load:
@@ -118,6 +120,36 @@ class _Residency:
             self._evictions.add_metric(labels, evictions)
         self._waiting.add_metric(engine, residency.waiting)
         self._wait_max.add_metric(engine, residency.wait_s_max)
+
+
+class _Grammars:
+    """Renders what became of the grammars that each replica was asked for first."""
+
+    def __init__(self, labels: list[str]) -> None:
+        self._refusals = CounterMetricFamily(
+            "bespoke_grammar_refusals",
+            "Grammars refused: wrong, too complex, or too many of a tenant at once (waiting).",
+            labels=[*labels, "reason"],
+        )
+        self._seconds = HistogramMetricFamily(
+            "bespoke_grammar_compile_seconds", "CPU that compiling a new grammar took.", labels=labels
+        )
+        self._waiting = GaugeMetricFamily(
+            "bespoke_grammars_waiting", "New grammars that wait to be compiled.", labels=labels
+        )
+        self.families = (self._refusals, self._seconds, self._waiting)
+
+    def add(self, engine: list[str], grammars: GrammarCounts) -> None:
+        for reason, count in (
+            ("wrong", grammars.wrong),
+            ("too_complex", grammars.too_complex),
+            ("waiting", grammars.overloads),
+        ):
+            self._refusals.add_metric([*engine, reason], count)
+        sums = accumulate(grammars.buckets)
+        bounds = [*(str(bound) for bound in GRAMMAR_CPU_S_BUCKETS), "+Inf"]
+        self._seconds.add_metric(engine, list(zip(bounds, sums, strict=True)), grammars.cpu_s)
+        self._waiting.add_metric(engine, grammars.waiting)
 
 
 def render_engines(counters: list[Counters]) -> bytes:

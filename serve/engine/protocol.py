@@ -223,6 +223,24 @@ class Load:
     prefix_hits: int = 0
 
 
+GRAMMAR_CPU_S_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarCounts:
+    """Counts a replica's new grammars by what became of them, and those that wait.
+
+    `buckets` counts them by the CPU they took: one for each of GRAMMAR_CPU_S_BUCKETS, and one above.
+    """
+
+    wrong: int = 0
+    too_complex: int = 0
+    overloads: int = 0
+    waiting: int = 0
+    cpu_s: float = 0.0
+    buckets: tuple[int, ...] = (0,) * (len(GRAMMAR_CPU_S_BUCKETS) + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Counters:
     """Holds an engine process's own lifetime counters, as vLLM keeps them.
@@ -240,6 +258,7 @@ class Counters:
     running: int
     residency: Residency = Residency()
     load: Load = Load()
+    grammars: GrammarCounts = GrammarCounts()
 
 
 class Engine(Protocol):

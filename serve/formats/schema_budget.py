@@ -30,7 +30,7 @@ DISTINCT_LENGTHS_MAX = 16
 # state: 128 take about a second of a core. What is longer than 128 it counts without more states. The same
 # bounds again cost little more, so only different ones are summed.
 LENGTH_STATES_MAX = 128
-STATES_MAX = 512
+STATES_MAX = 384  # 3 s, all that the engine grants a grammar
 REPETITIONS_SUM_MAX = 20_000
 
 _LENGTHS = ("minLength", "maxLength")

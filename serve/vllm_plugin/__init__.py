@@ -12,13 +12,14 @@ import threading
 def register() -> None:
     """Installs the repairs that the installed vLLM still needs. Safe to call more than once."""
     from serve.observability import logs
-    from serve.vllm_plugin import cpu_lora, cpu_slots, kernel_hub, w8a8
+    from serve.vllm_plugin import cpu_lora, cpu_slots, grammar_threads, kernel_hub, w8a8
 
     logs.install_as_child()
     kernel_hub.install()
     if cpu_lora.install():
         cpu_slots.install()
     w8a8.install()
+    grammar_threads.install()
     end_with_parent()
 
 

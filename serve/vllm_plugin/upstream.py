@@ -120,3 +120,38 @@ def replace_int8_kernel_choice(wrap: Wrap) -> None:
     from vllm.model_executor.kernels.linear.scaled_mm import cpu
 
     cpu.check_cpu_sgl_kernel = wrap(cpu.check_cpu_sgl_kernel)
+
+
+def replace_grammar_threads(threads: Callable[[Any, int], Any]) -> None:
+    """Puts `threads` in the place of the executor that compiles grammars in vLLM's core.
+
+    `v1/structured_output/__init__.py`: StructuredOutputManager makes it, and calls its `submit` and
+    `shutdown`. xgrammar would use 8 threads for each grammar (`backend_xgrammar.py`), as many as the model's
+    step and more; it gets that one. Does nothing the second time.
+    """
+    import xgrammar
+    from vllm import envs
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    if getattr(StructuredOutputManager, "bespoke_threads", False):
+        return
+    StructuredOutputManager.bespoke_threads = True
+    library: Any = xgrammar
+    original, compiler = StructuredOutputManager.__init__, library.GrammarCompiler
+
+    def compiler_of_one_thread(tokenizer: Any, **kwargs: Any) -> Any:
+        return compiler(tokenizer, **(kwargs | {"max_threads": 1}))
+
+    library.GrammarCompiler = compiler_of_one_thread
+
+    def init(manager: Any, *args: Any, **kwargs: Any) -> None:
+        original(manager, *args, **kwargs)
+        if hasattr(manager, "executor"):  # not without a tokenizer
+            manager.executor = threads(manager.executor, envs.VLLM_XGRAMMAR_CACHE_MB * 1024 * 1024)
+
+    StructuredOutputManager.__init__ = init
+
+
+def compiled_bytes(grammar: Any) -> int:
+    """Returns the memory of vLLM's XgrammarGrammar (`v1/structured_output/backend_xgrammar.py`)."""
+    return int(grammar.ctx.memory_size_bytes)

@@ -32,7 +32,9 @@ from serve.engine.protocol import (
 )
 from serve.engine.vllm import upstream
 from serve.engine.vllm.counters import read_counters
-from serve.engine.vllm.grammars import GRAMMAR_BACKEND
+from serve.engine.vllm.grammar_gate import GrammarGate
+from serve.engine.vllm.grammar_process import GrammarProcess
+from serve.engine.vllm.grammars import GRAMMAR_BACKEND, check_grammar, make_gate
 from serve.engine.vllm.outputs import OutputHook, OutputParser
 from serve.engine.vllm.prompts import PromptRenderer, Rendered, refusal_of
 from serve.engine.vllm.setup import engine_args, prepare_environment
@@ -58,6 +60,7 @@ class VllmEngine:
         self,
         llm: Any,
         renderer: PromptRenderer,
+        grammar_gate: GrammarGate,
         base: str,
         replica: str,
         adapter_cache: AdapterCache | None = None,
@@ -65,6 +68,7 @@ class VllmEngine:
     ) -> None:
         self._llm = llm
         self._renderer = renderer
+        self._grammar_gate = grammar_gate
         self._base = base
         self._replica = replica
         self._boot = uuid.uuid4().hex
@@ -92,6 +96,8 @@ class VllmEngine:
         prepare_environment(settings)
         prepare_vllm(otlp_endpoint)
         targets = target_suffixes(base_dir) if settings.max_loras else []
+        grammar_process = GrammarProcess()
+        grammar_process.start()  # loads while the model does
         llm = upstream.start_llm(
             model=str(base_dir),
             served_model_name=base,
@@ -99,10 +105,11 @@ class VllmEngine:
             otlp_traces_endpoint=traces_url(otlp_endpoint) if otlp_endpoint else None,
             **engine_args(settings, targets),
         )
-        card = read_card(base_dir)
+        upstream.validate_grammars_without_compiling()
+        card, gate = read_card(base_dir), make_gate(grammar_process, llm)
         renderer = PromptRenderer(llm, tool_parser=card.tool_parser, reasoning_parser=card.reasoning_parser)
         if not settings.max_loras:
-            engine = cls(llm, renderer, base, replica)
+            engine = cls(llm, renderer, gate, base, replica)
         else:
             adapter_cache = AdapterCache(
                 await _layout(llm) if settings.device == "cpu" else None,
@@ -114,6 +121,7 @@ class VllmEngine:
             engine = cls(
                 llm,
                 renderer,
+                gate,
                 base,
                 replica,
                 adapter_cache,
@@ -142,6 +150,7 @@ class VllmEngine:
         sampling = Sampling(completion_tokens_max=1, temperature=0.0, logprobs=_PROBE_LOGPROBS, format=format)
         probe = GenerationRequest(number, adapter, _PROBE, sampling, cache_salt=number)
         rendered = await self._renderer.render(probe)
+        await check_grammar(self._grammar_gate, probe, rendered.params)
         ((prompt,), (params,)) = rendered.inputs, rendered.params
         try:
             async with self._lora(adapter) as lora:
@@ -200,6 +209,7 @@ class VllmEngine:
         """See `serve.engine.protocol.Engine.generate`. Cancelled, it ends the request."""
         logs.set_log_context(request.request_id, trace_id=trace_id_of(request.trace_headers))
         rendered = await self._renderer.render(request)
+        await check_grammar(self._grammar_gate, request, rendered.params)
         parser = self._parser(request, rendered)
         adapter = request.adapter
         cold = int(adapter is not None and self._cache is not None and not self._cache.has(adapter.id))
@@ -305,6 +315,7 @@ class VllmEngine:
             running,
             await self._residency((prompt_tokens, completion_tokens, running)),
             load,
+            self._grammar_gate.counts,
         )
 
     async def _ask_worker(self, counts: tuple[int, ...]) -> dict[str, Any]:
@@ -349,6 +360,7 @@ class VllmEngine:
             raise EngineLost()
 
     def shutdown(self) -> None:
+        self._grammar_gate.close()
         self._llm.shutdown()
         if self._cache is not None:
             self._cache.close()

@@ -12,7 +12,6 @@ from typing import Any
 
 from serve.engine.protocol import GenerationRequest, Message, Texts, Toolbox
 from serve.engine.vllm import upstream
-from serve.engine.vllm.grammars import check_grammars
 from serve.errors import BespokeError, ContextLengthExceeded, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,6 @@ class PromptRenderer:
 
     async def render(self, request: GenerationRequest) -> Rendered:
         """Renders `request`. Raises InvalidRequest, ContextLengthExceeded."""
-        check_grammars(request)
         param = "prompt" if isinstance(request.prompt, Texts) else "messages"
         from vllm.exceptions import VLLMValidationError
 

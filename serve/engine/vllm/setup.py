@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from serve.engine.vllm.grammars import CORE_CACHE_MB
 from serve.engine.vllm.upstream import CPU_EXECUTOR
 from serve.settings import EngineSettings
 
@@ -11,6 +12,7 @@ def prepare_environment(settings: EngineSettings) -> None:
     """Sets the variables that vLLM reads at import and in the processes it starts."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_XGRAMMAR_CACHE_MB", str(CORE_CACHE_MB))
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # its internal sockets stay on this machine
     if settings.device == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))

@@ -39,6 +39,61 @@ def grammar_config(backend: str) -> Any:
     return StructuredOutputsConfig(backend=backend, disable_any_whitespace=True)
 
 
+def grammar_tokenizer(llm: Any) -> str:
+    """Returns xgrammar's description of the tokenizer as vLLM's core has it, as JSON.
+
+    The core makes it in `v1/structured_output/backend_xgrammar.py`. Any compiled grammar knows it.
+    """
+    from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+
+    config = llm.vllm_config
+    backend = XgrammarBackend(
+        config, tokenizer=llm.renderer.get_tokenizer(), vocab_size=config.model_config.get_vocab_size()
+    )
+    return str(backend.compiler.compile_grammar('root ::= "a"').tokenizer_info.serialize_json())
+
+
+def grammar_of(params: Any) -> tuple[str, str] | None:
+    """Returns the grammar that vLLM's core will compile for `params`, as its kind and its text.
+
+    None without one, and for a choice of texts, which vLLM makes a grammar of itself
+    (`v1/structured_output/request.py`).
+    """
+    from vllm.v1.structured_output.request import get_structured_output_key
+
+    outputs = params.structured_outputs
+    if outputs is None or outputs.all_constraints_none() or outputs.choice is not None:
+        return None
+    kind, text = get_structured_output_key(outputs)
+    return kind.name.lower(), text
+
+
+def validate_grammars_without_compiling() -> None:
+    """Spares vLLM's second validation of schemas and tags, in the event loop: half a second for some.
+
+    The gate has compiled them (`grammar_gate`). Its check of the features that xgrammar drops stays
+    (`v1/structured_output/backend_xgrammar.py`, `validate_xgrammar_grammar`).
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.structured_output import backend_xgrammar
+
+    original = backend_xgrammar.validate_xgrammar_grammar
+    if getattr(original, "bespoke_light", False):
+        return
+
+    def validate(params: Any) -> None:
+        outputs = params.structured_outputs
+        if outputs is None or not (outputs.json or outputs.structural_tag):
+            original(params)
+        elif outputs.json:
+            schema = json.loads(outputs.json) if isinstance(outputs.json, str) else outputs.json
+            if backend_xgrammar.has_xgrammar_unsupported_json_features(schema):
+                raise VLLMValidationError("The schema holds what xgrammar does not support.")
+
+    validate.bespoke_light = True  # type: ignore[attr-defined]
+    backend_xgrammar.validate_xgrammar_grammar = validate
+
+
 def bound_whitespace(request: Any) -> None:
     """Lets one space at most follow a comma in the JSON of tool calls.
 

@@ -24,6 +24,7 @@ from serve.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    RateLimited,
 )
 from tests.support.batching import CHAT, COST_NANOS, LEASE, BatchFixture, jsonl, line
 from tests.support.databases import NewDatabase
@@ -160,7 +161,13 @@ def test_a_worker_that_stops_finishes_what_runs_and_gives_the_batch_back(batchin
     check_complete(batching, batch, NAMES)
 
 
-@pytest.mark.parametrize("fault", [Overloaded(), EngineUnavailable(), EngineLost()])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *(Overloaded(), EngineUnavailable(), EngineLost()),
+        RateLimited("new schemas being compiled", 8, 8, 1, 3),
+    ],
+)
 def test_what_may_pass_is_waited_for(batching: BatchFixture, fault: BaseException) -> None:
     batching.engine.faults = {"line 1": [fault, fault]}
     batch = batching.submit(FILE)
@@ -215,6 +222,19 @@ def test_a_line_that_fails_is_in_the_error_file_and_costs_nothing(
     assert entry["response"]["body"]["error"]["code"] == code
     assert [one["custom_id"] for one in batching.output(batch)] == ["good"]
     assert len(batching.bills()) == 1
+
+
+def test_a_line_whose_schema_is_too_complex_is_an_error_and_the_others_are_answered(
+    batching: BatchFixture,
+) -> None:
+    batching.engine.faults = {"line 2": [InvalidRequest("too much", "response_format", "schema_too_complex")]}
+    batch = batching.submit(FILE)
+    batching.work()
+    (entry,) = batching.errors(batch)
+    assert (entry["custom_id"], entry["response"]["status_code"]) == ("line 2", 400)
+    assert entry["response"]["body"]["error"]["code"] == "schema_too_complex"
+    assert len(batching.bills()) == 4
+    assert not batching.ledger.open_holds()
 
 
 def test_an_engine_that_breaks_on_a_line_makes_it_an_error(batching: BatchFixture) -> None:

@@ -3,6 +3,7 @@
 Whether a repair is still needed is checked in `test_cpu_lora.py` and `test_w8a8.py`.
 """
 
+import functools
 import inspect
 from typing import Any
 
@@ -102,3 +103,21 @@ def test_vllm_still_finds_this_package_by_its_entry_point() -> None:
     assert plugins.DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
     values = [entry.value for entry in entry_points(group=plugins.DEFAULT_PLUGINS_GROUP)]
     assert "serve.vllm_plugin:register" in values
+
+
+def test_the_core_still_compiles_grammars_with_an_executor_that_can_be_replaced() -> None:
+    from vllm.v1.structured_output import StructuredOutputManager, backend_xgrammar, request
+
+    manager = source(StructuredOutputManager)
+    assert "self.executor.submit(self._create_grammar, request)" in manager
+    assert "self.executor.shutdown(wait=True, cancel_futures=True)" in manager
+    assert "struct_request.structured_output_key" in manager
+    assert isinstance(
+        vars(request.StructuredOutputRequest)["structured_output_key"], functools.cached_property
+    )
+    assert "ctx" in vars(backend_xgrammar.XgrammarGrammar)["__dataclass_fields__"]
+    assert (
+        "self.compiler = xgr.GrammarCompiler(\n            tokenizer_info,\n            max_threads=8"
+        in source(backend_xgrammar)
+    )
+    assert "cache_limit_bytes=vllm.envs.VLLM_XGRAMMAR_CACHE_MB * 1024 * 1024" in source(backend_xgrammar)

@@ -146,3 +146,37 @@ def test_vllm_still_counts_under_the_names_that_we_read() -> None:
 
     source = inspect.getsource(loggers)
     assert [name for name in READ if f'"{name.removesuffix("_total")}"' not in source] == []
+
+
+def test_vllm_still_names_a_requests_grammar_by_kind_and_text() -> None:
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+
+    def grammar(**constraint: Any) -> tuple[str, str] | None:
+        return upstream.grammar_of(SamplingParams(structured_outputs=StructuredOutputsParams(**constraint)))
+
+    assert upstream.grammar_of(SamplingParams()) is None
+    assert grammar(json='{"type": "object"}') == ("json", '{"type": "object"}')
+    assert grammar(json_object=True) == ("json_object", "")
+    assert grammar(choice=["a", "b"]) is None
+    # `grammar_worker` compiles each of the others.
+    kinds = {option.name.lower() for option in StructuredOutputOptions}
+    assert kinds == {"json", "json_object", "regex", "grammar", "choice", "structural_tag"}
+
+
+def test_vllm_still_validates_grammars_where_its_compilation_is_spared() -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+    from vllm.v1.structured_output import backend_xgrammar
+
+    upstream.validate_grammars_without_compiling()
+    caller = inspect.getsource(SamplingParams._validate_structured_outputs)
+    assert "import validate_xgrammar_grammar" in caller
+
+    def validate(schema: dict[str, Any]) -> None:
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(json=schema))
+        backend_xgrammar.validate_xgrammar_grammar(params)
+
+    validate({"type": "string", "pattern": "(("})  # the gate has refused it
+    with pytest.raises(VLLMValidationError):
+        validate({"type": "string", "pattern": "^a$", "maxLength": 3})
