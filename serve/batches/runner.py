@@ -185,7 +185,7 @@ class BatchRun:
         return self._may_begin
 
     async def _line(self, number: int, raw: bytes) -> None:
-        line = read_line(raw)
+        line = await asyncio.to_thread(read_line, raw)
         request_id = f"req_{uuid.uuid4().hex}"
         attempt = Attempt(self.batch.id, self._context.queue.owner, number, line.custom_id, request_id)
         try:
@@ -221,8 +221,9 @@ class BatchRun:
         def render(result: GenerationResult) -> Json:
             return complete_body(result, endpoint.response_format())
 
+        fields = context.bounds.fields
         inference_request = replace(
-            endpoint.to_request(line.body, attempt.request_id, context.bounds.fields),
+            await asyncio.to_thread(endpoint.to_request, line.body, attempt.request_id, fields),
             collect=True,
             survives_disconnect=True,
             tier="batch",
