@@ -20,7 +20,7 @@ router = APIRouter()
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": AnthropicError, "description": DESCRIPTIONS[status]}
-    for status in (400, 401, 403, 404, 408, 409, 413, 429, 500, 503)
+    for status in (400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503)
 }
 
 

@@ -43,7 +43,6 @@ from serve.tenants import Principal
 
 log = logging.getLogger(__name__)
 
-REPLICAS_LOST_MAX = 3  # by one line: the line may be what kills them
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.5, 60.0
 POLL_S_MAX = 1.0
 
@@ -99,7 +98,6 @@ class BatchRun:
         self._context = context
         self._status: BatchStatus | None = batch.status
         self._tenant_backoff = Backoff()  # for the tenant's own rate limits
-        self._replicas_lost: dict[int, int] = {}  # by line
 
     async def run(self) -> None:
         """Raises StoreUnavailable; a later run continues from the batch's status."""
@@ -200,8 +198,7 @@ class BatchRun:
             else:
                 self._tenant_backoff.begin(error.retry_after_s)
         except Unavailable as error:
-            self._replicas_lost[number] = self._replicas_lost.get(number, 0) + isinstance(error, EngineLost)
-            if self._replicas_lost[number] >= REPLICAS_LOST_MAX:
+            if isinstance(error, EngineLost):  # the gateway has sent it again already, if it may be
                 await self._refuse(attempt, EngineFailed())
             self._context.backoff.begin(error.retry_after_s)
         except BespokeError as error:
