@@ -17,6 +17,7 @@
     ├── IdempotencyConflict          the first request with this Idempotency-Key still runs
     ├── InsufficientCredit
     │   └── BudgetExceeded           a hard budget of the tenant, project or key
+    ├── RequestQuarantined           replicas died with this request: it is not run for some minutes
     ├── NotBillable                  the tenant has no price plan
     ├── RateLimited                  a limit of the tenant or the key is used up
     ├── Unavailable                  try again later; carries `retry_after_s`
@@ -243,6 +244,16 @@ class NotBillable(BespokeError):
     @property
     def message(self) -> str:
         return "Your account is not active: no price plan is in force for it."
+
+
+class RequestQuarantined(BespokeError):
+    def __init__(
+        self,
+        message: str = (
+            "A model stopped while it worked on this same request, so the request is refused for 10 minutes."
+        ),
+    ) -> None:
+        super().__init__(message)
 
 
 class RateLimited(BespokeError):

@@ -3,11 +3,13 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from serve.api.bodies import read_body
 from serve.api.dependencies import Ctx, DirectRoute, InferencePrincipal
 from serve.api.schemas import ChatCompletion, ChatCompletionChunk, generation_responses, json_body
 from serve.api.streaming import answer
 from serve.formats.chat import ChatCompletionRequest, ChatFormat, request_of
 from serve.formats.sampling import parse
+from serve.inference.request import InferenceRequest
 
 router = APIRouter(route_class=DirectRoute)
 
@@ -19,8 +21,11 @@ router = APIRouter(route_class=DirectRoute)
     openapi_extra=json_body(ChatCompletionRequest),
 )
 async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> Response:
-    body = parse(ChatCompletionRequest, await request.body())
-    inference_request = request_of(body, request.state.request_id, ctx.limits)
+    def read(raw: bytes) -> tuple[ChatCompletionRequest, InferenceRequest]:
+        body = parse(ChatCompletionRequest, raw)
+        return body, request_of(body, request.state.request_id, ctx.limits)
+
+    body, inference_request = await read_body(request, read)
     return await answer(
         request,
         ctx,

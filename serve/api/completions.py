@@ -3,11 +3,13 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from serve.api.bodies import read_body
 from serve.api.dependencies import Ctx, DirectRoute, InferencePrincipal
 from serve.api.schemas import TextCompletion, generation_responses, json_body
 from serve.api.streaming import answer
 from serve.formats.completions import CompletionFormat, CompletionRequest, request_of
 from serve.formats.sampling import parse
+from serve.inference.request import InferenceRequest
 
 router = APIRouter(route_class=DirectRoute)
 
@@ -19,8 +21,11 @@ router = APIRouter(route_class=DirectRoute)
     openapi_extra=json_body(CompletionRequest),
 )
 async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> Response:
-    body = parse(CompletionRequest, await request.body())
-    inference_request = request_of(body, request.state.request_id, ctx.limits)
+    def read(raw: bytes) -> tuple[CompletionRequest, InferenceRequest]:
+        body = parse(CompletionRequest, raw)
+        return body, request_of(body, request.state.request_id, ctx.limits)
+
+    body, inference_request = await read_body(request, read)
     return await answer(
         request,
         ctx,

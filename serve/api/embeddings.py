@@ -4,11 +4,13 @@ A clear refusal is better than an unknown URL. platform.openai.com/docs/api-refe
 """
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
+from serve.api.bodies import read_body
 from serve.api.dependencies import Ctx, InferencePrincipal
 from serve.api.schemas import errors, json_body
 from serve.errors import InvalidRequest, ModelNotFound
@@ -31,7 +33,7 @@ class EmbeddingRequest(BaseModel):
 )
 async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> None:
     """Raises ModelNotFound for a model that the caller cannot see, InvalidRequest for any other model."""
-    body = parse(EmbeddingRequest, await request.body())
+    body = await read_body(request, partial(parse, EmbeddingRequest))
 
     def resolve() -> Model:
         with ctx.store.read() as connection:

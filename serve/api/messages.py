@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from serve.api.bodies import read_body
 from serve.api.dependencies import Ctx, InferencePrincipal
 from serve.api.schemas import DESCRIPTIONS, generation_responses, json_body
 from serve.api.streaming import EventStream, answer_complete, cancel_on_disconnect, start
@@ -19,7 +20,7 @@ router = APIRouter()
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": AnthropicError, "description": DESCRIPTIONS[status]}
-    for status in (400, 401, 403, 404, 408, 409, 413, 429, 500, 503)
+    for status in (400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503)
 }
 
 
@@ -30,17 +31,20 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     openapi_extra=json_body(MessagesRequest),
 )
 async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> Response:
-    body = parse(MessagesRequest, await request.body())
-    inference_request = InferenceRequest(
-        request_id=request.state.request_id,
-        model=body.model,
-        prompt=body.prompt(ctx.limits),
-        sampling=body.sampling(ctx.limits),
-        length_param="max_tokens",
-        toolbox=body.toolbox(ctx.limits),
-        reasoning_effort=body.reasoning_effort,
-        collect=not body.stream,
-    )
+    def read(raw: bytes) -> InferenceRequest:
+        body = parse(MessagesRequest, raw)
+        return InferenceRequest(
+            request_id=request.state.request_id,
+            model=body.model,
+            prompt=body.prompt(ctx.limits),
+            sampling=body.sampling(ctx.limits),
+            length_param="max_tokens",
+            toolbox=body.toolbox(ctx.limits),
+            reasoning_effort=body.reasoning_effort,
+            collect=not body.stream,
+        )
+
+    inference_request = await read_body(request, read)
     if inference_request.collect:
         response = await answer_complete(request, ctx, principal, inference_request, complete_message)
     else:

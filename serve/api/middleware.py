@@ -24,6 +24,7 @@ from serve.errors import (
     InvalidRequest,
     UnsupportedEncoding,
 )
+from serve.formats.body_budget import check_body
 from serve.formats.errors import kind_of
 from serve.observability import logs
 from serve.observability.metrics import Metrics
@@ -119,10 +120,14 @@ def body_bound(body_bytes_max: int, file_bytes_max: int) -> Callable[[Scope], in
     """Returns the function from a request to the most bytes of its body. An upload has a file in a form."""
 
     def bytes_max(scope: Scope) -> int:
-        is_upload = (scope["method"], scope["path"]) == UPLOAD_ROUTE
-        return file_bytes_max + FORM_BYTES if is_upload else body_bytes_max
+        return file_bytes_max + FORM_BYTES if is_upload(scope) else body_bytes_max
 
     return bytes_max
+
+
+def is_upload(scope: Scope) -> bool:
+    """True for a form with a file, which is written to disk as it comes; other bodies are JSON."""
+    return (scope["method"], scope["path"]) == UPLOAD_ROUTE
 
 
 def direct_send(scope: Scope, send: Send) -> Send:
@@ -183,6 +188,8 @@ class BodyMiddleware:
             body_receive = _inflated(body_receive, _WINDOW_BITS[encoding], bytes_max)
             hidden = (b"content-encoding", b"content-length")
             scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in hidden]
+        if not is_upload(scope):
+            body_receive = _checked(body_receive)
         await self._app(scope, body_receive, send)
 
 
@@ -221,7 +228,9 @@ def _inflated(receive: Receive, window_bits: int, bytes_max: int) -> Receive:
             return message
         try:
             # One byte above the bound is enough to see a body that is too large, such as a zip bomb.
-            body = inflater.decompress(message.get("body", b""), bytes_max - total + 1)
+            # In a thread, which zlib leaves the interpreter free for.
+            compressed = message.get("body", b"")
+            body = await asyncio.to_thread(inflater.decompress, compressed, bytes_max - total + 1)
         except zlib.error as error:
             raise InvalidRequest("The body is not compressed as Content-Encoding says.") from error
         total += len(body)
@@ -233,6 +242,28 @@ def _inflated(receive: Receive, window_bits: int, bytes_max: int) -> Receive:
         return {"type": "http.request", "body": body, "more_body": more}
 
     return inflated
+
+
+def _checked(receive: Receive) -> Receive:
+    """`receive` that gives the whole body at once, within the budget of `serve.formats.body_budget`."""
+    complete = False
+
+    async def checked() -> Message:
+        nonlocal complete
+        if complete:
+            return await receive()
+        pieces: list[bytes] = []
+        while not complete:
+            message = await receive()
+            if message["type"] != "http.request":
+                return message
+            pieces.append(message.get("body", b""))
+            complete = not message.get("more_body", False)
+        body = b"".join(pieces)
+        check_body(body)
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return checked
 
 
 class TracingMiddleware:

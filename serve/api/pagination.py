@@ -6,12 +6,14 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from fastapi import Query
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from finetune.card import NAME_PATTERN
 from serve.errors import InvalidRequest
 from serve.rate_limits.limits import HIGHEST, MODEL_LENGTH_MAX, MODELS_MAX, Limits
 from serve.storage.pagination import Page
+
+FIELDS_MAX = 64
 
 
 class Identified(BaseModel):
@@ -37,6 +39,14 @@ class Body(BaseModel):
     """A client's body. An unknown field is a mistake, so it is refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, data: Any) -> Any:
+        """Each unknown field would be an error of its own."""
+        if isinstance(data, dict) and len(data) > FIELDS_MAX:
+            raise ValueError(f"at most {FIELDS_MAX} fields are allowed")
+        return data
 
 
 class Listing(BaseModel, Generic[Wire]):

@@ -5,11 +5,13 @@ platform.openai.com/docs/api-reference/responses.
 
 import asyncio
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
+from serve.api.bodies import read_body
 from serve.api.dependencies import Context, Ctx, InferencePrincipal
 from serve.api.schemas import errors, generation_responses, json_body
 from serve.api.streaming import EventStream, answer_complete, cancel_on_disconnect, start
@@ -43,7 +45,7 @@ Json = dict[str, Any]
     openapi_extra=json_body(ResponsesRequest),
 )
 async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> Response:
-    body = parse(ResponsesRequest, await request.body())
+    body = await read_body(request, partial(parse, ResponsesRequest))
     request_id: str = request.state.request_id
     context = await _context(ctx, principal, body.previous_response_id)
     new_items = input_items(body.input, Ids(request_id))

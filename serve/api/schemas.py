@@ -22,6 +22,7 @@ DESCRIPTIONS = {
     409: "It exists already, or its state forbids what was asked.",
     413: "The body is too large.",
     415: "The body is compressed in a way that is not understood.",
+    422: "The model stopped with this same request some minutes ago.",
     429: "A limit is reached, or the credit does not cover the request.",
     431: "The headers are too large.",
     500: "The server failed.",
@@ -46,7 +47,7 @@ def generation_responses(
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
         "description": f"With stream: events whose data is a {chunk.__name__}, an error, or [DONE].",
     }
-    return {200: success} | errors(400, 401, 403, 404, 409, 413, 429, 500, 503)
+    return {200: success} | errors(400, 401, 403, 404, 409, 413, 422, 429, 500, 503)
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def json_body(model: type[BaseModel]) -> dict[str, Any]:
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route whose errors have these statuses.
 
-    The default response keeps FastAPI from declaring a 422, which is never sent.
+    The default response keeps FastAPI from declaring a 422 of its own form, which is never sent.
     """
     responses: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorBody, "description": DESCRIPTIONS[status]} for status in statuses

@@ -62,6 +62,7 @@ async def answer_complete(
     With an Idempotency-Key the answer is stored, and a client that leaves does not stop it: its retry gets
     the stored answer. Without a key, a client that leaves cancels the request.
     """
+    rendered = Rendered(render)
     key = request.headers.get("idempotency-key")
     if key is not None:
         content = request.url.path.encode() + b"\n" + await request.body()
@@ -75,7 +76,7 @@ async def answer_complete(
             key,
             content,
             inference_request.request_id,
-            lambda result: dumps(render(result)).decode(),
+            lambda result: rendered.bytes_of(result).decode(),
         )
         if inference_request.commit_hook is not None:
             # In this order: `render` may read what the request's own hook has stored.
@@ -89,9 +90,28 @@ async def answer_complete(
                 pass
         finally:
             generation.close()
-        return Response(dumps(render(generation.result)), media_type="application/json")
+        return Response(await rendered.body(generation.result), media_type="application/json")
 
     return await cancel_on_disconnect(request, run())
+
+
+class Rendered:
+    """Renders one complete answer, once: for the store with the settlement, or for the client after it."""
+
+    def __init__(self, render: Callable[[GenerationResult], dict[str, Any]]) -> None:
+        self._render = render
+        self._bytes: bytes | None = None
+
+    def bytes_of(self, result: GenerationResult) -> bytes:
+        if self._bytes is None:
+            self._bytes = dumps(self._render(result))
+        return self._bytes
+
+    async def body(self, result: GenerationResult) -> bytes:
+        """`bytes_of` for the client. With log-probabilities an answer has megabytes, so a thread makes it."""
+        if self._bytes is not None or result.request.sampling.logprobs is None:
+            return self.bytes_of(result)
+        return await asyncio.to_thread(self.bytes_of, result)
 
 
 async def start(

@@ -23,7 +23,7 @@ from serve.storage.database import Store, UtcDateTime, metadata
 from serve.storage.pagination import Page, page
 
 WINDOW, WINDOW_NAME = timedelta(hours=24), "24h"
-ERRORS_MAX = 100  # that a batch lists
+ERRORS_MAX = 64  # that a batch lists
 
 
 class BatchStatus(StrEnum):

@@ -12,12 +12,14 @@ from pathlib import Path
 from serve.batches.batches import ERRORS_MAX, LineError
 from serve.errors import InvalidRequest
 from serve.formats import chat, completions
+from serve.formats.body_budget import check_body
 from serve.formats.chat import ChatCompletionRequest
 from serve.formats.response_format import Json, ResponseFormat
 from serve.formats.sampling import RequestBounds, parse
 from serve.inference.request import InferenceRequest
 
 CUSTOM_ID_CHARS_MAX = 512
+LINE_BYTES = 8 * 1024  # around its body
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ def numbered_lines(path: Path) -> Generator[tuple[int, bytes]]:
 
 def read_line(raw: bytes) -> InputLine:
     """Raises InvalidRequest."""
+    check_body(raw)
     try:
         data = json.loads(raw)
     except (ValueError, RecursionError):
@@ -106,6 +109,9 @@ def validate(path: Path, endpoint: str, bounds: InputBounds) -> tuple[int, list[
             text = f"The file has more than {bounds.lines} requests."
             return 0, [LineError("too_many_lines", text, number)]
         try:
+            if len(raw) > bounds.body_bytes + LINE_BYTES:
+                text = f"This line is larger than the limit of {bounds.body_bytes + LINE_BYTES} bytes."
+                raise InvalidRequest(text, "body", "request_too_large")
             line = read_line(raw)
             _check(line, endpoint, bounds)
             if (first := seen.setdefault(line.custom_id, number)) != number:

@@ -43,7 +43,6 @@ from serve.tenants import Principal
 
 log = logging.getLogger(__name__)
 
-REPLICAS_LOST_MAX = 3  # by one line: the line may be what kills them
 BACKOFF_S_MIN, BACKOFF_S_MAX = 0.5, 60.0
 POLL_S_MAX = 1.0
 
@@ -99,7 +98,6 @@ class BatchRun:
         self._context = context
         self._status: BatchStatus | None = batch.status
         self._tenant_backoff = Backoff()  # for the tenant's own rate limits
-        self._replicas_lost: dict[int, int] = {}  # by line
 
     async def run(self) -> None:
         """Raises StoreUnavailable; a later run continues from the batch's status."""
@@ -185,7 +183,7 @@ class BatchRun:
         return self._may_begin
 
     async def _line(self, number: int, raw: bytes) -> None:
-        line = read_line(raw)
+        line = await asyncio.to_thread(read_line, raw)
         request_id = f"req_{uuid.uuid4().hex}"
         attempt = Attempt(self.batch.id, self._context.queue.owner, number, line.custom_id, request_id)
         try:
@@ -200,8 +198,7 @@ class BatchRun:
             else:
                 self._tenant_backoff.begin(error.retry_after_s)
         except Unavailable as error:
-            self._replicas_lost[number] = self._replicas_lost.get(number, 0) + isinstance(error, EngineLost)
-            if self._replicas_lost[number] >= REPLICAS_LOST_MAX:
+            if isinstance(error, EngineLost):  # the gateway has sent it again already, if it may be
                 await self._refuse(attempt, EngineFailed())
             self._context.backoff.begin(error.retry_after_s)
         except BespokeError as error:
@@ -221,8 +218,9 @@ class BatchRun:
         def render(result: GenerationResult) -> Json:
             return complete_body(result, endpoint.response_format())
 
+        fields = context.bounds.fields
         inference_request = replace(
-            endpoint.to_request(line.body, attempt.request_id, context.bounds.fields),
+            await asyncio.to_thread(endpoint.to_request, line.body, attempt.request_id, fields),
             collect=True,
             survives_disconnect=True,
             tier="batch",

@@ -77,6 +77,7 @@ def build_app(
     checkpoints = UsageCheckpoints(settings.checkpoints_dir, on_failure=metrics.checkpoint_failed)
     idempotency = Idempotency(store, lease=timedelta(seconds=settings.request_timeout_s + 120))
     tracing = tracing_of(settings.otlp_endpoint, settings.trace_ratio, "gateway")
+    secret = server_secret(settings.home)
     gateway = Gateway(
         store=store,
         registry=registry,
@@ -88,9 +89,10 @@ def build_app(
         request_timeout_s=settings.request_timeout_s,
         first_token_timeout_s=settings.first_token_timeout_s,
         tracing=tracing,
+        secret=secret,
     )
 
-    tenants = Tenants(store, server_secret(settings.home))
+    tenants = Tenants(store, secret)
 
     limits = settings.limits
     bounds = FileBounds(limits.file_bytes, limits.files_per_tenant, limits.files_bytes_per_tenant)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from serve.engine.protocol import Delta, JsonFormat, Message, Sampling, TokenLogprob, Tool, Toolbox, ToolCall
 from serve.errors import InvalidRequest
+from serve.formats.body_budget import FreeObject, Items
 from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.response_format import Json
 from serve.formats.sampling import GenerationBody, RequestBounds
@@ -67,10 +68,12 @@ class AssistantToolCall(BaseModel):
 
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart | RefusalPart] | None = None
+    content: str | Items[TextPart | RefusalPart] | None = None
     refusal: str | None = None
     name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    tool_calls: Annotated[list[AssistantToolCall], Field(max_length=TOOL_CALLS_MAX)] | None = None
+    tool_calls: (
+        Annotated[list[AssistantToolCall], Field(max_length=TOOL_CALLS_MAX, fail_fast=True)] | None
+    ) = None
     tool_call_id: CallId | None = None
 
     @model_validator(mode="after")
@@ -103,7 +106,7 @@ class ChatMessage(BaseModel):
 class OfferedFunction(BaseModel):
     name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: FreeObject | None = None
     strict: bool | None = None
 
 
@@ -125,7 +128,7 @@ class StructuredOutputSchema(BaseModel):
     name: FunctionName
     description: str | None = None
     # Not called `schema`, which pydantic's models have already.
-    document: dict[str, Any] | None = Field(None, alias="schema")
+    document: FreeObject | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
@@ -147,9 +150,9 @@ class ChatCompletionRequest(GenerationBody):
         "add_special_tokens": (False,)
     }  # the template writes them
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Items[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[OfferedTool] | None = None
+    tools: Items[OfferedTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: StructuredOutput | None = None

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from serve.engine.protocol import Delta, Sampling, Texts, TokenLogprob
 from serve.errors import InvalidRequest
+from serve.formats.body_budget import COST_MAX, Items
 from serve.formats.bounds import bound
 from serve.formats.response_format import Json
 from serve.formats.sampling import CHOICES_MAX, GenerationBody, RequestBounds
@@ -18,13 +19,14 @@ from serve.inference.answer import Choice
 from serve.inference.request import GenerationResult, InferenceRequest
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(max_length=COST_MAX, fail_fast=True)]
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's
 
 
 class CompletionRequest(GenerationBody):
     HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {"add_special_tokens": (True,)}
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Items[str] | TokenIds | Items[TokenIds]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1)

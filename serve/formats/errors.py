@@ -26,6 +26,7 @@ STATUS: dict[type[errors.BespokeError], tuple[int, str, str | None]] = {
     errors.ResponseNotFound: (404, "invalid_request_error", None),
     errors.IdempotencyConflict: (409, "invalid_request_error", "idempotency_key_in_use"),
     errors.InsufficientCredit: (429, "insufficient_quota", "insufficient_quota"),
+    errors.RequestQuarantined: (422, "invalid_request_error", "request_quarantined"),
     errors.RateLimited: (429, "requests", "rate_limit_exceeded"),
     errors.NotBillable: (429, "insufficient_quota", "billing_not_active"),
     errors.Unavailable: (503, "server_error", "service_unavailable"),

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from serve.engine.protocol import JsonFormat, Sampling
 from serve.errors import InvalidRequest
+from serve.formats.body_budget import Items, check_body
 from serve.formats.bounds import bound
 from serve.formats.errors import validation_text
 
@@ -49,6 +50,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 LOGIT_BIASES_MAX = 1024
 CHOICES_MAX = 64
+ERRORS_MAX = 64  # of one body that are looked at
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -100,10 +102,16 @@ class GenerationBody(BaseModel):
     top_p: TopP | None = None
     n: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias],
+            Field(max_length=2 * LOGIT_BIASES_MAX, fail_fast=True),
+        ]
+        | None
+    ) = None
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
@@ -196,9 +204,13 @@ def _changes_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
 
 def parse(kind: type[Body], body: bytes) -> Body:
     """`body` as a `kind`. Raises InvalidRequest that names the first wrong field."""
+    check_body(body)
     try:
         return kind.model_validate_json(body, strict=True)
     except ValidationError as error:
+        if error.error_count() > ERRORS_MAX:
+            text = f"The body breaks more than {ERRORS_MAX} rules."
+            raise InvalidRequest(text, None, "invalid_value") from None
         details = error.errors(include_url=False, include_context=False, include_input=False)
         field = _path(details[0])
         # A union field has one error for each of its types; the deepest is of the type that was meant.

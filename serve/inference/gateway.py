@@ -16,15 +16,17 @@ from serve.billing.ledger.holds import Hold, HoldRequest, StaleQuote
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.terms import BillingTerms
 from serve.engine.protocol import Engine, Texts
-from serve.errors import ModelNotFound, StoreUnavailable
+from serve.errors import ModelNotFound, RequestQuarantined, StoreUnavailable
 from serve.inference.generation import Admitted, Generation, GenerationContext
 from serve.inference.model_cache import ModelCache, PricedModel
+from serve.inference.quarantine import Quarantine
 from serve.inference.request import InferenceRequest
 from serve.observability import logs
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import OFF, Tracing
 from serve.rate_limits import RateLimiter
 from serve.registry.registry import AdapterRegistry
+from serve.registry.versions import Model
 from serve.storage.database import Store
 from serve.tenants import Principal
 
@@ -50,6 +52,7 @@ class _Quote:
 class Gateway:
     """Runs generation requests on the engines of the bases.
 
+    secret: keys the hashes of quarantined requests, the same for all gateways.
     checkpoints: where usage is written for the case that this process dies; None to write none.
     """
 
@@ -67,12 +70,21 @@ class Gateway:
         first_token_timeout_s: float,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         tracing: Tracing = OFF,
+        secret: bytes = b"",
     ) -> None:
         self._engines = engines
         self._rate_limiter = rate_limiter
-        self._model_cache = ModelCache(store, registry)
+        self._quarantine = Quarantine(store, secret)
+        self._model_cache = ModelCache(store, registry, self._quarantine)
         self.context = GenerationContext(
-            commit_queue, checkpoints, metrics, request_timeout_s, first_token_timeout_s, now, tracing
+            commit_queue,
+            checkpoints,
+            metrics,
+            request_timeout_s,
+            first_token_timeout_s,
+            now,
+            tracing,
+            self._quarantine,
         )
         self._running: set[asyncio.Task[None]] = set()
 
@@ -82,6 +94,7 @@ class Gateway:
         Raises:
             ModelNotFound, NotBillable, RateLimited, InsufficientCredit, StoreUnavailable, or an error of the
                 request's commit hook: nothing is held.
+            RequestQuarantined: a replica died with the same request; nothing is held.
             ContextLengthExceeded, EngineUnavailable, Overloaded: the hold is voided.
         """
         starting = asyncio.create_task(self._start(principal, request))
@@ -104,7 +117,9 @@ class Gateway:
     async def _start_once(self, principal: Principal, request: InferenceRequest) -> Generation:
         step = self.context.tracing.step
         with step("admission"):
-            quote = self._quote(principal, request, await self._priced_model(principal, request))
+            priced_model = await self._priced_model(principal, request)
+            self._check_quarantine(request, priced_model.model)
+            quote = self._quote(principal, request, priced_model)
             permit = await self._rate_limiter.admit(principal.subjects, tokens=quote.tokens_max)
         try:
             terms = self._terms(principal, request, quote)
@@ -134,6 +149,14 @@ class Gateway:
         if (priced_model := self._model_cache.get(tenant, request.model, now)) is not None:
             return priced_model
         return await asyncio.to_thread(self._model_cache.load, tenant, request.model, now)
+
+    def _check_quarantine(self, request: InferenceRequest, model: Model) -> None:
+        """The hold compares the revision afterwards, so an entry that is not loaded yet makes it stale."""
+        try:
+            self._quarantine.check(request, model, self.context.now())
+        except RequestQuarantined:
+            self.context.metrics.quarantine_refused()
+            raise
 
     def _quote(self, principal: Principal, request: InferenceRequest, priced_model: PricedModel) -> _Quote:
         """The most tokens that the request may use. Nothing is reserved yet."""

@@ -2,7 +2,8 @@
 
 The generation runs in its own task, which no client can cancel. When the client leaves, the generation
 stops the engine and settles the tokens that the engine reports. A request whose replica dies before the
-first token is dispatched once more, unless it was stopped.
+first token is dispatched once more, unless it was stopped, or has a grammar or tools, which may be what
+killed the replica (`quarantine.py`).
 """
 
 import asyncio
@@ -20,10 +21,11 @@ from serve.billing.metering.events import FailedAttempt, UsageEvent
 from serve.billing.metering.terms import BillingTerms, RequestUsage
 from serve.billing.pricing.plans import Tokens
 from serve.engine.protocol import Accepted, Delta, Engine, Event, Finished, GenerationRequest, Texts
-from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable
+from serve.errors import BespokeError, EngineFailed, EngineLost, EngineUnavailable, StoreUnavailable
 from serve.inference import settlement
 from serve.inference.answer import CollectedAnswer
 from serve.inference.delta_buffer import DeltaBuffer
+from serve.inference.quarantine import Quarantine, is_suspect
 from serve.inference.request import GenerationResult, InferenceRequest
 from serve.observability import logs
 from serve.observability.metrics import Metrics, TokenLatency
@@ -62,6 +64,7 @@ class GenerationContext:
     first_token_timeout_s: float
     now: Callable[[], datetime]
     tracing: Tracing = OFF
+    quarantine: Quarantine | None = None
 
 
 class Generation:
@@ -201,12 +204,42 @@ class Generation:
         try:
             await self._attempt(self.request.request_id)
         except EngineLost as error:
-            if self._output_started or self._stop_cause:
+            refused = await self._record_death()
+            if self._output_started or self._stop_cause or refused or is_suspect(self.request):
                 raise
             self._failed_attempts.append(self._failed_attempt(error))
             log.warning("request %s lost its replica and is tried again", self.request.request_id)
             self._context.metrics.retried()
-            await self._attempt(f"{self.request.request_id}-2")
+            try:
+                await self._attempt(f"{self.request.request_id}-2")
+            except EngineLost:
+                await self._record_death()
+                raise
+            await self._forgive()
+
+    async def _record_death(self) -> bool:
+        """Note in the store, before the client can retry, that a replica died with the request.
+
+        Returns True if the request is in quarantine.
+        """
+        if (quarantine := self._context.quarantine) is None:
+            return False
+        try:
+            at = self._context.now()
+            record = quarantine.record_death
+            quarantined = await asyncio.to_thread(record, self.request, self.model, at)
+        except StoreUnavailable:
+            log.warning("the death of request %s's replica is not noted", self.request.request_id)
+            return False
+        if quarantined:
+            self._context.metrics.quarantined()
+            log.warning("request %s is in quarantine", self.request.request_id)
+        return quarantined
+
+    async def _forgive(self) -> None:
+        if self._context.quarantine is not None:
+            with contextlib.suppress(StoreUnavailable):
+                await asyncio.to_thread(self._context.quarantine.forgive, self.request, self.model)
 
     async def _attempt(self, engine_request_id: str) -> None:
         """Stream from one replica, which knows the request as `engine_request_id`."""

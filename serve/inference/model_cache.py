@@ -11,6 +11,7 @@ from datetime import datetime
 
 from serve.billing.pricing.plans import Prices, PriceVersion
 from serve.errors import NotBillable
+from serve.inference.quarantine import Quarantine
 from serve.registry.registry import AdapterRegistry
 from serve.registry.versions import Model
 from serve.storage import revision
@@ -32,9 +33,10 @@ class PricedModel:
 class ModelCache:
     """Holds the priced models of one gateway. `get` never blocks; `load` reads the store and blocks."""
 
-    def __init__(self, store: Store, registry: AdapterRegistry) -> None:
+    def __init__(self, store: Store, registry: AdapterRegistry, quarantine: Quarantine) -> None:
         self._store = store
         self._registry = registry
+        self._quarantine = quarantine
         self._prices = Prices(store)
         self._priced_models: OrderedDict[tuple[str, str], PricedModel] = OrderedDict()
 
@@ -48,6 +50,7 @@ class ModelCache:
         """Raises ModelNotFound, NotBillable, StoreUnavailable."""
         with self._store.read() as connection:
             number = revision.current(connection)
+            self._quarantine.load(connection, at)
             model = self._registry.resolve(connection, tenant, name)
             price = self._prices.at(connection, tenant, at)
             until = self._prices.next_change(connection, tenant, at)

@@ -42,7 +42,7 @@ LimitNanos = Annotated[int, Field(ge=0, le=LIMIT_NANOS_MAX, description="In nano
 Hard = Annotated[bool, Field(description="Refuse what would exceed it; else only notify.")]
 NotifyPcts = Annotated[
     list[Annotated[int, Field(ge=1, le=PCT_MAX)]],
-    Field(max_length=PCTS_MAX, description="Percentages of the limit at which to notify."),
+    Field(max_length=PCTS_MAX, fail_fast=True, description="Percentages of the limit at which to notify."),
 ]
 Subject = Annotated[str, Field(min_length=1, max_length=32, pattern="^[a-z0-9_]+$")]
 WebhookUrl = Annotated[

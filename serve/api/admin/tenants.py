@@ -39,7 +39,7 @@ class NewTenant(Body):
 
 class TenantChange(Body):
     suspended: bool | None = Field(None, description="True refuses all of its keys with 403.")
-    scopes: list[Scope] | None = Field(None, description="All that its keys may have.")
+    scopes: list[Scope] | None = Field(None, max_length=16, description="All that its keys may have.")
     limits: LimitsBody | None = None
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, mode
 
 from serve.engine.protocol import JsonFormat, Message, Sampling, Tool, Toolbox, ToolCall
 from serve.errors import InvalidRequest
+from serve.formats.body_budget import FreeObject, Items
 from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.chat import CallId
 from serve.formats.sampling import RequestBounds, TopP, refuse, top_p_of
@@ -38,13 +39,13 @@ class ToolUseBlock(BaseModel):
     type: Literal["tool_use"]
     id: CallId
     name: ToolName
-    input: dict[str, Any]
+    input: FreeObject
 
 
 class ToolResultBlock(BaseModel):
     type: Literal["tool_result"]
     tool_use_id: CallId
-    content: str | list[TextBlock] | None = None
+    content: str | Items[TextBlock] | None = None
 
     @property
     def text(self) -> str:
@@ -85,7 +86,7 @@ Block = Annotated[
 
 class AnthropicTurn(BaseModel):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Items[Block]
 
     def messages(self) -> Iterator[Message]:
         """The turn in the engine's terms: a tool's result is its own message; a call joins its text."""
@@ -119,7 +120,7 @@ class AnthropicTool(BaseModel):
     type: Literal["custom"] | None = None
     name: ToolName
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: FreeObject
     strict: bool | None = None
 
 
@@ -143,7 +144,7 @@ class Thinking(BaseModel):
 class OutputFormat(BaseModel):
     type: Literal["json_schema"]
     # Not called `schema`, which pydantic's models have already.
-    document: dict[str, Any] = Field(alias="schema")
+    document: FreeObject = Field(alias="schema")
 
 
 class OutputConfig(BaseModel):
@@ -153,14 +154,14 @@ class OutputConfig(BaseModel):
 
 class MessagesRequest(BaseModel):
     model: str = Field(min_length=1, max_length=160)
-    messages: list[AnthropicTurn] = Field(min_length=1)
+    messages: Items[AnthropicTurn] = Field(min_length=1)
     max_tokens: int = Field(ge=1)
-    system: str | list[TextBlock] | None = None
-    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=256)]] | None = None
+    system: str | Items[TextBlock] | None = None
+    stop_sequences: Items[Annotated[str, Field(min_length=1, max_length=256)]] | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: TopP | None = None
     top_k: int | None = Field(None, ge=0, le=2**31 - 1)
-    tools: list[AnthropicTool] | None = None
+    tools: Items[AnthropicTool] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

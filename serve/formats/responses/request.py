@@ -11,6 +11,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, mode
 
 from serve.engine.protocol import JsonFormat, Sampling, Tool, Toolbox
 from serve.errors import InvalidRequest
+from serve.formats.body_budget import ITEMS_MAX, FreeObject, Items
 from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.chat import CalledFunction, CallId, FunctionName, OfferedFunction
 from serve.formats.sampling import RequestBounds, TopP, refuse, top_p_of
@@ -58,7 +59,7 @@ class InputRefusal(BaseModel):
 class InputMessage(BaseModel):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[InputText | InputRefusal]
+    content: str | Items[InputText | InputRefusal]
 
     @model_validator(mode="after")
     def _assistant_refuses(self) -> "InputMessage":
@@ -80,7 +81,7 @@ class FunctionCall(CalledFunction):
 class FunctionCallOutput(BaseModel):
     type: Literal["function_call_output"]
     call_id: CallId
-    output: str | list[InputText]
+    output: str | Items[InputText]
 
     @property
     def text(self) -> str:
@@ -134,7 +135,7 @@ class TextFormat(BaseModel):
     name: FunctionName | None = None
     description: str | None = None
     # Not called `schema`, which pydantic's models have already.
-    document: dict[str, Any] | None = Field(None, alias="schema")
+    document: FreeObject | None = Field(None, alias="schema")
     strict: bool | None = None
 
     @model_validator(mode="after")
@@ -158,22 +159,28 @@ class ReasoningConfig(BaseModel):
 
 class ResponsesRequest(BaseModel):
     model: str = Field(min_length=1, max_length=160)
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[Items[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: TopP | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[FunctionTool] | None = None
+    tools: Items[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    include: list[str] | None = None
+    include: Items[str] | None = None
     stream: bool | None = False
     store: bool | None = True
     previous_response_id: Annotated[str, Field(max_length=64)] | None = None
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            Field(max_length=ITEMS_MAX, fail_fast=True),
+        ]
+        | None
+    ) = None
     user: Annotated[str, Field(max_length=512)] | None = None
 
     @model_validator(mode="before")

@@ -111,6 +111,16 @@ class Metrics:
             "Requests dispatched again because their replica died before the first token.",
             registry=self.registry,
         )
+        self._quarantined = Counter(
+            "bespoke_requests_quarantined",
+            "Requests with which a replica died, and which are refused for 10 minutes.",
+            registry=self.registry,
+        )
+        self._quarantine_refusals = Counter(
+            "bespoke_quarantine_refusals",
+            "Requests that were refused because a replica had died with the same.",
+            registry=self.registry,
+        )
         self._tokens = Counter(
             "bespoke_tokens", "Billed tokens by class.", ["base", "class"], registry=self.registry
         )
@@ -262,6 +272,12 @@ class Metrics:
 
     def retried(self) -> None:
         self._retried.inc()
+
+    def quarantined(self) -> None:
+        self._quarantined.inc()
+
+    def quarantine_refused(self) -> None:
+        self._quarantine_refusals.inc()
 
     def tokens(self, base: str, adapter: str | None, tokens: Tokens) -> None:
         label = self._label(adapter)

@@ -30,6 +30,7 @@ EXAMPLES = [
     errors.IdempotencyConflict(),
     errors.InsufficientCredit("acme", 5, 3),
     errors.BudgetExceeded("project", "month", 10, 5, 3),
+    errors.RequestQuarantined(),
     errors.NotBillable("acme"),
     errors.RateLimited("tokens", 1000, 900, 200, 3),
     errors.Unavailable("later"),

@@ -621,6 +621,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("batch_id", "line", name=op.f("pk_batch_results")),
         sa.UniqueConstraint("request_id", name=op.f("uq_batch_results_request_id")),
     )
+    op.create_table(
+        "quarantined_requests",
+        sa.Column("digest", sa.String(64), nullable=False),
+        sa.Column("deaths", sa.SmallInteger(), nullable=False),
+        sa.Column("expires_at", UtcDateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("digest", name=op.f("pk_quarantined_requests")),
+    )
+    op.create_index("ix_quarantined_requests_expires_at", "quarantined_requests", ["expires_at"])
     op.bulk_insert(registry_revision, [{"id": 1, "revision": 0}])
     for table, (same_row, message) in APPEND_ONLY.items():
         if op.get_context().dialect.name == "sqlite":
