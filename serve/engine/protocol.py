@@ -140,14 +140,15 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Holds a token with its natural-log probability; None for a prompt's first, which follows nothing.
+    """Holds a token's bytes, which may be a part of a character, with its natural-log probability.
 
-    `top` holds the likeliest tokens at this position with theirs.
+    That is None for a prompt's first token, which follows nothing. `top` holds the likeliest tokens at this
+    position with theirs, the likeliest first.
     """
 
-    token: str
+    token: bytes
     logprob: float | None
-    top: tuple[tuple[str, float], ...] = ()
+    top: tuple[tuple[bytes, float], ...] = ()
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a", gc=False):

@@ -4,15 +4,15 @@ platform.openai.com/docs/api-reference/chat. Fixed bounds are part of the field 
 the installation are checked by `request_of`.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from serve.engine.protocol import Delta, JsonFormat, Message, Sampling, TokenLogprob, Tool, Toolbox, ToolCall
 from serve.errors import InvalidRequest
 from serve.formats.bounds import bound, check_tools, schema_text
+from serve.formats.logprobs import token_logprob
 from serve.formats.response_format import Json
 from serve.formats.sampling import GenerationBody, RequestBounds
 from serve.formats.schema_budget import Schema, check_schemas
@@ -44,19 +44,10 @@ class RefusalPart(BaseModel):
 
 
 class CalledFunction(BaseModel):
+    """A call in an earlier answer. Arguments that were cut by a limit are no JSON, and come back so."""
+
     name: FunctionName
     arguments: str
-
-    @field_validator("arguments")
-    @classmethod
-    def _is_json_object(cls, arguments: str) -> str:
-        """Chat templates render arguments as an object. An earlier answer may have had none: "" is {}."""
-        try:
-            if isinstance(json.loads(arguments or "{}"), dict):
-                return arguments or "{}"
-        except (ValueError, RecursionError):
-            pass
-        raise ValueError("the arguments must be a JSON object")
 
 
 class AssistantToolCall(BaseModel):
@@ -258,7 +249,7 @@ class ChatFormat:
         return {
             "index": delta.index,
             "delta": fields,
-            "logprobs": _logprobs(delta.logprobs),
+            "logprobs": _logprobs(delta.logprobs) if delta.logprobs else None,
             "finish_reason": delta.finish_reason,
         }
 
@@ -302,16 +293,5 @@ def _tool_call_delta(call: ToolCall) -> Json:
     }
 
 
-def _logprobs(tokens: Iterable[TokenLogprob]) -> Json | None:
-    content = [token_logprob(token) for token in tokens]
-    return {"content": content, "refusal": None} if content else None
-
-
-def token_logprob(token: TokenLogprob) -> Json:
-    """A token's log-probability and its alternatives, as chat and the Responses API write it."""
-    alternatives = [_logprob(*alternative) for alternative in token.top]
-    return _logprob(token.token, token.logprob or 0.0) | {"top_logprobs": alternatives}
-
-
-def _logprob(token: str, logprob: float) -> Json:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode(errors="replace"))}
+def _logprobs(tokens: Iterable[TokenLogprob]) -> Json:
+    return {"content": [token_logprob(token) for token in tokens], "refusal": None}

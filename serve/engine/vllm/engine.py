@@ -232,8 +232,10 @@ class VllmEngine:
         if sampling.echo and isinstance(request.prompt, Texts):
             given = zip(request.prompt.prompts, prompts, strict=True)
             echo = [text if isinstance(text, str) else tokenizer.decode(ids) for text, ids in given]
+        # Clients that score a prompt ask for one token more, and count from the end (lm-eval).
+        scores = sampling.echo and sampling.completion_tokens_max == 1
         return OutputParser(
-            tokenizer,
+            self._renderer.vocabulary,
             prompts,
             request=rendered.request,
             samples=sampling.n,
@@ -241,6 +243,8 @@ class VllmEngine:
             collect=request.collect,
             logprobs=sampling.logprobs,
             echo=echo,
+            skip_special_tokens=rendered.params[0].skip_special_tokens,
+            all_tokens=scores,
         )
 
     @contextlib.asynccontextmanager

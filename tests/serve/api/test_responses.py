@@ -182,8 +182,8 @@ def test_the_format_of_the_text_reaches_the_engine(tmp_path: Path, wanted: Json,
     [({"include": ["message.output_text.logprobs"]}, 0), ({"top_logprobs": 2}, 2), ({}, None)],
 )
 def test_logprobs_are_answered_on_request(tmp_path: Path, body: Json, expected: int | None) -> None:
-    logprobs = (TokenLogprob("Hi", -0.5, (("Hi", -0.5), ("Ho", -1.5))),)
-    half = (TokenLogprob("!", -0.25),)
+    logprobs = (TokenLogprob(b"Hi", -0.5, ((b"Hi", -0.5), (b"Ho", -1.5))),)
+    half = (TokenLogprob(b"!", -0.25),)
     script = says(
         Delta(0, "Hi", 1, logprobs=logprobs), Delta(0, "", 1, logprobs=half), Delta(0, "!", 0, "stop")
     )
