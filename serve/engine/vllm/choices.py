@@ -4,6 +4,7 @@ Streamed and whole answers take the same path, output by output, so that both ar
 the answer is cut. vLLM's own parsers of whole answers read a tool call that is cut as text.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replace_call
@@ -15,6 +16,7 @@ from serve.engine.protocol import Delta, TokenLogprob, ToolCall
 from serve.engine.vllm import upstream
 from serve.engine.vllm.logprobs import MessageLogprobs
 
+_DECODER = json.JSONDecoder()
 Entries = Iterable[tuple[TokenLogprob, bool]]  # a token, and whether it has a text
 
 
@@ -43,6 +45,7 @@ class ChoiceParser:
         self._collected = _Collected(index) if collect else None
         self._has_called = False
         self._text = self._content = ""  # what a parser has read, and what of it is the message's text
+        self._arguments: dict[int, str] = {}  # of each call
         self._has_reasoned = False
         self._logprobs = MessageLogprobs() if matches else None
 
@@ -84,22 +87,53 @@ class ChoiceParser:
         if parsed is not None:
             calls = self._allowed(map(_tool_call, parsed.tool_calls))
             content, reasoning = _complete_characters(parsed.content), _complete_characters(parsed.reasoning)
-        self._has_called = self._has_called or bool(calls)
-        self._has_reasoned = self._has_reasoned or bool(reasoning)
+        if reason is not None:
+            calls = tuple(map(self._without_repetition, calls))
         self._text += text
         self._content += content
-        if reason == "stop" and stop_sequence is None:
-            rest = self._withheld()
-            content, self._content = content + rest, self._content + rest
+        self._has_reasoned = self._has_reasoned or bool(reasoning)
+        for call in calls:
+            self._arguments[call.index] = self._arguments.get(call.index, "") + call.arguments
+        if reason == "stop" and stop_sequence is None and not self._arguments and not self._has_reasoned:
+            rest, calls = self._withheld()
+            content += rest
+        self._has_called = self._has_called or bool(calls)
         return Delta(
             self._index, content, len(ids), self._reason(reason), reasoning=reasoning, tool_calls=calls
         )
 
-    def _withheld(self) -> str:
-        """Returns the end of a text that a parser has kept for the beginning of a call that never came."""
-        if self._has_called or self._has_reasoned or not self._text.startswith(self._content):
-            return ""
-        return self._text[len(self._content) :]
+    def _withheld(self) -> tuple[str, tuple[ToolCall, ...]]:
+        """Returns what a parser has kept back of a complete text: calls that it cannot stream, or text.
+
+        A text may end with what could have begun a call.
+        """
+        rest = self._text.removeprefix(self._content)
+        if not rest or not self._text.startswith(self._content):
+            return "", ()
+        _, content, parsed = self._parser.parse(
+            self._text, self._request, enable_auto_tools=True, model_output_token_ids=()
+        )
+        if not parsed:
+            return rest, ()
+        calls = self._allowed(
+            ToolCall(
+                number,
+                call.id or upstream.make_tool_call_id(),
+                _complete_characters(call.name),
+                _complete_characters(call.arguments),
+            )
+            for number, call in enumerate(parsed)
+        )
+        return (content or "").removeprefix(self._content), calls
+
+    def _without_repetition(self, call: ToolCall) -> ToolCall:
+        """Drops what follows a call's complete arguments. Several parsers end with them once more."""
+        before = self._arguments.get(call.index, "")
+        try:
+            _, end = _DECODER.raw_decode(before + call.arguments)
+        except (ValueError, RecursionError):
+            return call
+        return replace_call(call, arguments=(before + call.arguments)[len(before) : end])
 
     def _told(self, text: str, delta: Delta, entries: Entries) -> tuple[TokenLogprob, ...]:
         if self._logprobs is None:
