@@ -15,7 +15,7 @@ from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.logprobs import token_logprob
 from serve.formats.response_format import Json
 from serve.formats.sampling import GenerationBody, RequestBounds
-from serve.formats.schema_budget import Schema, check_schemas
+from serve.formats.schema_budget import Schema
 from serve.inference.answer import Choice
 from serve.inference.request import GenerationResult, InferenceRequest
 
@@ -155,8 +155,14 @@ class ChatCompletionRequest(GenerationBody):
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         names = [tool.function.name for tool in self.tools or ()]
         check_tools(names, forced=self.tool_choice == "required", function=named)
-        check_schemas([*self._schemas()])
+        self.check_constraints(self._schemas(), self._constrained_by())
         return self
+
+    def _constrained_by(self) -> str | None:
+        """The field that makes a grammar of the answer, if there is one."""
+        if self.response_format is not None and self.response_format.type != "text":
+            return "response_format"
+        return "tools" if self.tools and self.tool_choice != "none" else None
 
     def _schemas(self) -> Iterator[Schema]:
         answer = self.response_format.json_schema if self.response_format else None

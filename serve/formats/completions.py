@@ -4,7 +4,7 @@ platform.openai.com/docs/api-reference/completions.
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,17 +13,17 @@ from serve.errors import InvalidRequest
 from serve.formats.bounds import bound
 from serve.formats.logprobs import characters, text_logprobs
 from serve.formats.response_format import Json
-from serve.formats.sampling import CHOICES_MAX, GenerationBody, RequestBounds
+from serve.formats.sampling import CHOICES_MAX, GenerationBody, RequestBounds, TokenId
 from serve.inference.answer import Choice
 from serve.inference.request import GenerationResult, InferenceRequest
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's
 
 
 class CompletionRequest(GenerationBody):
     HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {"add_special_tokens": (True,)}
 
+    max_tokens: int | None = Field(None, ge=0)
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
@@ -37,7 +37,8 @@ class CompletionRequest(GenerationBody):
         return prompt
 
     @model_validator(mode="after")
-    def _best_is_all(self) -> "CompletionRequest":
+    def _consistent(self) -> "CompletionRequest":
+        self.check_constraints((), None)
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest(
                 "'best_of' is not supported with a value other than 'n'.", "best_of", "unsupported_parameter"
@@ -57,7 +58,7 @@ class CompletionRequest(GenerationBody):
     def sampling(self, limits: RequestBounds) -> Sampling:
         return self.sampling_with(
             limits,
-            completion_tokens_max=self.max_tokens or COMPLETION_TOKENS_DEFAULT,
+            completion_tokens_max=COMPLETION_TOKENS_DEFAULT if self.max_tokens is None else self.max_tokens,
             length_param="max_tokens",
             logprobs=self.logprobs,
             echo=bool(self.echo),

@@ -245,6 +245,7 @@ class VllmEngine:
             echo=echo,
             skip_special_tokens=rendered.params[0].skip_special_tokens,
             all_tokens=scores,
+            prompt_only=sampling.completion_tokens_max == 0,
         )
 
     @contextlib.asynccontextmanager
@@ -277,6 +278,8 @@ class VllmEngine:
                         parser.read(part, output)
             for queue in queues:
                 queue.close()
+            prompt_tokens, completion_tokens = self._probe_tokens
+            self._probe_tokens = prompt_tokens, completion_tokens + parser.uncounted_tokens
 
     def _usage(self, parser: OutputParser, cold_loads: int) -> RequestUsage:
         return RequestUsage(self._replica, self._boot, Tokens(*parser.counts), cold_loads=cold_loads)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from serve.engine.protocol import Event, Finished, Take, TokenLogprob
+from serve.engine.protocol import Delta, Event, Finished, Take, TokenLogprob
 from serve.engine.vllm import upstream
 from serve.engine.vllm.choices import ChoiceParser, Entries
 from serve.engine.vllm.vocabulary import Vocabulary
@@ -24,7 +24,8 @@ class OutputParser:
     `prompts` are token ids. `parser` makes one of vLLM's parsers for each choice, or None where the text is
     the answer as it stands. With `collect` each choice comes in one piece at its end. `echo` holds each
     prompt's text if the choices are to begin with it. `logprobs` is how many of the likeliest tokens come
-    with each token: of those in the text, or with `all_tokens` of all.
+    with each token: of those in the text, or with `all_tokens` of all. With `prompt_only` the answers are
+    empty: what vLLM generates is left out.
     """
 
     def __init__(
@@ -40,8 +41,11 @@ class OutputParser:
         echo: Sequence[str] = (),
         skip_special_tokens: bool = True,
         all_tokens: bool = False,
+        prompt_only: bool = False,
     ) -> None:
         self.finished = False
+        self.uncounted_tokens = 0  # generated for nobody
+        self._prompt_only = prompt_only
         self._vocabulary = vocabulary
         self._skip_special_tokens = skip_special_tokens
         self._prompts = prompts
@@ -83,25 +87,30 @@ class OutputParser:
                 # A client may have sent half a character.
                 text = self._echo[part].encode(errors="replace").decode()
                 batch += choice.echo(text, entries)
-            count = len(completion.token_ids)
-            self._completion_tokens += count
-            reason = completion.finish_reason
-            self._aborted = self._aborted or reason == "abort"
-            self._failed = self._failed or reason == "error"
-            deltas = choice.take(
-                completion.text,
-                completion.token_ids,
-                None if reason in _NO_REASON else reason,
-                self._entries(completion.token_ids, completion.logprobs),
-                completion.stop_reason if isinstance(completion.stop_reason, str) else None,
-            )
-            batch += deltas
+            batch += self._read(choice, completion)
         if output.finished:
             self._unfinished -= 1
             if not self._unfinished:
                 self.finished = True
                 batch.append(Finished(*self.counts, self._aborted, self._failed))
         return batch
+
+    def _read(self, choice: ChoiceParser, completion: Any) -> list[Delta]:
+        reason = completion.finish_reason
+        self._aborted = self._aborted or reason == "abort"
+        self._failed = self._failed or reason == "error"
+        reason = None if reason in _NO_REASON else reason
+        if self._prompt_only:
+            self.uncounted_tokens += len(completion.token_ids)
+            return choice.take("", (), reason and "length")
+        self._completion_tokens += len(completion.token_ids)
+        return choice.take(
+            completion.text,
+            completion.token_ids,
+            reason,
+            self._entries(completion.token_ids, completion.logprobs),
+            completion.stop_reason if isinstance(completion.stop_reason, str) else None,
+        )
 
     def _entries(self, ids: Sequence[int], entries: Any) -> Entries:
         """Returns the log-probabilities of `ids`; nothing if the client did not ask for them."""

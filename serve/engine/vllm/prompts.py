@@ -16,6 +16,7 @@ import pydantic_core
 from serve.engine.protocol import GenerationRequest, Message, Texts, Toolbox, ToolCall
 from serve.engine.vllm import upstream
 from serve.engine.vllm.grammars import check_grammars
+from serve.engine.vllm.patterns import check_text_format, structured_outputs_of
 from serve.engine.vllm.vocabulary import Vocabulary
 from serve.errors import BespokeError, ContextLengthExceeded, InvalidRequest
 
@@ -55,6 +56,8 @@ class PromptRenderer:
     async def render(self, request: GenerationRequest) -> Rendered:
         """Renders `request`. Raises InvalidRequest, ContextLengthExceeded."""
         check_grammars(request)
+        if request.sampling.text_format is not None:
+            check_text_format(request.sampling.text_format)
         param = "prompt" if isinstance(request.prompt, Texts) else "messages"
         from vllm.exceptions import VLLMValidationError
 
@@ -131,6 +134,8 @@ class PromptRenderer:
         sampling = request.sampling
         prompt_tokens = len(rendered["prompt_token_ids"])
         available, requested = self._context(request) - prompt_tokens, sampling.completion_tokens_max
+        if requested is not None:
+            requested = max(requested, 1)  # vLLM generates at least one, which `OutputParser` leaves out
         if available < (requested or 1):
             param = request.length_param if requested and available > 0 else param
             raise self._too_long(request, prompt_tokens, param)
@@ -184,7 +189,12 @@ def _common(request: GenerationRequest) -> dict[str, Any]:
         "min_p": sampling.min_p,
         "repetition_penalty": sampling.repetition_penalty,
         "cache_salt": request.cache_salt or None,
+        "min_tokens": sampling.completion_tokens_min,
+        "ignore_eos": sampling.ignore_eos,
+        "stop_token_ids": list(sampling.stop_token_ids),
     }
+    if sampling.text_format is not None:
+        fields["structured_outputs"] = structured_outputs_of(sampling.text_format)
     if sampling.format is not None:
         schema = sampling.format.schema
         fields["response_format"] = (
@@ -206,7 +216,7 @@ def _message(message: Message) -> dict[str, Any]:
             {
                 "id": call.id,
                 "type": "function",
-                "function": {"name": call.name, "arguments": arguments_of(call)},
+                "function": {"name": call.name, "arguments": json.dumps(arguments_of(call))},
             }
             for call in message.tool_calls
         ]
