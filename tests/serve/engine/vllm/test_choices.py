@@ -11,8 +11,9 @@ from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import RawMessageStreamEvent
 from pydantic import TypeAdapter
 
-from serve.engine.protocol import Delta
+from serve.engine.protocol import Delta, TokenLogprob
 from serve.engine.vllm.choices import ChoiceParser
+from serve.engine.vllm.vocabulary import Vocabulary
 from serve.formats.chat import ChatFormat
 from serve.formats.messages.blocks import Blocks
 from serve.formats.responses.items import Ids
@@ -63,7 +64,9 @@ EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 class Format:
     """Reads texts by one of vLLM's parsers, token by token as the engine does."""
 
-    def __init__(self, base_dir: Path, name: str, special: list[str]) -> None:
+    def __init__(
+        self, base_dir: Path, name: str | None, special: list[str], reasoning: str | None = None
+    ) -> None:
         from transformers import AutoTokenizer
         from vllm.parser.parser_manager import ParserManager
         from vllm.tokenizers.hf import get_cached_tokenizer
@@ -71,7 +74,10 @@ class Format:
         tokenizer = AutoTokenizer.from_pretrained(base_dir)
         tokenizer.add_tokens(special, special_tokens=True)
         self._tokenizer: Any = get_cached_tokenizer(tokenizer)
-        self._parser = ParserManager.get_parser(tool_parser_name=name, enable_auto_tools=True)
+        self._vocabulary = Vocabulary(tokenizer)
+        self._parser = ParserManager.get_parser(
+            tool_parser_name=name, reasoning_parser_name=reasoning, enable_auto_tools=True
+        )
 
     def pieces(self, text: str) -> list[tuple[str, int]]:
         """The text's tokens, each with the text that vLLM sends with it."""
@@ -81,6 +87,9 @@ class Format:
         numbers = self._tokenizer.encode(text, add_special_tokens=False)
         return [(stream.step(self._tokenizer._tokenizer, number) or "", number) for number in numbers]
 
+    def _entry(self, number: int) -> TokenLogprob:
+        return TokenLogprob(self._vocabulary.token(number), -1.0)
+
     def deltas(self, pieces: list[tuple[str, int]], reason: str, *, collect: bool) -> list[Delta]:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
@@ -89,12 +98,12 @@ class Format:
         assert self._parser is not None
         parser = self._parser(self._tokenizer, request.tools)
         parser.set_prompt_token_ids([1, 2])
-        choice = ChoiceParser(0, parser, request, [1, 2], collect=collect)
+        choice = ChoiceParser(0, parser, request, [1, 2], collect=collect, matches=True)
         ends = [None] * (len(pieces) - 1) + [reason]
         return [
             delta
             for (text, number), end in zip(pieces, ends, strict=True)
-            for delta in choice.take(text, [number], end)
+            for delta in choice.take(text, [number], end, [(self._entry(number), True)])
         ]
 
 
@@ -108,6 +117,10 @@ def choice_of(deltas: list[Delta]) -> Choice:
     for delta in deltas:
         choice.take(delta)
     return choice
+
+
+def told(choice: Choice) -> str:
+    return b"".join(token.token for token in choice.logprobs).decode()
 
 
 def chat_message(deltas: list[Delta]) -> dict[str, Any]:
@@ -178,6 +191,8 @@ def test_a_call_that_is_cut_is_the_same_message_whole_and_streamed(
         assert response_items(complete) == response_items(streamed)
         assert complete.items[-1]["status"] == "incomplete"
         assert "forecast" not in whole.text
+        assert told(whole) == whole.text
+        assert whole.logprobs == choice_of(deltas).logprobs
         called += bool(whole.tool_calls)
     assert called > 1 or name == "phi4_mini_json", "vLLM does not stream this one's calls"
 
@@ -202,6 +217,16 @@ def test_a_text_that_ends_as_a_call_could_begin_is_kept(format_of: Callable[[str
         for collect in (True, False):
             choice = choice_of(read.deltas(read.pieces(text), "stop", collect=collect))
             assert (choice.text, choice.finish_reason) == (text, "stop")
+
+
+def test_reasoning_is_not_told_among_the_texts_tokens(base_dir: Path) -> None:
+    read = Format(base_dir, None, ["<think>", "</think>"], reasoning="deepseek_r1")
+    pieces = read.pieces("<think>It is blue, é.</think>It is blue, é 😀.")
+    for cut in range(1, len(pieces) + 1):
+        for collect in (True, False):
+            choice = choice_of(read.deltas(pieces[:cut], "length", collect=collect))
+            assert told(choice) == choice.text
+    assert (choice.reasoning, choice.text) == ("It is blue, é.", "It is blue, é 😀.")
 
 
 def test_what_follows_a_call_stays_behind_it() -> None:
