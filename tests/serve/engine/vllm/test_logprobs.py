@@ -23,9 +23,12 @@ def reference(host: EngineHost) -> Any:
     return AutoModelForCausalLM.from_pretrained(host.base_dir, dtype=torch.float32)
 
 
-def ask(host: EngineHost, prompt: str | tuple[int, ...], sampling: Sampling, *, collect: bool) -> list[Delta]:
+def ask(host: EngineHost, prompt: str | tuple[Any, ...], sampling: Sampling, *, collect: bool) -> list[Delta]:
+    """The answer to a text, to token ids, or to several texts."""
     number = f"logprobs-{next(_numbers)}"
-    request = GenerationRequest(number, None, Texts((prompt,)), sampling, number, collect=collect)
+    several = isinstance(prompt, tuple) and isinstance(prompt[0], str)
+    texts = Texts(prompt if isinstance(prompt, tuple) and several else (prompt,))
+    request = GenerationRequest(number, None, texts, sampling, number, collect=collect)
 
     async def deltas() -> list[Delta]:
         return [
@@ -130,6 +133,17 @@ def test_the_tokens_told_are_the_text_with_and_without_stop_sequences(host: Engi
                 assert joined(told(deltas)) == text_of(deltas)
                 if stop:
                     assert len(text_of(deltas)) < len(text)
+
+
+@pytest.mark.parametrize("collect", [True, False])
+def test_each_choice_begins_with_its_prompt(host: EngineHost, collect: bool) -> None:
+    sampling = Sampling(2, 1.0, n=2, seed=3, echo=True, logprobs=1)
+    deltas = ask(host, ("Once upon a time", "Two"), sampling, collect=collect)
+    for index, prompt in enumerate(["Once upon a time"] * 2 + ["Two"] * 2):
+        choice = [delta for delta in deltas if delta.index == index]
+        assert text_of(choice).startswith(prompt)
+        assert joined(told(choice)) == text_of(choice)
+        assert [token.logprob for token in told(choice)].index(None) == 0
 
 
 def test_a_special_token_is_not_told_but_where_a_prompt_is_scored(host: EngineHost) -> None:
