@@ -12,7 +12,9 @@ class Vocabulary:
     def __init__(self, tokenizer: Any) -> None:
         import xgrammar
 
-        self._tokens: list[bytes] = xgrammar.TokenizerInfo.from_huggingface(tokenizer).decoded_vocab
+        # xgrammar's long ones are of a type of its own, which no frame can carry.
+        decoded = xgrammar.TokenizerInfo.from_huggingface(tokenizer).decoded_vocab
+        self._tokens = [bytes(token) for token in decoded]
         added = tokenizer.added_tokens_decoder
         self._special = frozenset(number for number, token in added.items() if token.special)
 

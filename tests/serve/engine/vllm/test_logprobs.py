@@ -4,10 +4,12 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
-from serve.engine.protocol import Delta, GenerationRequest, Sampling, Texts, TokenLogprob
+from serve.engine.protocol import Delta, Event, GenerationRequest, Sampling, Texts, TokenLogprob
+from serve.engine.transport.frames import Frame, frames
 from serve.formats.logprobs import text_logprobs
 from tests.support.engine_host import EngineHost, events_of
 
@@ -30,15 +32,13 @@ def ask(host: EngineHost, prompt: str | tuple[Any, ...], sampling: Sampling, *, 
     texts = Texts(prompt if isinstance(prompt, tuple) and several else (prompt,))
     request = GenerationRequest(number, None, texts, sampling, number, collect=collect)
 
-    async def deltas() -> list[Delta]:
-        return [
-            event
-            async for batch in events_of(host.engine, request)
-            for event in batch
-            if isinstance(event, Delta)
-        ]
+    async def batches() -> list[list[Event]]:
+        return [batch async for batch in events_of(host.engine, request)]
 
-    return host.run(deltas())
+    # As a gateway gets them.
+    frame = msgspec.msgpack.encode(Frame([(number, batch) for batch in host.run(batches())]))
+    events = [event for _, batch in frames.decode(frame).entries for event in batch]
+    return [event for event in events if isinstance(event, Delta)]
 
 
 def text_of(deltas: list[Delta]) -> str:
@@ -84,6 +84,13 @@ class Expected:
 @pytest.fixture(scope="module")
 def expected(host: EngineHost, reference: Any) -> Expected:
     return Expected(host, reference)
+
+
+def test_every_token_is_bytes_that_a_frame_can_carry(expected: Expected) -> None:
+    """xgrammar's own type for long ones is a subclass of bytes, and equal to them."""
+    names = [expected.name(number) for number in range(len(expected.tokenizer))]
+    assert {type(name) for name in names} == {bytes}
+    assert max(map(len, names)) > 8
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
