@@ -193,7 +193,7 @@ class ChatCompletionChunk(_Object):
 class TextLogprobs(_Object):
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 

@@ -28,11 +28,25 @@ class JsonFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class TextFormat:
+    """Asks for a text that a regular expression matches as a whole, or for one of `choices`.
+
+    `param` is the client's own name for it, for error messages.
+    """
+
+    regex: str | None = None
+    choices: tuple[str, ...] = ()
+    param: str = field(default="structured_outputs", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """Says how to choose tokens. `completion_tokens_max` None means: as many as the context allows.
 
-    `logprobs` is how many alternatives each token is sent with; None means no log-probabilities at all. With
-    `echo` each choice begins with the prompt, whose tokens are not counted as completion.
+    With 0 the answer is empty, and no completion is counted. `logprobs` is how many of the likeliest tokens
+    each token is sent with; None means no log-probabilities at all. With `echo` each choice begins with the
+    prompt, whose tokens are not counted as completion. Before `completion_tokens_min`, and with `ignore_eos`,
+    the model's own end of an answer is not taken.
     """
 
     completion_tokens_max: int | None = None
@@ -50,6 +64,10 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    text_format: TextFormat | None = None
+    completion_tokens_min: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +158,15 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Holds a token with its natural-log probability; None for a prompt's first, which follows nothing.
+    """Holds a token's bytes, which may be a part of a character, with its natural-log probability.
 
-    `top` holds the likeliest tokens at this position with theirs.
+    That is None for a prompt's first token, which follows nothing. `top` holds the likeliest tokens at this
+    position with theirs, the likeliest first.
     """
 
-    token: str
+    token: bytes
     logprob: float | None
-    top: tuple[tuple[str, float], ...] = ()
+    top: tuple[tuple[bytes, float], ...] = ()
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a", gc=False):
@@ -245,7 +264,8 @@ class GrammarCounts:
 class Counters:
     """Holds an engine process's own lifetime counters, as vLLM keeps them.
 
-    `probe_*` is the part of checks of the base and of adapters, which no customer is billed for.
+    `probe_*` is the part that no customer is billed for: checks of the base and of adapters, and the token
+    that vLLM generates where a client asks for none.
     """
 
     base: str

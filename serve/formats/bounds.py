@@ -29,3 +29,16 @@ def check_tools(names: Sequence[str], *, forced: bool, function: str | None) -> 
 def schema_text(schema: dict[str, Any]) -> str:
     """Returns a client's JSON Schema, which `serve.formats.schema_budget` has checked, as JSON text."""
     return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+
+
+def schema_of(document: dict[str, Any] | str, param: str) -> dict[str, Any]:
+    """Returns a JSON Schema that a client gives as an object or as JSON text. Raises InvalidRequest."""
+    if isinstance(document, dict):
+        return document
+    try:
+        schema = json.loads(document)
+    except (ValueError, RecursionError):
+        schema = None
+    if not isinstance(schema, dict):
+        raise InvalidRequest(f"'{param}' must be a JSON Schema: an object.", param, "invalid_value")
+    return schema

@@ -4,19 +4,19 @@ platform.openai.com/docs/api-reference/chat. Fixed bounds are part of the field 
 the installation are checked by `request_of`.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from serve.engine.protocol import Delta, JsonFormat, Message, Sampling, TokenLogprob, Tool, Toolbox, ToolCall
 from serve.errors import InvalidRequest
 from serve.formats.body_budget import FreeObject, Items
 from serve.formats.bounds import bound, check_tools, schema_text
+from serve.formats.logprobs import token_logprob
 from serve.formats.response_format import Json
 from serve.formats.sampling import GenerationBody, RequestBounds
-from serve.formats.schema_budget import Schema, check_schemas
+from serve.formats.schema_budget import Schema
 from serve.inference.answer import Choice
 from serve.inference.request import GenerationResult, InferenceRequest
 
@@ -45,19 +45,10 @@ class RefusalPart(BaseModel):
 
 
 class CalledFunction(BaseModel):
+    """A call in an earlier answer. Arguments that were cut by a limit are no JSON, and come back so."""
+
     name: FunctionName
     arguments: str
-
-    @field_validator("arguments")
-    @classmethod
-    def _is_json_object(cls, arguments: str) -> str:
-        """Chat templates render arguments as an object. An earlier answer may have had none: "" is {}."""
-        try:
-            if isinstance(json.loads(arguments or "{}"), dict):
-                return arguments or "{}"
-        except (ValueError, RecursionError):
-            pass
-        raise ValueError("the arguments must be a JSON object")
 
 
 class AssistantToolCall(BaseModel):
@@ -167,8 +158,14 @@ class ChatCompletionRequest(GenerationBody):
         named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         names = [tool.function.name for tool in self.tools or ()]
         check_tools(names, forced=self.tool_choice == "required", function=named)
-        check_schemas([*self._schemas()])
+        self.check_constraints(self._schemas(), self._constrained_by())
         return self
+
+    def _constrained_by(self) -> str | None:
+        """The field that makes a grammar of the answer, if there is one."""
+        if self.response_format is not None and self.response_format.type != "text":
+            return "response_format"
+        return "tools" if self.tools and self.tool_choice != "none" else None
 
     def _schemas(self) -> Iterator[Schema]:
         answer = self.response_format.json_schema if self.response_format else None
@@ -261,7 +258,7 @@ class ChatFormat:
         return {
             "index": delta.index,
             "delta": fields,
-            "logprobs": _logprobs(delta.logprobs),
+            "logprobs": _logprobs(delta.logprobs) if delta.logprobs else None,
             "finish_reason": delta.finish_reason,
         }
 
@@ -305,16 +302,5 @@ def _tool_call_delta(call: ToolCall) -> Json:
     }
 
 
-def _logprobs(tokens: Iterable[TokenLogprob]) -> Json | None:
-    content = [token_logprob(token) for token in tokens]
-    return {"content": content, "refusal": None} if content else None
-
-
-def token_logprob(token: TokenLogprob) -> Json:
-    """A token's log-probability and its alternatives, as chat and the Responses API write it."""
-    alternatives = [_logprob(*alternative) for alternative in token.top]
-    return _logprob(token.token, token.logprob or 0.0) | {"top_logprobs": alternatives}
-
-
-def _logprob(token: str, logprob: float) -> Json:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode(errors="replace"))}
+def _logprobs(tokens: Iterable[TokenLogprob]) -> Json:
+    return {"content": [token_logprob(token) for token in tokens], "refusal": None}

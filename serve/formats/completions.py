@@ -3,22 +3,21 @@
 platform.openai.com/docs/api-reference/completions.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from serve.engine.protocol import Delta, Sampling, Texts, TokenLogprob
+from serve.engine.protocol import Delta, Sampling, Texts
 from serve.errors import InvalidRequest
 from serve.formats.body_budget import COST_MAX, Items
 from serve.formats.bounds import bound
+from serve.formats.logprobs import characters, text_logprobs
 from serve.formats.response_format import Json
-from serve.formats.sampling import CHOICES_MAX, GenerationBody, RequestBounds
+from serve.formats.sampling import CHOICES_MAX, GenerationBody, RequestBounds, TokenId
 from serve.inference.answer import Choice
 from serve.inference.request import GenerationResult, InferenceRequest
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(max_length=COST_MAX, fail_fast=True)]
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's
 
@@ -26,6 +25,7 @@ COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's
 class CompletionRequest(GenerationBody):
     HARMLESS: ClassVar[dict[str, tuple[Any, ...]]] = {"add_special_tokens": (True,)}
 
+    max_tokens: int | None = Field(None, ge=0)
     prompt: str | Items[str] | TokenIds | Items[TokenIds]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
@@ -39,7 +39,8 @@ class CompletionRequest(GenerationBody):
         return prompt
 
     @model_validator(mode="after")
-    def _best_is_all(self) -> "CompletionRequest":
+    def _consistent(self) -> "CompletionRequest":
+        self.check_constraints((), None)
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequest(
                 "'best_of' is not supported with a value other than 'n'.", "best_of", "unsupported_parameter"
@@ -59,7 +60,7 @@ class CompletionRequest(GenerationBody):
     def sampling(self, limits: RequestBounds) -> Sampling:
         return self.sampling_with(
             limits,
-            completion_tokens_max=self.max_tokens or COMPLETION_TOKENS_DEFAULT,
+            completion_tokens_max=COMPLETION_TOKENS_DEFAULT if self.max_tokens is None else self.max_tokens,
             length_param="max_tokens",
             logprobs=self.logprobs,
             echo=bool(self.echo),
@@ -84,17 +85,21 @@ class CompletionFormat:
     def __init__(self) -> None:
         # By choice: how many characters its log-probabilities have covered.
         self._offsets: dict[int, int] = {}
+        self._likeliest = 0
 
     def opening_choices(self, result: GenerationResult) -> Iterable[Json]:
+        self._likeliest = result.request.sampling.logprobs or 0
         return ()
 
     def streamed_choice(self, delta: Delta) -> Json:
         offset = self._offsets.get(delta.index, 0)
-        self._offsets[delta.index] = offset + sum(len(logprob.token) for logprob in delta.logprobs)
-        return _json(delta, _logprobs(delta.logprobs, offset))
+        self._offsets[delta.index] = offset + sum(characters(each.token) for each in delta.logprobs)
+        logprobs = text_logprobs(delta.logprobs, offset, self._likeliest) if delta.logprobs else None
+        return _json(delta, logprobs)
 
     def complete_choice(self, choice: Choice, result: GenerationResult) -> Json:
-        return _json(choice, _logprobs(choice.logprobs, 0))
+        likeliest = result.request.sampling.logprobs
+        return _json(choice, None if likeliest is None else text_logprobs(choice.logprobs, 0, likeliest))
 
     def envelope(self, result: GenerationResult, choices: list[Json], *, streamed: bool) -> Json:
         return {
@@ -112,17 +117,4 @@ def _json(choice: Delta | Choice, logprobs: Json | None) -> Json:
         "text": choice.text,
         "logprobs": logprobs,
         "finish_reason": choice.finish_reason,
-    }
-
-
-def _logprobs(tokens: Sequence[TokenLogprob], offset: int) -> Json | None:
-    """The `logprobs` object of `tokens`, which begin at the choice's character `offset`."""
-    if not tokens:
-        return None
-    ends = list(accumulate((len(token.token) for token in tokens), initial=offset))
-    return {
-        "tokens": [token.token for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [dict(token.top) if token.logprob is not None else None for token in tokens],
-        "text_offset": ends[:-1],
     }

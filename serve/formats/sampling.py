@@ -6,16 +6,19 @@ them would give a wrong answer.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from serve.engine.protocol import JsonFormat, Sampling
+from serve.engine.protocol import JsonFormat, Sampling, TextFormat
 from serve.errors import InvalidRequest
-from serve.formats.body_budget import Items, check_body
+from serve.formats.body_budget import FreeObject, Items, check_body
 from serve.formats.bounds import bound
 from serve.formats.errors import validation_text
+from serve.formats.schema_budget import Schema, check_schemas
+from serve.formats.structured_outputs import GUIDED, Choices, Constraint, StructuredOutputs, constraints_of
 
 # vLLM's extensions that reach into the engine or another tenant's cache, or get around a bound, each with the
 # values that change nothing. Clients made for vLLM send its defaults.
@@ -38,6 +41,11 @@ HARMFUL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,), "vllm_xargs": ({},), "watermarking": (False,),
 }
 # fmt: on
+# Of these, the ones that chat and text completions take.
+TAKEN = frozenset(
+    {"ignore_eos", "min_tokens", "stop_token_ids", "structured_outputs"}
+    | {f"guided_{kind}" for kind in GUIDED}
+)
 # OpenAI's fields that are not implemented, each with the values that change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
@@ -49,11 +57,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 LOGIT_BIASES_MAX = 1024
+STOP_TOKENS_MAX = 64
 CHOICES_MAX = 64
 ERRORS_MAX = 64  # of one body that are looked at
 
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+TopK = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 TopP = Annotated[float, Field(ge=0, le=1)]
 # OpenAI and Anthropic allow 0, and vLLM does not. Both leave the likeliest token alone.
 TOP_P_MIN = 1e-6
@@ -101,7 +113,7 @@ class GenerationBody(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: TopP | None = None
     n: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    seed: Seed | None = None
     stop: str | Items[str] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -112,23 +124,35 @@ class GenerationBody(BaseModel):
         ]
         | None
     ) = None
-    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=STOP_TOKENS_MAX, fail_fast=True)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: FreeObject | str | None = None
+    guided_regex: Annotated[str, Field(min_length=1)] | None = None
+    guided_choice: Choices | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            refuse(data, cls.HARMLESS)
+            refuse(data, cls.HARMLESS, TAKEN)
         return data
 
     @field_validator("stop")
     @classmethod
     def _stop_not_empty(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if any(not 1 <= len(sequence) <= 256 for sequence in _as_list(stop)):
-            raise ValueError("stop sequences must have between 1 and 256 characters")
-        return stop
+        return check_stop(stop)
+
+    @field_validator("structured_outputs")
+    @classmethod
+    def _one_form(cls, outputs: StructuredOutputs | None) -> StructuredOutputs | None:
+        if outputs is not None and not any(constraints_of(outputs, "structured_outputs.")):
+            raise ValueError("one of json, json_object, regex and choice is needed")
+        return outputs
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> "GenerationBody":
@@ -137,6 +161,31 @@ class GenerationBody(BaseModel):
                 "The 'stream_options' parameter is only allowed when 'stream' is enabled.", "stream_options"
             )
         return self
+
+    def constraints(self) -> list[Constraint]:
+        """What vLLM's fields ask the answer to be."""
+        outputs = self.structured_outputs or StructuredOutputs()
+        guided = StructuredOutputs(
+            document=self.guided_json, regex=self.guided_regex, choice=self.guided_choice
+        )
+        return [*constraints_of(outputs, "structured_outputs."), *constraints_of(guided, "guided_")]
+
+    def check_constraints(self, schemas: Iterable[Schema], constrained_by: str | None) -> None:
+        """Checks all schemas together. constrained_by: another field that constrains the answer.
+
+        Raises InvalidRequest, also if the answer could not end where its form is complete.
+        """
+        constraints = self.constraints()
+        params = [constraint.param for constraint in constraints]
+        if len(params) + (constrained_by is not None) > 1:
+            others = " and ".join(f"'{param}'" for param in [*params[1:], constrained_by] if param)
+            raise InvalidRequest(f"'{params[0]}' is not possible together with {others}.", params[0])
+        constrained_by = constrained_by or next(iter(params), None)
+        for name in ("min_tokens", "ignore_eos"):
+            if constrained_by is not None and getattr(self, name):
+                text = f"'{name}' is not possible together with '{constrained_by}'."
+                raise InvalidRequest(text, name, "unsupported_parameter")
+        check_schemas([*schemas, *(each.schema for each in constraints if each.schema is not None)])
 
     @property
     def include_usage(self) -> bool:
@@ -153,11 +202,15 @@ class GenerationBody(BaseModel):
         format: JsonFormat | None = None,
     ) -> Sampling:
         """The body's sampling parameters. Raises InvalidRequest beyond the installation's bounds."""
-        stop, n = tuple(_as_list(self.stop)), self.n or 1
+        stop, n = stop_of(self.stop), self.n or 1
+        constraint = next(iter(self.constraints()), None)
+        constrained = constraint.format if constraint is not None else format
         bound("n", n, limits.n)
         bound("stop", len(stop), limits.stop_sequences, "stop sequences")
         bound("logit_bias", len(self.logit_bias or ()), LOGIT_BIASES_MAX, "tokens")
         bound(length_param, completion_tokens_max or 1, limits.completion_tokens)
+        least, most = self.min_tokens or 0, completion_tokens_max
+        bound("min_tokens", least, limits.completion_tokens if most is None else most, "tokens")
         return Sampling(
             completion_tokens_max=completion_tokens_max,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -170,7 +223,11 @@ class GenerationBody(BaseModel):
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             logprobs=logprobs,
             echo=echo,
-            format=format,
+            format=constrained if isinstance(constrained, JsonFormat) else None,
+            text_format=constrained if isinstance(constrained, TextFormat) else None,
+            completion_tokens_min=least,
+            ignore_eos=bool(self.ignore_eos),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
             top_k=self.top_k or 0,
             min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
@@ -180,13 +237,17 @@ class GenerationBody(BaseModel):
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def refuse(data: dict[str, Any], harmless: dict[str, tuple[Any, ...]] | None = None) -> None:
+def refuse(
+    data: dict[str, Any],
+    harmless: dict[str, tuple[Any, ...]] | None = None,
+    taken: frozenset[str] = frozenset(),
+) -> None:
     """Raises InvalidRequest for a HARMFUL or UNSUPPORTED field with a value that changes something.
 
-    Null is fine. harmless: more values that change nothing in this API.
+    Null is fine. harmless: more values that change nothing in this API. taken: fields that this API has.
     """
     more = harmless or {}
-    for name in sorted(data.keys() & HARMFUL.keys()):
+    for name in sorted((data.keys() & HARMFUL.keys()) - taken):
         if not _changes_nothing(data[name], HARMFUL[name] + more.get(name, ())):
             raise InvalidRequest(f"The parameter '{name}' is not accepted.", name, "unsupported_parameter")
     for name in sorted(data.keys() & UNSUPPORTED.keys()):
@@ -235,8 +296,16 @@ def top_p_of(top_p: float | None) -> float:
     return 1.0 if top_p is None else max(top_p, TOP_P_MIN)
 
 
-def _as_list(stop: str | list[str] | None) -> list[str]:
-    return [stop] if isinstance(stop, str) else stop or []
+def stop_of(stop: str | list[str] | None) -> tuple[str, ...]:
+    """The stop sequences, of which a body may give one or several."""
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+def check_stop(stop: str | list[str] | None) -> str | list[str] | None:
+    """Raises ValueError for a stop sequence that is empty or too long."""
+    if any(not 1 <= len(sequence) <= 256 for sequence in stop_of(stop)):
+        raise ValueError("stop sequences must have between 1 and 256 characters")
+    return stop
 
 
 # Our fields are snake_case; pydantic names a union's branches after types: str, list[TextPart], TextPart.

@@ -19,9 +19,10 @@ class CollectedAnswer:
 
 @dataclass(slots=True)
 class Choice:
-    """One choice of an answer. It grows with each delta."""
+    """One choice of an answer. It grows with each delta. `parts` are the deltas, in their order."""
 
     index: int
+    parts: list[Delta] = field(default_factory=list)
     text: str = ""
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
@@ -30,6 +31,8 @@ class Choice:
     stop_sequence: str | None = None
 
     def take(self, delta: Delta) -> None:
+        if delta.text or delta.reasoning or delta.tool_calls or delta.logprobs or delta.finish_reason:
+            self.parts.append(delta)
         self.text += delta.text
         self.reasoning += delta.reasoning
         self.logprobs += delta.logprobs

@@ -164,7 +164,8 @@ class Gateway:
         engine_limit = self._engines[priced_model.model.base].context_tokens_max
         context = min([engine_limit, *(limit for limit in limits if limit is not None)])
         prompt = prompt_tokens_max(request, context)
-        completion = min(request.sampling.completion_tokens_max or context, context) * request.choices
+        most = request.sampling.completion_tokens_max
+        completion = (context if most is None else min(most, context)) * request.choices
         return _Quote(priced_model, context, prompt, completion)
 
     def _terms(self, principal: Principal, request: InferenceRequest, quote: _Quote) -> BillingTerms:

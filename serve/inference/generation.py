@@ -367,7 +367,9 @@ class Generation:
     async def _settle_or_void(self, failure: BespokeError | None) -> None:
         """Close the hold. If this process dies first, the checkpoint bills it."""
         at, served_by = self._context.now(), self._served_by
-        if served_by is None or self._completion_tokens == 0:
+        # A prompt whose completion is to be empty is computed, and billed, once it is answered.
+        answered = self.request.sampling.completion_tokens_max == 0 and self._finish_reasons
+        if served_by is None or not (self._completion_tokens or answered):
             resolution = self._void_resolution(failure, at)
         else:
             resolution = self._settle_resolution(served_by, failure, at)

@@ -149,7 +149,8 @@ class Recovery:
             for usage in usages
             if record is not None and usage.attempt != record.usage.attempt
         ]
-        if record is None or not record.usage.tokens.completion:
+        # An answer that was to be empty has an end and no completion.
+        if record is None or not (record.usage.tokens.completion or record.end):
             return Resolution(request_id, tenant, at, reason="gateway died", failed=tuple(failed))
         if terms.rerun_if_lost:
             failed.append(_failed(request_id, terms, record.usage, at))

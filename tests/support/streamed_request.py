@@ -13,7 +13,10 @@ from tests.support.live_service import LiveService
 
 
 class StreamedRequest:
-    """Is sent at once. Log-probabilities are asked for, because they name each token of a delta."""
+    """Is sent at once. Log-probabilities are asked for, because they name the tokens of a delta.
+
+    Tokens that add no text are in none; the usage at the end counts all.
+    """
 
     def __init__(self, service: LiveService, body: dict[str, Any], tenant: str = TENANTS[0]) -> None:
         self.status: int | None = None
@@ -25,7 +28,7 @@ class StreamedRequest:
         self._arrivals: list[tuple[float, int]] = []  # time.monotonic(), tokens until then
         self._url = f"{service.url}/v1/chat/completions"
         self._headers = {"Authorization": f"Bearer {service.keys[tenant]}"}
-        self._body = body | {"stream": True, "logprobs": True}
+        self._body = body | {"stream": True, "logprobs": True, "stream_options": {"include_usage": True}}
         self._begun = threading.Event()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -65,6 +68,8 @@ class StreamedRequest:
     def _take(self, event: dict[str, Any]) -> None:
         if "error" in event:
             self.error_code = event["error"]["code"]
+        if event.get("usage"):
+            self.tokens = event["usage"]["completion_tokens"]
         for choice in event.get("choices", ()):
             self.finish_reason = choice["finish_reason"]
             self.tokens += len((choice.get("logprobs") or {}).get("content") or ())

@@ -244,8 +244,10 @@ class VllmEngine:
         if sampling.echo and isinstance(request.prompt, Texts):
             given = zip(request.prompt.prompts, prompts, strict=True)
             echo = [text if isinstance(text, str) else tokenizer.decode(ids) for text, ids in given]
+        # Clients that score a prompt ask for one token more, and count from the end (lm-eval).
+        scores = sampling.echo and sampling.completion_tokens_max == 1
         return OutputParser(
-            tokenizer,
+            self._renderer.vocabulary,
             prompts,
             request=rendered.request,
             samples=sampling.n,
@@ -253,6 +255,9 @@ class VllmEngine:
             collect=request.collect,
             logprobs=sampling.logprobs,
             echo=echo,
+            skip_special_tokens=rendered.params[0].skip_special_tokens,
+            all_tokens=scores,
+            prompt_only=sampling.completion_tokens_max == 0,
         )
 
     @contextlib.asynccontextmanager
@@ -285,6 +290,8 @@ class VllmEngine:
                         parser.read(part, output)
             for queue in queues:
                 queue.close()
+            prompt_tokens, completion_tokens = self._probe_tokens
+            self._probe_tokens = prompt_tokens, completion_tokens + parser.uncounted_tokens
 
     def _usage(self, parser: OutputParser, cold_loads: int) -> RequestUsage:
         return RequestUsage(self._replica, self._boot, Tokens(*parser.counts), cold_loads=cold_loads)

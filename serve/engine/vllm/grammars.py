@@ -48,7 +48,7 @@ async def check_grammar(gate: GrammarGate, request: GenerationRequest, params: S
     verdict = await gate.verdict(request.cache_salt, grammar)
     if verdict.allowed:
         return
-    _, param, tool = _one_of(named, verdict.schema)
+    _, param, tool = _one_of(request, named, verdict.schema)
     whose = "" if tool is None else f" of the tool '{tool}'"
     if verdict.too_complex:
         text = f"'{param}'{whose} is too complex: its grammar takes too much time or memory to compile."
@@ -67,8 +67,10 @@ def _schemas(request: GenerationRequest) -> Iterator[_Named]:
                 yield tool.parameters, tool.param or "tools", tool.name
 
 
-def _one_of(named: list[_Named], index: int | None) -> _Named:
+def _one_of(request: GenerationRequest, named: list[_Named], index: int | None) -> _Named:
     """The schema that a verdict is about. All of them together are called by the field that holds them."""
+    if (text := request.sampling.text_format) is not None:
+        return "", text.param, None
     if index is not None:
         return named[index]
     if len(named) == 1:

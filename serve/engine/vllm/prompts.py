@@ -8,10 +8,14 @@ inside functions: the gateway shares this package and must not load torch.
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from serve.engine.protocol import GenerationRequest, Message, Texts, Toolbox
+import pydantic_core
+
+from serve.engine.protocol import GenerationRequest, Message, Texts, Toolbox, ToolCall
 from serve.engine.vllm import upstream
+from serve.engine.vllm.vocabulary import Vocabulary
 from serve.errors import BespokeError, ContextLengthExceeded, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,7 @@ class PromptRenderer:
         self._config = llm.model_config
         self._has_tools = tool_parser is not None
         self._online = upstream.make_renderer(llm, tool_parser=tool_parser, reasoning_parser=reasoning_parser)
+        self.vocabulary = Vocabulary(self.tokenizer)
 
     @property
     def context_tokens_max(self) -> int:
@@ -124,6 +129,8 @@ class PromptRenderer:
         sampling = request.sampling
         prompt_tokens = len(rendered["prompt_token_ids"])
         available, requested = self._context(request) - prompt_tokens, sampling.completion_tokens_max
+        if requested is not None:
+            requested = max(requested, 1)  # vLLM generates at least one, which `OutputParser` leaves out
         if available < (requested or 1):
             param = request.length_param if requested and available > 0 else param
             raise self._too_long(request, prompt_tokens, param)
@@ -177,7 +184,15 @@ def _common(request: GenerationRequest) -> dict[str, Any]:
         "min_p": sampling.min_p,
         "repetition_penalty": sampling.repetition_penalty,
         "cache_salt": request.cache_salt or None,
+        "min_tokens": sampling.completion_tokens_min,
+        "ignore_eos": sampling.ignore_eos,
+        "stop_token_ids": list(sampling.stop_token_ids),
     }
+    if sampling.text_format is not None:
+        text = sampling.text_format
+        fields["structured_outputs"] = (
+            {"regex": text.regex} if text.regex is not None else {"choice": list(text.choices)}
+        )
     if sampling.format is not None:
         schema = sampling.format.schema
         fields["response_format"] = (
@@ -196,7 +211,29 @@ def _message(message: Message) -> dict[str, Any]:
         fields["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         fields["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(arguments_of(call))},
+            }
             for call in message.tool_calls
         ]
     return fields
+
+
+def arguments_of(call: ToolCall) -> dict[str, Any]:
+    """Returns an earlier call's arguments as chat templates take them: an object.
+
+    Of arguments that were cut it is what they hold so far. Any other text is kept in an object of its own,
+    where vLLM would leave it out.
+    """
+    text = call.arguments if call.arguments.strip() else "{}"
+    for read in (json.loads, partial(pydantic_core.from_json, allow_partial="trailing-strings")):
+        try:
+            arguments = read(text)
+            json.dumps(arguments)  # as a template will
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(arguments, dict):
+            return arguments
+    return {"INVALID_JSON": text}

@@ -56,14 +56,17 @@ def grammar_tokenizer(llm: Any) -> str:
 def grammar_of(params: Any) -> tuple[str, str] | None:
     """Returns the grammar that vLLM's core will compile for `params`, as its kind and its text.
 
-    None without one, and for a choice of texts, which vLLM makes a grammar of itself
-    (`v1/structured_output/request.py`).
+    None without one. Of a choice of texts vLLM makes a grammar itself, after the gate has seen it
+    (`v1/structured_output/backend_xgrammar.py`).
     """
     from vllm.v1.structured_output.request import get_structured_output_key
+    from vllm.v1.structured_output.utils import choice_as_grammar
 
     outputs = params.structured_outputs
-    if outputs is None or outputs.all_constraints_none() or outputs.choice is not None:
+    if outputs is None or outputs.all_constraints_none():
         return None
+    if outputs.choice is not None:
+        return "grammar", choice_as_grammar(outputs.choice)
     kind, text = get_structured_output_key(outputs)
     return kind.name.lower(), text
 

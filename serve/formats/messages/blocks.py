@@ -1,15 +1,15 @@
 """Builds a message's content blocks from deltas, and the stream events of each change.
 
 docs.anthropic.com/en/docs/build-with-claude/streaming: a block starts, grows and stops before the next one
-starts. A complete answer takes the same path, as one delta whose events are discarded; so both agree.
+starts. A complete answer takes the same path, and its events are discarded; so both agree.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from serve.engine.protocol import Delta, ToolCall
 from serve.errors import EngineFailed
+from serve.formats.messages.arguments import input_of
 from serve.inference.answer import Choice
 
 Json = dict[str, Any]
@@ -43,15 +43,10 @@ class Blocks:
 
     def take_complete(self, choice: Choice) -> None:
         """Add a complete answer, and stop."""
-        delta = Delta(
-            choice.index,
-            choice.text,
-            0,
-            choice.finish_reason,
-            tool_calls=tuple(choice.tool_calls),
-            stop_sequence=choice.stop_sequence,
-        )
-        for _ in (*self.take(delta), *self.stop()):
+        for part in choice.parts:
+            for _ in self.take(part):
+                pass
+        for _ in self.stop():
             pass
 
     def stop(self) -> Iterator[Json]:
@@ -59,7 +54,7 @@ class Blocks:
         if self._open is None:
             return
         if self._open != "text":
-            self.content[-1]["input"] = _input(self._arguments)
+            self.content[-1]["input"] = input_of(self._arguments)
         self._open = None
         yield {"type": "content_block_stop", "index": len(self.content) - 1}
 
@@ -103,15 +98,3 @@ class Blocks:
 
     def _grow(self, delta: Json) -> Json:
         return {"type": "content_block_delta", "index": len(self.content) - 1, "delta": delta}
-
-
-def _input(arguments: str) -> Json:
-    """The call's arguments. Arguments that were cut short go where Anthropic's own clients put them.
-
-    docs.anthropic.com/en/docs/agents-and-tools/tool-use/fine-grained-tool-streaming, "invalid JSON".
-    """
-    try:
-        parsed = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        parsed = None
-    return parsed if isinstance(parsed, dict) else {"INVALID_JSON": arguments}

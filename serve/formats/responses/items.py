@@ -63,7 +63,7 @@ def messages(items: Iterable[Json], instructions: str | None) -> tuple[Message, 
                 follows_assistant = bool(conversation) and conversation[-1].role == "assistant"
                 turn = conversation.pop() if follows_assistant else Message("assistant", None)
                 index = len(turn.tool_calls)
-                call = ToolCall(index, item["call_id"], item["name"], item["arguments"] or "{}")
+                call = ToolCall(index, item["call_id"], item["name"], item["arguments"])
                 # A turn that only calls has an empty text, which is no content.
                 conversation.append(Message("assistant", turn.content or None, (*turn.tool_calls, call)))
             case "function_call_output":

@@ -1,6 +1,6 @@
 """Builds a response's output items from deltas, and the stream events of each change.
 
-A complete answer takes the same path, as one delta whose events are discarded; so both agree.
+A complete answer takes the same path, and its events are discarded; so both agree.
 Events: platform.openai.com/docs/api-reference/responses-streaming; `events.py` numbers them.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from serve.engine.protocol import Delta, ToolCall
-from serve.formats.chat import token_logprob
+from serve.formats.logprobs import token_logprob
 from serve.formats.responses.items import Ids, call_item
 from serve.inference.answer import Choice
 
@@ -32,8 +32,7 @@ class Output:
         if delta.reasoning:
             yield from self._open("reasoning")
             yield from self._add(delta.reasoning)
-        if delta.text or not (delta.reasoning or delta.tool_calls):
-            self._logprobs += map(token_logprob, delta.logprobs)
+        self._logprobs += map(token_logprob, delta.logprobs)
         if delta.text:
             yield from self._open("message")
             yield from self._add(delta.text)
@@ -42,16 +41,10 @@ class Output:
 
     def take_complete(self, choice: Choice) -> None:
         """Add a complete answer, and end."""
-        delta = Delta(
-            choice.index,
-            choice.text,
-            0,
-            choice.finish_reason,
-            choice.reasoning,
-            tuple(choice.tool_calls),
-            tuple(choice.logprobs),
-        )
-        for _ in (*self.take(delta), *self.end()):
+        for part in choice.parts:
+            for _ in self.take(part):
+                pass
+        for _ in self.end():
             pass
 
     @property

@@ -14,7 +14,18 @@ from serve.errors import InvalidRequest
 from serve.formats.body_budget import ITEMS_MAX, FreeObject, Items
 from serve.formats.bounds import bound, check_tools, schema_text
 from serve.formats.chat import CalledFunction, CallId, FunctionName, OfferedFunction
-from serve.formats.sampling import RequestBounds, TopP, refuse, top_p_of
+from serve.formats.sampling import (
+    Penalty,
+    RequestBounds,
+    Seed,
+    StreamOptions,
+    TopK,
+    TopP,
+    check_stop,
+    refuse,
+    stop_of,
+    top_p_of,
+)
 from serve.formats.schema_budget import Schema, check_schemas
 
 METADATA_PAIRS_MAX = 16
@@ -24,6 +35,12 @@ LOGPROBS = "message.output_text.logprobs"
 # OpenAI's fields that are not implemented, each with the values that change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "background": (False,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "n": (1,),
+    "repetition_penalty": (1,),
     "context_management": ([],),
     "conversation": (),
     "moderation": (),
@@ -33,6 +50,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 # Fields of chat that have another name in the Responses API; to ignore them would change the answer.
 MOVED = {
     "max_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
     "max_completion_tokens": "max_output_tokens",
     "messages": "input",
     "reasoning_effort": "reasoning.effort",
@@ -158,6 +176,8 @@ class ReasoningConfig(BaseModel):
 
 
 class ResponsesRequest(BaseModel):
+    """The body. `seed`, `stop`, `top_k` and the penalties are chat's: vLLM's clients send them here too."""
+
     model: str = Field(min_length=1, max_length=160)
     input: str | Annotated[Items[InputItem], Field(min_length=1)]
     instructions: str | None = None
@@ -182,6 +202,12 @@ class ResponsesRequest(BaseModel):
         | None
     ) = None
     user: Annotated[str, Field(max_length=512)] | None = None
+    stream_options: StreamOptions | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    top_k: TopK | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -208,6 +234,11 @@ class ResponsesRequest(BaseModel):
             if name != LOGPROBS:
                 raise _unsupported("include", f"'{name[:64]}' cannot be given")
         return include
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_not_empty(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        return check_stop(stop)
 
     @field_validator("metadata")
     @classmethod
@@ -254,7 +285,14 @@ class ResponsesRequest(BaseModel):
 
     def sampling(self, limits: RequestBounds) -> Sampling:
         bound("max_output_tokens", self.max_output_tokens or 1, limits.completion_tokens)
+        stop = stop_of(self.stop)
+        bound("stop", len(stop), limits.stop_sequences, "stop sequences")
         return Sampling(
+            seed=self.seed,
+            stop=stop,
+            top_k=self.top_k or 0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
             completion_tokens_max=self.max_output_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=top_p_of(self.top_p),

@@ -187,11 +187,25 @@ def test_sampling_and_format_reach_the_engine(tmp_path: Path) -> None:
     assert request.reasoning_effort == "xhigh"
 
 
-def test_an_answer_that_grows_too_long_says_so_and_a_call_cut_short_keeps_its_text(tmp_path: Path) -> None:
-    cut = Delta(0, "", 1, "length", tool_calls=(ToolCall(0, "a", "weather", '{"ci'),))
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", {}),
+        ('{"ci', {}),
+        ('{"city": "Os', {}),
+        ('{"city": "Oslo", "days": [1, 2', {"city": "Oslo", "days": [1, 2]}),
+        ("no JSON", {"INVALID_JSON": "no JSON"}),
+        ("[1]", {"INVALID_JSON": "[1]"}),
+        ('{"n": ' + "9" * 5000 + "}", {"INVALID_JSON": '{"n": ' + "9" * 5000 + "}"}),
+    ],
+)
+def test_a_call_that_is_cut_holds_what_was_said_so_far(
+    tmp_path: Path, arguments: str, expected: Json
+) -> None:
+    cut = Delta(0, "", 1, "length", tool_calls=(ToolCall(0, "a", "weather", arguments),))
     message = checked(ScriptedApp(tmp_path, says(cut)).say(PATH, ASK | {"tools": [WEATHER]}))
     assert message.stop_reason == "max_tokens"
-    assert message.content[0].input == {"INVALID_JSON": '{"ci'}  # type: ignore[union-attr]
+    assert message.content[0].input == expected  # type: ignore[union-attr]
 
 
 def test_an_answer_that_says_nothing_has_no_blocks(tmp_path: Path) -> None:

@@ -182,8 +182,8 @@ def test_the_format_of_the_text_reaches_the_engine(tmp_path: Path, wanted: Json,
     [({"include": ["message.output_text.logprobs"]}, 0), ({"top_logprobs": 2}, 2), ({}, None)],
 )
 def test_logprobs_are_answered_on_request(tmp_path: Path, body: Json, expected: int | None) -> None:
-    logprobs = (TokenLogprob("Hi", -0.5, (("Hi", -0.5), ("Ho", -1.5))),)
-    half = (TokenLogprob("!", -0.25),)
+    logprobs = (TokenLogprob(b"Hi", -0.5, ((b"Hi", -0.5), (b"Ho", -1.5))),)
+    half = (TokenLogprob(b"!", -0.25),)
     script = says(
         Delta(0, "Hi", 1, logprobs=logprobs), Delta(0, "", 1, logprobs=half), Delta(0, "!", 0, "stop")
     )
@@ -248,10 +248,6 @@ def test_an_answer_that_says_nothing_is_an_empty_message(tmp_path: Path) -> None
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.type"),
         ({"input": [{"role": "robot", "content": ""}]}, "input.0.role"),
         ({"input": [{"type": "function_call_output", "call_id": "x", "output": ""}]}, "input"),
-        (
-            {"input": [{"type": "function_call", "call_id": "x", "name": "f", "arguments": "["}]},
-            "input.0.arguments",
-        ),
         ({"input": [{"role": "user", "content": "x"}] * 257}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 10**6}, "max_output_tokens"),

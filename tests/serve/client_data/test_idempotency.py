@@ -43,7 +43,7 @@ def test_the_second_request_gets_the_firsts_answer_to_the_byte(tmp_path: Path) -
 
 def test_the_log_probabilities_of_a_kept_answer_are_counted_from_its_beginning(tmp_path: Path) -> None:
     """The answer is rendered twice, to be stored and to be sent: both must be the same."""
-    logprobs = (TokenLogprob("Hel", -0.5), TokenLogprob("lo", -0.25))
+    logprobs = (TokenLogprob(b"Hel", -0.5), TokenLogprob(b"lo", -0.25))
     played = ScriptedApp(tmp_path, [[ACCEPTED], [Delta(0, "Hello", 2, "stop", logprobs=logprobs), FINISHED]])
     text = {"model": "tiny", "prompt": "Say", "logprobs": 1}
     first, second = (played.ask("POST", "/v1/completions", text, **KEY) for _ in range(2))

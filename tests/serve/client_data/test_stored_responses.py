@@ -19,13 +19,13 @@ from serve.client_data.stored_responses import (
     responses_table,
     shelves_table,
 )
-from serve.engine.protocol import Message
+from serve.engine.protocol import Delta, Message, ToolCall
 from serve.errors import ResponseNotFound, StoreUnavailable
 from serve.formats.responses.objects import DeletedResponse, InputItemList, ResponseObject
 from serve.storage.database import Store
 from tests.support.billing_fixture import BillingFixture
 from tests.support.constants import NOON
-from tests.support.scripted_app import BROKEN, HELLO, LEFT, Json, ScriptedApp
+from tests.support.scripted_app import BROKEN, HELLO, LEFT, Json, ScriptedApp, says
 
 pytestmark = pytest.mark.usefixtures("app_on_both")
 
@@ -331,3 +331,23 @@ def test_what_has_expired_is_not_there_and_then_is_swept(
     assert responses.sweep(at=NOON + RETENTION) == 5
     assert shelf(shop.store)[0] == 1
     responses.find("acme", "resp_later", at=NOON + RETENTION)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_was_cut_is_stored_as_it_was_answered_and_the_conversation_goes_on(
+    tmp_path: Path, stream: bool
+) -> None:
+    call = Delta(0, "Well.", 1, tool_calls=(ToolCall(0, "call_1", "weather", '{"ci'),))
+    rest = Delta(0, "", 1, "length", tool_calls=(ToolCall(0, arguments='ty": "Os'),))
+    played = ScriptedApp(tmp_path, says(call, rest), HELLO)
+    body = ASK | {"tools": [{"type": "function", "name": "weather"}]}
+    answer = played.stream(PATH, body)[-1]["response"] if stream else played.say(PATH, body)
+    assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    message, item = answer["output"]
+    assert (message["content"][0]["text"], item["status"]) == ("Well.", "incomplete")
+    assert (item["name"], item["arguments"]) == ("weather", '{"city": "Os')
+    assert played.ask("GET", f"{PATH}/{answer['id']}").json()["output"] == answer["output"]
+    result = {"type": "function_call_output", "call_id": "call_1", "output": "cut"}
+    played.say(PATH, {"model": "tiny", "input": [result], "previous_response_id": answer["id"]})
+    turn = played.engine.requests[-1].prompt[1]
+    assert turn == Message("assistant", "Well.", (ToolCall(0, "call_1", "weather", '{"city": "Os'),))
