@@ -236,7 +236,8 @@ class BudgetExceeded(InsufficientCredit):
         period = "" if self.period == "total" else f" {self.period}"
         return (
             f"You exceeded your current quota: {owner}{period} budget of {self.limit_nanos} "
-            f"nano-{self.currency} has {self.available_nanos} left, and this request may cost up to {self.needed_nanos}."
+            f"nano-{self.currency} has {self.available_nanos} left, "
+            f"and this request may cost up to {self.needed_nanos}."
         )
 
 
