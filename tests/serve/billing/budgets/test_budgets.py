@@ -372,6 +372,7 @@ def test_each_threshold_is_told_once_in_each_period(
         "threshold_pct": 50,
         "spent_nanos": 50,
         "limit_nanos": 100,
+        "currency": "USD",
         "hard": False,
     }
     assert len(caplog.messages) == 3
