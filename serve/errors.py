@@ -198,17 +198,18 @@ class IdempotencyConflict(BespokeError):
 class InsufficientCredit(BespokeError):
     """The tenant's credit does not cover the request's highest possible cost."""
 
-    def __init__(self, tenant: str, needed_nanos: int, available_nanos: int) -> None:
-        super().__init__(tenant, needed_nanos, available_nanos)
+    def __init__(self, tenant: str, needed_nanos: int, available_nanos: int, currency: str) -> None:
+        super().__init__(tenant, needed_nanos, available_nanos, currency)
         self.tenant = tenant
         self.needed_nanos = needed_nanos
         self.available_nanos = available_nanos
+        self.currency = currency
 
     @property
     def message(self) -> str:
         return (
             "You exceeded your current quota: this request may cost up to "
-            f"{self.needed_nanos} nano-USD and {max(self.available_nanos, 0)} are available."
+            f"{self.needed_nanos} nano-{self.currency} and {max(self.available_nanos, 0)} are available."
         )
 
 
@@ -216,10 +217,16 @@ class BudgetExceeded(InsufficientCredit):
     """A hard budget leaves less than the request may cost. scope: "tenant", "project" or "key"."""
 
     def __init__(
-        self, scope: str, period: str, limit_nanos: int, needed_nanos: int, available_nanos: int
+        self,
+        scope: str,
+        period: str,
+        limit_nanos: int,
+        needed_nanos: int,
+        available_nanos: int,
+        currency: str,
     ) -> None:
-        super().__init__(scope, needed_nanos, available_nanos)
-        self.args = (scope, period, limit_nanos, needed_nanos, available_nanos)
+        super().__init__(scope, needed_nanos, available_nanos, currency)
+        self.args = (scope, period, limit_nanos, needed_nanos, available_nanos, currency)
         self.scope = scope
         self.period = period
         self.limit_nanos = limit_nanos
@@ -229,8 +236,9 @@ class BudgetExceeded(InsufficientCredit):
         owner = {"tenant": "your account's", "project": "your project's", "key": "this API key's"}[self.scope]
         period = "" if self.period == "total" else f" {self.period}"
         return (
-            f"You exceeded your current quota: {owner}{period} budget of {self.limit_nanos} nano-USD has "
-            f"{self.available_nanos} left, and this request may cost up to {self.needed_nanos}."
+            f"You exceeded your current quota: {owner}{period} budget of {self.limit_nanos} "
+            f"nano-{self.currency} has {self.available_nanos} left, "
+            f"and this request may cost up to {self.needed_nanos}."
         )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from serve.billing.budgets.service import NOTIFY_PCTS, BudgetService, BudgetUsage
-from serve.billing.money import nanos_of_usd, usd
+from serve.billing.money import exact, labelled, nanos_of
 from serve.billing.webhooks.delivery import secret_of
 from serve.commands.common import (
     HomeOption,
@@ -30,7 +30,9 @@ app = typer.Typer(no_args_is_help=True)
 @app.command("set")
 def put(
     tenant: str,
-    limit_usd: Annotated[str, typer.Option(help="The most that may be spent in a period.")],
+    limit: Annotated[
+        str, typer.Option(help="The most that may be spent in a period, in the tenant's currency.")
+    ],
     period: Annotated[str, typer.Option(help="day, month (both in UTC) or total.")] = "month",
     project: Annotated[str | None, typer.Option(help="The budget of this project, by its id.")] = None,
     key: Annotated[str | None, typer.Option(help="The budget of this key, by its id.")] = None,
@@ -46,7 +48,7 @@ def put(
         raise typer.BadParameter("name a project or a key, not both")
     try:
         pcts = tuple(int(pct) for pct in notify.split(",") if pct)
-        terms: dict[str, Any] = {"limit_nanos": nanos_of_usd(limit_usd), "hard": not soft}
+        terms: dict[str, Any] = {"limit_nanos": nanos_of(limit), "hard": not soft}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     terms |= {"notify_pcts": pcts, "webhook_url": webhook}
@@ -78,16 +80,17 @@ def index(tenant: str, as_json: JsonOption = False, home: HomeOption = None) -> 
         from serve.api.admin.budgets import wire
 
         return print_list(page, wire)
-    rows = Table("budget", "of", "period", ">limit USD", ">spent", ">held", "kind", "retired")
+    rows = Table("budget", "of", "period", ">limit", ">spent", ">held", "currency", "kind", "retired")
     for usage in page.items:
         budget = usage.budget
         rows.add_row(
             budget.id,
             budget.subject,
             usage.span,
-            usd(budget.limit_nanos),
-            usd(usage.spent_nanos),
-            usd(usage.held_nanos),
+            exact(budget.limit_nanos, usage.currency),
+            exact(usage.spent_nanos, usage.currency),
+            exact(usage.held_nanos, usage.currency),
+            usage.currency,
             "hard" if budget.hard else "soft",
             minute(budget.retired_at),
         )
@@ -131,7 +134,10 @@ def _sentence(usage: BudgetUsage) -> str:
     budget = usage.budget
     kind = "may spend" if budget.hard else "is expected to spend"
     retired = f"; retired {minute(budget.retired_at)}" if budget.retired_at else ""
+    limit, spent, held = (
+        labelled(nanos, usage.currency) for nanos in (budget.limit_nanos, usage.spent_nanos, usage.held_nanos)
+    )
     return (
-        f"{budget.subject} {kind} {usd(budget.limit_nanos)} USD ({budget.period}); "
-        f"in {usage.span}: {usd(usage.spent_nanos)} spent, {usd(usage.held_nanos)} held{retired}"
+        f"{budget.subject} {kind} {limit} ({budget.period}); "
+        f"in {usage.span}: {spent} spent, {held} held{retired}"
     )

@@ -9,10 +9,12 @@ import typer
 from serve.billing.credits.grants import Credits
 from serve.billing.invoicing.calculation import remaining_credit
 from serve.billing.jobs import expire_due
-from serve.billing.money import nanos_of_usd, usd
+from serve.billing.money import exact, labelled, nanos_of
+from serve.billing.pricing.currencies import currency_of
 from serve.commands.common import HomeOption, JsonOption, console, now, open_store, print_list, settings_of
 from serve.commands.tables import Table
 from serve.commands.tenant import tenants_of
+from serve.storage.database import Store
 from serve.tenants.audit import command_actor
 
 app = typer.Typer(no_args_is_help=True)
@@ -39,14 +41,15 @@ def grant(
 ) -> None:
     """Give a tenant credit, on top of what it has."""
     try:
-        nanos = nanos_of_usd(amount)
+        nanos = nanos_of(amount)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if nanos <= 0:
         raise typer.BadParameter("a grant is more than nothing")
     if reason is not None and (len(reason) > 100 or not reason.isprintable()):
         raise typer.BadParameter("a reason has at most 100 printable characters")
-    granted = Credits(open_store(settings_of(home))).grant(
+    store = open_store(settings_of(home))
+    granted = Credits(store).grant(
         tenant,
         nanos,
         kind=kind.value,
@@ -55,7 +58,9 @@ def grant(
         reason=reason,
         actor=command_actor(),
     )
-    console.print(f"granted [bold]{tenant}[/] {usd(nanos)}, {kind.value}: {granted.id}")
+    console.print(
+        f"granted [bold]{tenant}[/] {labelled(nanos, _currency(store, tenant))}, {kind.value}: {granted.id}"
+    )
 
 
 @app.command("list")
@@ -65,23 +70,32 @@ def index(tenant: str, as_json: JsonOption = False, home: HomeOption = None) -> 
     tenants_of(settings).get(tenant)
     store = open_store(settings)
     with store.read() as connection:
-        left = remaining_credit(connection, tenant)
+        left, currency = remaining_credit(connection, tenant), currency_of(connection, tenant)
     grants = Credits(store).page(tenant)
     if as_json:
         from serve.api.admin.credits import wire
 
-        return print_list(grants, lambda grant: wire(grant, left.get(grant.id, grant.amount_nanos)))
-    rows = Table("id", "kind", ">amount", ">left", "granted", "expires", "reason")
+        return print_list(grants, lambda grant: wire(grant, left.get(grant.id, grant.amount_nanos), currency))
+    rows = Table("id", "kind", ">amount", ">left", "currency", "granted", "expires", "reason")
     for item in grants.items:
-        rest = usd(0) if item.expired_nanos is not None else usd(left.get(item.id, item.amount_nanos))
+        left_nanos = 0 if item.expired_nanos is not None else left.get(item.id, item.amount_nanos)
+        amounts = (exact(item.amount_nanos, currency), exact(left_nanos, currency), currency)
         expires = f"{item.expires_at:%Y-%m-%d}" if item.expires_at else "never"
         created = f"{item.created_at:%Y-%m-%d}"
-        rows.add_row(item.id, item.kind, usd(item.amount_nanos), rest, created, expires, item.reason or "")
+        rows.add_row(item.id, item.kind, *amounts, created, expires, item.reason or "")
     console.print(rows)
 
 
 @app.command()
 def expire(home: HomeOption = None) -> None:
     """Take back the rest of grants that are due, as the steward does by itself."""
-    for item, nanos in expire_due(open_store(settings_of(home)), now()):
-        console.print(f"{item.id} of {item.tenant}: {usd(nanos)} taken back")
+    store = open_store(settings_of(home))
+    for item, nanos in expire_due(store, now()):
+        console.print(
+            f"{item.id} of {item.tenant}: {labelled(nanos, _currency(store, item.tenant))} taken back"
+        )
+
+
+def _currency(store: Store, tenant: str) -> str:
+    with store.read() as connection:
+        return currency_of(connection, tenant)

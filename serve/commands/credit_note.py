@@ -7,7 +7,7 @@ import typer
 from serve.billing.invoicing.credit_notes import CreditNotes
 from serve.billing.invoicing.invoices import Invoices
 from serve.billing.invoicing.pdf import note_pdf_bytes
-from serve.billing.money import nanos_of_usd, usd
+from serve.billing.money import labelled, nanos_of
 from serve.commands.common import HomeOption, InvoiceArgument, console, now, open_store, settings_of
 from serve.commands.invoice_files import folder_of
 from serve.errors import OperatorError
@@ -33,13 +33,13 @@ def credit_note(
     path = folder_of(settings, invoice) / f"{note.number}.pdf"
     path.write_bytes(note_pdf_bytes(note, invoice))
     document = note.document
-    credited = f"{usd(document.amount_nanos)} {document.currency} of {document.invoice}"
+    credited = f"{labelled(document.amount_nanos, document.currency)} of {document.invoice}"
     console.print(f"[bold]{note.number}[/] credits {credited}")
     console.print(f"  {path}", markup=False)
 
 
 def _nanos(amount: str) -> int:
     try:
-        return nanos_of_usd(amount)
+        return nanos_of(amount)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

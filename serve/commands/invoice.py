@@ -9,7 +9,7 @@ from serve.billing.invoicing.credit_notes import CreditNotes
 from serve.billing.invoicing.invoices import Invoices
 from serve.billing.invoicing.periods import period_name
 from serve.billing.invoicing.store import Invoice, InvoiceState
-from serve.billing.money import cents, usd
+from serve.billing.money import exact, labelled, rounded
 from serve.commands.billing_details import profile, seller
 from serve.commands.common import (
     HomeOption,
@@ -71,7 +71,11 @@ def index(
     rows = Table("number", "tenant", "month", "state", ">total", ">due", "currency")
     for invoice in page.items:
         document = invoice.document
-        amounts = (usd(document.total_nanos), cents(document.payable_nanos), document.currency)
+        amounts = (
+            exact(document.total_nanos, document.currency),
+            rounded(document.payable_nanos, document.currency),
+            document.currency,
+        )
         rows.add_row(invoice.number, document.tenant, document.period, invoice.state.value, *amounts)
     console.print(rows)
     if page.has_more:
@@ -95,7 +99,7 @@ def show(number: InvoiceArgument, as_json: JsonOption = False, home: HomeOption 
     console.print(rows)
     for note in notes:
         document = note.document
-        amount = f"{usd(document.amount_nanos)} {document.currency}"
+        amount = labelled(document.amount_nanos, document.currency)
         console.print(f"  {note.number}: {amount}, {document.reason}", markup=False)
 
 
@@ -188,14 +192,16 @@ def _table(invoice: Invoice) -> Table:
         first = (f"{position}. {line.label}", line.price, f"{line.requests:,}" if line.requests else "")
         for number, item in enumerate(line.items):
             last = number == len(line.items) - 1
-            amount = usd(line.amount_nanos) if last else ""
+            amount = exact(line.amount_nanos, document.currency) if last else ""
             rows.add_row(*(first if number == 0 else ("", "", "")), item.what, f"{item.quantity:,}", amount)
     for credit in document.credits:
-        rows.add_row(f"{credit.kind} credit", "", "", "", "", usd(-credit.amount_nanos))
+        rows.add_row(f"{credit.kind} credit", "", "", "", "", exact(-credit.amount_nanos, document.currency))
     if document.tax is not None:
         rows.add_row(
-            f"{document.tax.name} {document.tax.percent}%", *[""] * 4, usd(document.tax.amount_nanos)
+            f"{document.tax.name} {document.tax.percent}%",
+            *[""] * 4,
+            exact(document.tax.amount_nanos, document.currency),
         )
-    rows.add_row("total, exact", *[""] * 4, usd(document.total_nanos))
-    rows.add_row("amount due", *[""] * 4, cents(document.payable_nanos), style="bold")
+    rows.add_row("total, exact", *[""] * 4, exact(document.total_nanos, document.currency))
+    rows.add_row("amount due", *[""] * 4, rounded(document.payable_nanos, document.currency), style="bold")
     return rows

@@ -9,7 +9,7 @@ import typer
 from serve.billing.invoicing.breakdown import By, InvoiceFilter, InvoiceUsage
 from serve.billing.invoicing.invoices import Invoices
 from serve.billing.invoicing.store import Invoice
-from serve.billing.money import usd
+from serve.billing.money import exact
 from serve.commands.common import (
     HomeOption,
     InvoiceArgument,
@@ -58,7 +58,11 @@ def _print_sums(invoice: Invoice, usage: InvoiceUsage, within: InvoiceFilter, by
     rows = Table(by, ">requests", *_counted(invoice))
     for group in sums:
         counts = (group.requests, group.prompt_tokens, group.cached_tokens, group.completion_tokens)
-        rows.add_row(group.group, *(f"{count:,}" for count in counts), usd(group.cost_nanos))
+        rows.add_row(
+            group.group,
+            *(f"{count:,}" for count in counts),
+            exact(group.cost_nanos, invoice.document.currency),
+        )
     console.print(rows)
 
 
@@ -75,7 +79,7 @@ def _print_requests(
         tokens = (request.prompt_tokens, request.cached_tokens, request.completion_tokens)
         names = (request.id, f"{request.at:%Y-%m-%d %H:%M:%S}", request.key_id, request.model, request.price)
         counts = (f"{count:,}" for count in tokens)
-        rows.add_row(*names, *counts, usd(request.cost_nanos), request.status)
+        rows.add_row(*names, *counts, exact(request.cost_nanos, invoice.document.currency), request.status)
     console.print(rows)
     if page.has_more:
         console.print(f"there are more: --after {page.items[-1].id}")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from serve.billing.money import usd
+from serve.billing.money import exact
 from serve.billing.pricing.plans import PricePlan, Prices, Rates, TieredRates, read_plan
 from serve.billing.pricing.tiers import Graduated, Package, Volume
 from serve.commands.common import HomeOption, JsonOption, console, now, open_store, print_list, settings_of
@@ -68,7 +68,12 @@ def index(as_json: JsonOption = False, home: HomeOption = None) -> None:
                 rates.completion_nanos_per_mtok,
                 rates.cold_load_nanos,
             )
-            rows.add_row(version.label, kind, *map(_price, classes), version.plan.currency)
+            rows.add_row(
+                version.label,
+                kind,
+                *(_price(price, version.plan.currency) for price in classes),
+                version.plan.currency,
+            )
     console.print(rows)
 
 
@@ -83,15 +88,16 @@ def _kinds(plan: PricePlan) -> list[tuple[str, Rates | TieredRates]]:
     return kinds
 
 
-def _price(price: "int | Graduated | Volume | Package") -> str:
+def _price(price: "int | Graduated | Volume | Package", currency: str) -> str:
     match price:
         case Graduated(graduated=steps) | Volume(volume=steps):
             each = (
-                usd(s.nanos_per_mtok) + ("" if s.up_to_tokens is None else f" up to {s.up_to_tokens:,}")
+                exact(s.nanos_per_mtok, currency)
+                + ("" if s.up_to_tokens is None else f" up to {s.up_to_tokens:,}")
                 for s in steps
             )
             return f"{'graduated' if isinstance(price, Graduated) else 'volume'}: " + ", ".join(each)
         case Package(package=size):
-            return f"{usd(size.nanos)} a package of {size.tokens:,}"
+            return f"{exact(size.nanos, currency)} a package of {size.tokens:,}"
         case _:
-            return usd(price)
+            return exact(price, currency)

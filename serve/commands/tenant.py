@@ -6,7 +6,7 @@ import typer
 
 from serve.billing.ledger.accounts import Account
 from serve.billing.ledger.ledger import Ledger
-from serve.billing.money import nanos_of_usd, usd
+from serve.billing.money import exact, labelled, nanos_of
 from serve.commands.common import (
     HomeOption,
     JsonOption,
@@ -31,6 +31,7 @@ from serve.commands.limits import (
 from serve.commands.tables import Table
 from serve.errors import AlreadyExists, UnknownRecord
 from serve.settings import Settings
+from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
 from serve.tenants.audit import command_actor
 
@@ -44,14 +45,17 @@ def tenants_of(settings: Settings) -> Tenants:
 @app.command()
 def create(
     name: str,
-    credit_usd: Annotated[str, typer.Option(help="How much the tenant may spend, in USD.")] = "100",
+    credit: Annotated[
+        str,
+        typer.Option("--credit", help="How much the tenant may spend, in its plan's currency."),
+    ] = "100",
     if_missing: Annotated[bool, typer.Option(help="Do nothing if the tenant exists.")] = False,
     home: HomeOption = None,
 ) -> None:
     """Create a tenant and its account."""
     settings = settings_of(home)
     try:
-        credit = nanos_of_usd(credit_usd)
+        credit_nanos = nanos_of(credit)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     store = open_store(settings)
@@ -62,19 +66,20 @@ def create(
             raise
         console.print(f"tenant [bold]{name}[/] exists already")
         return
-    Ledger(store).open_account(name, credit, actor=command_actor())
-    console.print(f"created tenant [bold]{name}[/] with a credit of {usd(credit)} USD")
+    Ledger(store).open_account(name, credit_nanos, actor=command_actor())
+    console.print(f"created tenant [bold]{name}[/] with a credit of {_amount(store, name, credit_nanos)}")
 
 
 @app.command()
-def credit(name: str, amount_usd: str, home: HomeOption = None) -> None:
-    """Set a tenant's credit, in USD. Its spending so far still counts."""
+def credit(name: str, amount: str, home: HomeOption = None) -> None:
+    """Set a tenant's credit, in its currency. Its spending so far still counts."""
     try:
-        amount = nanos_of_usd(amount_usd)
+        nanos = nanos_of(amount)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    Ledger(open_store(settings_of(home))).open_account(name, amount, actor=command_actor())
-    console.print(f"tenant [bold]{name}[/] has a credit of {usd(amount)} USD")
+    store = open_store(settings_of(home))
+    Ledger(store).open_account(name, nanos, actor=command_actor())
+    console.print(f"tenant [bold]{name}[/] has a credit of {_amount(store, name, nanos)}")
 
 
 @app.command()
@@ -131,7 +136,7 @@ def limits(
 
 @app.command("list")
 def index(as_json: JsonOption = False, home: HomeOption = None) -> None:
-    """List tenants with their accounts, exact to the nano-USD."""
+    """List tenants with their accounts, exact to the nano."""
     settings = settings_of(home)
     store = open_store(settings)
     ledger = Ledger(store)
@@ -141,21 +146,26 @@ def index(as_json: JsonOption = False, home: HomeOption = None) -> None:
         from serve.commands.wire import tenant_and_account
 
         return print_list(page, lambda tenant: tenant_and_account(tenant, accounts[tenant.id]))
-    rows = Table("tenant", ">credit USD", ">spent USD", ">held USD", ">available USD", "suspended")
+    rows = Table("tenant", ">credit", ">spent", ">held", ">available", "currency", "suspended")
     for tenant in page.items:
         account, suspended = accounts[tenant.id], minute(tenant.suspended_at)
         if account is None:
-            rows.add_row(tenant.id, *["no account"] * 4, suspended)
+            rows.add_row(tenant.id, *["no account"] * 4, "", suspended)
             continue
         rows.add_row(
             tenant.id,
-            usd(account.credit_nanos),
-            usd(account.spent_nanos),
-            usd(account.held_nanos),
-            usd(account.available_nanos),
+            exact(account.credit_nanos, account.currency),
+            exact(account.spent_nanos, account.currency),
+            exact(account.held_nanos, account.currency),
+            exact(account.available_nanos, account.currency),
+            account.currency,
             suspended,
         )
     console.print(rows)
+
+
+def _amount(store: Store, tenant: str, nanos: int) -> str:
+    return labelled(nanos, Ledger(store).account(tenant).currency)
 
 
 def _account(ledger: Ledger, tenant: str) -> Account | None:

@@ -16,7 +16,7 @@ from serve.billing.metering.forecast import forecast
 from serve.billing.metering.queries import ALL_TIME, DAY, UsageQueries, UsageQuery
 from serve.billing.metering.reconciliation import EngineCount, Reconciliation, reconcile
 from serve.billing.metering.rollups import rebuild
-from serve.billing.money import cents, usd
+from serve.billing.money import exact, rounded
 from serve.commands.common import (
     HomeOption,
     JsonOption,
@@ -61,7 +61,7 @@ def show(
         tenants=(tenant,) if tenant else (),
         keys=(key,) if key else (),
         projects=(project,) if project else (),
-        by=frozenset({"tenant", "model", "tier", by.value}),
+        by=frozenset({"tenant", "model", "tier", "currency", by.value}),
     )
     usage = UsageQueries(open_store(settings_of(home))).query(query)
     if as_json:
@@ -69,7 +69,7 @@ def show(
 
         return print_json(usage_page(usage, (start, end), by_day=by == By.DAY))
     between = () if by == By.MODEL else (by.value,)
-    columns = (">requests", ">prompt", ">of it cached", ">completion", ">cost USD")
+    columns = (">requests", ">prompt", ">of it cached", ">completion", ">cost", "currency")
     rows = Table("tenant", *between, "model", *columns)
     for bucket in usage:
         groups = {
@@ -85,7 +85,8 @@ def show(
             *groups[by],
             label,
             *(f"{count:,}" for count in counts),
-            usd(bucket.cost_nanos),
+            exact(bucket.cost_nanos, bucket.currency or ""),
+            bucket.currency or "",
         )
     console.print(rows)
 
@@ -103,11 +104,18 @@ def forecast_month(
 
         return print_json(forecast_wire(result, tenant))
     rows = Table(
-        "line item", ">to date USD", ">at month's end", ">lowest", ">highest", title=f"{result.month:%Y-%m}"
+        "line item",
+        ">to date",
+        ">at month's end",
+        ">lowest",
+        ">highest",
+        "currency",
+        title=f"{result.month:%Y-%m}",
     )
-    for item in (*result.line_items, result.total):
+    for item in (*result.line_items, *result.totals):
         amounts = (item.to_date_nanos, item.projected_nanos, item.low_nanos, item.high_nanos)
-        rows.add_row(item.line_item or "total", *(cents(nanos) for nanos in amounts))
+        row_amounts = (rounded(nanos, item.currency) for nanos in amounts)
+        rows.add_row(item.line_item or "total", *row_amounts, item.currency)
     console.print(rows)
     console.print(f"month to date + mean of the last {result.basis_days} full days (UTC) x days left")
 

@@ -18,6 +18,7 @@ from serve.billing.invoicing.invoices import Invoices
 from serve.billing.invoicing.store import Invoice
 from serve.billing.ledger.accounts import Account
 from serve.billing.metering.queries import DAY, UsageBucket
+from serve.billing.money import DEFAULT_CURRENCY
 from serve.tenants import Tenant
 
 
@@ -31,6 +32,7 @@ class InvoiceAndCreditNotes(WholeInvoiceWire):
 
 class UsageResult(CompletionsResult):
     cost_nanos: int
+    currency: str
 
 
 def tenant_and_account(tenant: Tenant, account: Account | None) -> TenantAndAccount:
@@ -58,7 +60,11 @@ def usage_page(
             start_time=seconds(at),
             end_time=seconds(at + DAY if by_day else end),
             results=[
-                UsageResult(**dict(usage_wire(bucket)), cost_nanos=bucket.cost_nanos)
+                UsageResult(
+                    **dict(usage_wire(bucket)),
+                    cost_nanos=bucket.cost_nanos,
+                    currency=bucket.currency or DEFAULT_CURRENCY,
+                )
                 for bucket in usage
                 if bucket.bucket == at
             ],

@@ -128,7 +128,8 @@ class Gateway:
         except BaseException:
             permit.release(0)
             raise
-        admitted = Admitted(terms, quote.priced_model.model, permit, quote.context_tokens_max)
+        model, currency = quote.priced_model.model, quote.priced_model.price.plan.currency
+        admitted = Admitted(terms, model, permit, quote.context_tokens_max, currency)
         generation = Generation(
             self.context, principal, request, admitted, self._engines[admitted.model.base]
         )

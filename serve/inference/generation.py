@@ -48,6 +48,7 @@ class Admitted:
     model: Model
     permit: Permit
     context_tokens_max: int
+    currency: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,7 +400,7 @@ class Generation:
         self._telemetry.settled(event, self._finish_reasons)
         self._context.metrics.closed(self.model.base, self._adapter_version, event.status.value)
         self._context.metrics.tokens(self.model.base, self._adapter_version, event.tokens)
-        self._context.metrics.billed(self.model.base, event.cost_nanos)
+        self._context.metrics.billed(self.model.base, event.cost_nanos, self._admitted.currency)
         if self._context.checkpoints is not None:
             self._context.checkpoints.note_end(event)
         in_transaction = settlement.commit_outcome(self.request.commit_hook, self.result, event.status)

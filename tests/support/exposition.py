@@ -45,7 +45,7 @@ def busy() -> Metrics:
     metrics.broken("/v1/chat/completions", "server_error", "engine_failed")
     metrics.closed("tiny", "acme/support@1", "complete")
     metrics.tokens("tiny", "acme/support@1", Tokens(3, 1, 2))
-    metrics.billed("tiny", 1_000)
+    metrics.billed("tiny", 1_000, "USD")
     metrics.ttft("tiny", "acme/support@1", 0.2)
     metrics.token_latency("tiny", "acme/support@1", token_latency)
     return metrics

@@ -38,7 +38,7 @@ from serve.tenants import Operator
 router: APIRouter = admin_router("budgets", own_tenant=True)
 
 Period = Literal["day", "month", "total"]
-LimitNanos = Annotated[int, Field(ge=0, le=LIMIT_NANOS_MAX, description="In nano-USD.")]
+LimitNanos = Annotated[int, Field(ge=0, le=LIMIT_NANOS_MAX, description="In nanos of the tenant's currency.")]
 Hard = Annotated[bool, Field(description="Refuse what would exceed it; else only notify.")]
 NotifyPcts = Annotated[
     list[Annotated[int, Field(ge=1, le=PCT_MAX)]],
@@ -77,13 +77,14 @@ class BudgetChange(Body):
 
 
 class BudgetWire(Identified):
-    """Nano-USD, in UTC periods; left = limit − spent − held."""
+    """Nanos of `currency`, in UTC periods; left = limit − spent − held."""
 
     object: Literal["budget"] = "budget"
     tenant: str
     level: Literal["tenant", "project", "key"]
     subject: str = Field(description="The tenant's name, or the id of the project or key.")
     period: Period
+    currency: str
     limit_nanos: int
     hard: bool
     notify_pcts: list[int]
@@ -171,6 +172,7 @@ def wire(usage: BudgetUsage) -> BudgetWire:
             "level": budget.scope,
             "subject": budget.subject,
             "period": budget.period,
+            "currency": usage.currency,
             "limit_nanos": budget.limit_nanos,
             "hard": budget.hard,
             "notify_pcts": list(budget.notify_pcts),

@@ -22,6 +22,7 @@ from serve.api.pagination import (
 )
 from serve.billing.credits.grants import CREDIT_NANOS_MAX, Credits, Grant
 from serve.billing.invoicing.calculation import remaining_credit
+from serve.billing.pricing.currencies import currency_of
 
 router: APIRouter = admin_router("credits")
 
@@ -45,6 +46,7 @@ class GrantWire(Identified):
     object: Literal["credit_grant"] = "credit_grant"
     tenant: str
     kind: str
+    currency: str
     amount_nanos: int
     left_nanos: int
     expired_nanos: int | None = Field(description="What was taken back when it expired.")
@@ -65,7 +67,9 @@ def create(tenant: str, body: NewGrant, caller: AdminCaller, ctx: Ctx) -> GrantW
         reason=body.reason,
         actor=caller.actor,
     )
-    return wire(new_grant, new_grant.amount_nanos)
+    with ctx.store.read() as connection:
+        currency = currency_of(connection, tenant)
+    return wire(new_grant, new_grant.amount_nanos, currency)
 
 
 @router.get("/tenants/{tenant}/grants")
@@ -73,15 +77,16 @@ def index(tenant: str, ctx: Ctx, after: After = None, limit: Limit = 20) -> List
     ctx.tenants.get(tenant)
     grants = Credits(ctx.store).page(tenant, after=after, limit=limit)
     with ctx.store.read() as connection:
-        left_nanos = remaining_credit(connection, tenant)
-    return listing(grants, lambda grant: wire(grant, left_nanos.get(grant.id, 0)))
+        left_nanos, currency = remaining_credit(connection, tenant), currency_of(connection, tenant)
+    return listing(grants, lambda grant: wire(grant, left_nanos.get(grant.id, 0), currency))
 
 
-def wire(grant: Grant, left_nanos: int) -> GrantWire:
+def wire(grant: Grant, left_nanos: int, currency: str) -> GrantWire:
     return GrantWire(
         id=grant.id,
         tenant=grant.tenant,
         kind=grant.kind,
+        currency=currency,
         amount_nanos=grant.amount_nanos,
         left_nanos=0 if grant.expired_nanos is not None else left_nanos,
         expired_nanos=grant.expired_nanos,

@@ -68,12 +68,13 @@ class ChangeWire(BaseModel):
 
 
 class InvoiceWire(Identified):
-    """Amounts in nanos of the document's currency; only what is payable is rounded, to cents."""
+    """Amounts in nanos of `currency`; only what is payable is rounded, to its smallest unit."""
 
     object: Literal["invoice"] = "invoice"
     draft_id: str
     tenant: str
     period: str
+    currency: str
     state: str
     created_at: int
     issued_at: int | None
@@ -337,6 +338,7 @@ def _fields(invoice: Invoice) -> dict[str, object]:
         "draft_id": invoice.draft_number,
         "tenant": document.tenant,
         "period": document.period,
+        "currency": document.currency,
         "state": invoice.state.value,
         "created_at": seconds(invoice.created_at),
         "issued_at": maybe_seconds(invoice.issued_at),

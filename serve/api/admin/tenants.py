@@ -29,12 +29,14 @@ from serve.tenants import Tenant
 
 router: APIRouter = admin_router("tenants")
 
-CREDIT_NANOS_MAX = 10**18  # a thousand million USD; sums of it stay inside the store's 64 bits
+CREDIT_NANOS_MAX = 10**18  # a thousand million of a currency; sums of it stay inside the store's 64 bits
 
 
 class NewTenant(Body):
     name: PlainName
-    credit_nanos: int = Field(0, ge=0, le=CREDIT_NANOS_MAX, description="What it may spend, in nano-USD.")
+    credit_nanos: int = Field(
+        0, ge=0, le=CREDIT_NANOS_MAX, description="What it may spend, in nanos of its currency."
+    )
 
 
 class TenantChange(Body):
@@ -56,10 +58,11 @@ class TenantWire(Identified):
 
 
 class AccountWire(BaseModel):
-    """Nano-USD; available = credit − spent − held."""
+    """Nanos of `currency`; available = credit − spent − held."""
 
     object: Literal["account"] = "account"
     tenant: str
+    currency: str
     credit_nanos: int
     spent_nanos: int
     held_nanos: int
@@ -119,6 +122,7 @@ def wire(tenant: Tenant) -> TenantWire:
 def account_wire(tenant: str, account: Account) -> AccountWire:
     return AccountWire(
         tenant=tenant,
+        currency=account.currency,
         credit_nanos=account.credit_nanos,
         spent_nanos=account.spent_nanos,
         held_nanos=account.held_nanos,

@@ -1,7 +1,7 @@
 """GET /v1/organization/costs: charges per day, at list price.
 
-Format: platform.openai.com/docs/api-reference/usage/costs. Our additions: the exact amount in nano-USD,
-`tenant_ids`, and groups by tenant.
+Format: platform.openai.com/docs/api-reference/usage/costs. Our additions: the exact amount in nanos,
+`tenant_ids`, and groups by tenant. Amounts of different currencies are results of their own.
 """
 
 from typing import Annotated, Literal
@@ -33,7 +33,7 @@ class CostsQuery(Window):
 
 class Amount(BaseModel):
     value: float = Field(description="As near as a number can be; `amount_nanos` is exact.")
-    currency: Literal["usd"] = "usd"
+    currency: str = Field(description="ISO 4217, in small letters as OpenAI writes it.", examples=["usd"])
 
 
 class CostsResult(BaseModel):
@@ -41,7 +41,7 @@ class CostsResult(BaseModel):
 
     object: Literal["organization.costs.result"] = "organization.costs.result"
     amount: Amount
-    amount_nanos: int = Field(description="Nano-USD.")
+    amount_nanos: int = Field(description="Nanos of the amount's currency.")
     tenant: str | None
     line_item: str | None = Field(description="A model, or a charge such as 'training: acme/support@1'.")
     project_id: str | None
@@ -70,7 +70,7 @@ def costs(query: Annotated[CostsQuery, Query()], reader: Reader, ctx: Ctx) -> Pa
 
 def _result(cost: CostBucket) -> CostsResult:
     return CostsResult(
-        amount=Amount(value=cost.nanos / NANOS),
+        amount=Amount(value=cost.nanos / NANOS, currency=cost.currency.lower()),
         amount_nanos=cost.nanos,
         tenant=cost.tenant,
         line_item=cost.line_item,

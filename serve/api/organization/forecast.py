@@ -18,9 +18,13 @@ router: APIRouter = organization_router()
 
 
 class ProjectionWire(BaseModel):
-    """Nano-USD at list price. `low_nanos` and `high_nanos` take the basis' cheapest and dearest day."""
+    """Nanos of `currency` at list price.
+
+    `low_nanos` and `high_nanos` take the basis' cheapest and dearest day.
+    """
 
     line_item: str | None = Field(description="A model, or a charge; null for the total.")
+    currency: str = Field(examples=["USD"])
     to_date_nanos: int
     projected_nanos: int
     low_nanos: int
@@ -33,21 +37,24 @@ class ForecastWire(BaseModel):
     start_time: int = Field(description="The month's start, in UTC.")
     end_time: int = Field(description="The month's end.")
     at: int
-    currency: Literal["usd"] = "usd"
     method: str = "month to date + mean of the last 7 full days (UTC) x days left"
     basis_days: int = Field(description="How many of those days there were since the first charge.")
-    total: ProjectionWire
+    totals: list[ProjectionWire] = Field(description="One for each currency.")
     line_items: list[ProjectionWire]
 
 
 class BudgetWire(BaseModel):
-    """Nano-USD, in the current period. A hard budget refuses requests beyond it; a soft one notifies."""
+    """Nanos of `currency`, in the current period.
+
+    A hard budget refuses requests beyond it; a soft one notifies.
+    """
 
     id: str
     level: Literal["tenant", "project", "key"] = Field(description="What it binds; `subject` says which one.")
     subject: str
     period: Literal["day", "month", "total"]
     hard: bool
+    currency: str
     limit_nanos: int
     spent_nanos: int
     held_nanos: int
@@ -55,11 +62,11 @@ class BudgetWire(BaseModel):
 
 
 class BalanceWire(BaseModel):
-    """Nano-USD; available = credit - spent - held."""
+    """Nanos of `currency`; available = credit - spent - held."""
 
     object: Literal["organization.balance"] = "organization.balance"
     tenant: str
-    currency: Literal["usd"] = "usd"
+    currency: str = Field(examples=["USD"])
     credit_nanos: int
     spent_nanos: int
     held_nanos: int
@@ -85,6 +92,7 @@ def balance(reader: Reader, ctx: Ctx, tenant: TenantName = None) -> BalanceWire:
     budgets = BudgetService(ctx.store).page(tenant, at=at).items
     return BalanceWire(
         tenant=tenant,
+        currency=account.currency,
         credit_nanos=account.credit_nanos,
         spent_nanos=account.spent_nanos,
         held_nanos=account.held_nanos,
@@ -100,7 +108,7 @@ def forecast_wire(month: Forecast, tenant: str | None) -> ForecastWire:
         end_time=seconds(month.month_end),
         at=seconds(month.at),
         basis_days=month.basis_days,
-        total=_projection(month.total),
+        totals=[_projection(total) for total in month.totals],
         line_items=[_projection(line_item) for line_item in month.line_items],
     )
 
@@ -108,6 +116,7 @@ def forecast_wire(month: Forecast, tenant: str | None) -> ForecastWire:
 def _projection(projection: Projection) -> ProjectionWire:
     return ProjectionWire(
         line_item=projection.line_item,
+        currency=projection.currency,
         to_date_nanos=projection.to_date_nanos,
         projected_nanos=projection.projected_nanos,
         low_nanos=projection.low_nanos,
@@ -123,6 +132,7 @@ def _budget(usage: BudgetUsage) -> BudgetWire:
         subject=budget.subject,
         period=cast(Any, budget.period),
         hard=budget.hard,
+        currency=usage.currency,
         limit_nanos=budget.limit_nanos,
         spent_nanos=usage.spent_nanos,
         held_nanos=usage.held_nanos,

@@ -11,6 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from serve.billing.budgets.budgets import PERIODS, Budget, budget_of, budgets_table, spend_table
+from serve.billing.pricing.currencies import currency_of
 from serve.billing.webhooks import outbox
 from serve.billing.webhooks.outbox import webhook_events_table
 from serve.storage.database import Store
@@ -31,6 +32,7 @@ class ThresholdAlert:
     span: str
     threshold_pct: int
     spent_nanos: int
+    currency: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def send_due_alerts(store: Store, at: datetime) -> list[ThresholdAlert]:
             budget = alert.budget
             log.warning(
                 "%s budget=%s tenant=%s level=%s subject=%s period=%s threshold_pct=%d spent_nanos=%d "
-                "limit_nanos=%d",
+                "limit_nanos=%d currency=%s",
                 KIND,
                 budget.id,
                 budget.tenant,
@@ -63,6 +65,7 @@ def send_due_alerts(store: Store, at: datetime) -> list[ThresholdAlert]:
                 alert.threshold_pct,
                 alert.spent_nanos,
                 budget.limit_nanos,
+                alert.currency,
             )
     return alerts
 
@@ -133,7 +136,7 @@ def _record_alert(store: Store, budget_id: str, span: str, at: datetime) -> Thre
         )
         if budget.retired_at is not None or connection.execute(update).rowcount == 0:
             return None
-        alert = ThresholdAlert(budget, span, reached, spent_nanos)
+        alert = ThresholdAlert(budget, span, reached, spent_nanos, currency_of(connection, budget.tenant))
         event_id = f"ntc_{secrets.token_hex(12)}"
         body = json.dumps(_message(event_id, alert, at))
         outbox.enqueue(connection, event_id, budget.tenant, KIND, budget.webhook_url or "", body, at=at)
@@ -155,6 +158,7 @@ def _message(event_id: str, alert: ThresholdAlert, at: datetime) -> Mapping[str,
             "threshold_pct": alert.threshold_pct,
             "spent_nanos": alert.spent_nanos,
             "limit_nanos": budget.limit_nanos,
+            "currency": alert.currency,
             "hard": budget.hard,
         },
     }

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
+from serve.billing.pricing.currencies import currency_of
 from serve.errors import BudgetExceeded
 from serve.storage.database import UtcDateTime, insert, metadata
 
@@ -131,7 +132,12 @@ def reserve(
                 _add(connection, {earlier: (-amount_nanos, 0)})
             left_nanos = budget.limit_nanos - _used_nanos(connection, reservation)
             raise BudgetExceeded(
-                budget.scope, budget.period, budget.limit_nanos, amount_nanos, max(left_nanos, 0)
+                budget.scope,
+                budget.period,
+                budget.limit_nanos,
+                amount_nanos,
+                max(left_nanos, 0),
+                currency_of(connection, budget.tenant),
             )
         reserved.append((budget, reservation))
     return [reservation for _, reservation in reserved]

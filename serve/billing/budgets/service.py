@@ -25,6 +25,7 @@ from serve.billing.budgets.budgets import (
 )
 from serve.billing.ledger.accounts import holds_table, lock_account
 from serve.billing.metering.rollups import hours_table
+from serve.billing.pricing.currencies import currency_of
 from serve.billing.webhooks.delivery import check_url
 from serve.errors import AlreadyExists, Conflict, InvalidRequest, UnknownRecord
 from serve.storage.database import Store
@@ -52,6 +53,7 @@ class BudgetUsage:
     span: str
     spent_nanos: int
     held_nanos: int
+    currency: str
 
     @property
     def left_nanos(self) -> int:
@@ -267,11 +269,14 @@ def _usage(connection: sa.Connection, budgets: Sequence[Budget], *, at: datetime
         c.period.in_({budget.period_at(at) for budget in budgets}),
     )
     spend = {(row.budget_id, row.period): row for row in connection.execute(query)}
+    currencies = {tenant: currency_of(connection, tenant) for tenant in {b.tenant for b in budgets}}
     usages = []
     for budget in budgets:
         span = budget.period_at(at)
         row = spend.get((budget.id, span))
-        usages.append(BudgetUsage(budget, span, row.spent_nanos if row else 0, row.held_nanos if row else 0))
+        spent_nanos, held_nanos = (row.spent_nanos, row.held_nanos) if row else (0, 0)
+        currency = currencies[budget.tenant]
+        usages.append(BudgetUsage(budget, span, spent_nanos, held_nanos, currency))
     return usages
 
 

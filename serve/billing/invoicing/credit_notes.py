@@ -1,9 +1,13 @@
 """Credit notes return part of a final invoice's amount. A credit note is final, too.
 
-Amounts are gross: they include the invoice's tax in proportion. The credit notes of an invoice never exceed
-its total. Each raises the tenant's credit in the ledger, as a refund.
+Amounts are gross, in the currency's smallest unit. The credit notes of an invoice never exceed what was paid
+for it (`InvoiceDocument.creditable_nanos`), nor those of a line its gross amount, rounded up to that unit. A
+line that asks for more than what is left, because lines were rounded, takes what is left. Taxes are
+cumulative differences: once all is credited, they add up to the invoice's tax. Each note raises the tenant's
+credit in the ledger, as a refund.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from serve.billing.invoicing.document import InvoiceDocument, sha256_of
 from serve.billing.invoicing.store import FINAL, InvoiceState, invoice_of, invoice_row, next_number
 from serve.billing.ledger.accounts import lock_account, transfer
-from serve.errors import Conflict
+from serve.billing.money import labelled, unit_nanos
+from serve.errors import Conflict, InvalidRequest
 from serve.storage.database import Store, UtcDateTime, metadata
 from serve.tenants.audit import SYSTEM, record
 
@@ -88,8 +93,8 @@ class CreditNotes:
     ) -> CreditNote:
         """Credit `amounts` of a final invoice, each (position of a line from 1, or None; nanos).
 
-        Raises Conflict if the invoice is not final, has no such line, or would be credited more than its
-        total. Raises UnknownRecord.
+        Raises Conflict if the invoice is not final, has no such line, or would be credited more than was
+        paid. Raises InvalidRequest for less than the smallest unit, or parts of it. Raises UnknownRecord.
         """
         with self._store.write() as connection:
             tenant = invoice_row(connection, invoice).tenant_id
@@ -98,19 +103,9 @@ class CreditNotes:
             if billed.state not in FINAL or billed.final_number is None:
                 state = InvoiceState(billed.state).value
                 raise Conflict(f"{invoice} is {state}; only what is final is credited.")
-            lines = tuple(_line(billed.document, position, nanos) for position, nanos in amounts)
-            total, amount = billed.document.total_nanos, sum(line.amount_nanos for line in lines)
-            creditable_nanos = total - credited_nanos(connection, billed.final_number)
-            if not 0 < amount <= creditable_nanos:
-                raise Conflict(f"{invoice} can be credited up to {creditable_nanos} nanos, not {amount}.")
-            document = NoteDocument(
-                tenant=tenant,
-                invoice=billed.final_number,
-                currency=billed.document.currency,
-                reason=reason,
-                lines=lines,
-                tax_nanos=(2 * amount * billed.document.tax_nanos + total) // (2 * total),
-            )
+            earlier = [note.document for note in _notes(connection, billed.final_number)]
+            document = credit(billed.document, billed.final_number, earlier, amounts, reason=reason)
+            amount = document.amount_nanos
             number, document_json = next_number(connection, f"CN-{at:%Y}"), document.model_dump_json()
             note = CreditNote(number, document, sha256_of(number, at, document_json), at)
             row = {
@@ -131,8 +126,7 @@ class CreditNotes:
         """Return the invoice's credit notes, oldest first. Raises UnknownRecord."""
         with self._store.read() as connection:
             number = invoice_row(connection, invoice).number
-            query = sa.select(notes_table).where(notes_table.c.invoice_number == number)
-            return [_note(row) for row in connection.execute(query.order_by(notes_table.c.number))]
+            return _notes(connection, number)
 
 
 def credited_nanos(connection: sa.Connection, number: str) -> int:
@@ -142,12 +136,88 @@ def credited_nanos(connection: sa.Connection, number: str) -> int:
     return int(connection.execute(query).scalar_one())
 
 
-def _line(document: InvoiceDocument, position: int | None, nanos: int) -> NoteLine:
-    if position is None:
-        return NoteLine(line=None, text="amount", amount_nanos=nanos)
+def credit(
+    document: InvoiceDocument,
+    invoice_number: str,
+    earlier: Sequence[NoteDocument],
+    amounts: Sequence[tuple[int | None, int]],
+    *,
+    reason: str,
+) -> NoteDocument:
+    """Return the note that credits `amounts` after `earlier` ones. Raises Conflict, InvalidRequest."""
+    lines = _credited_lines(document, earlier, amounts)
+    credited_nanos = sum(note.amount_nanos for note in earlier) + sum(line.amount_nanos for line in lines)
+    return NoteDocument(
+        tenant=document.tenant,
+        invoice=invoice_number,
+        currency=document.currency,
+        reason=reason,
+        lines=lines,
+        tax_nanos=_tax_until(document, credited_nanos) - sum(note.tax_nanos for note in earlier),
+    )
+
+
+def _credited_lines(
+    document: InvoiceDocument, earlier: Sequence[NoteDocument], amounts: Sequence[tuple[int | None, int]]
+) -> tuple[NoteLine, ...]:
+    """Bound each amount by its line and by what is left of the invoice. Raises Conflict, InvalidRequest."""
+    currency, credited_by_line = document.currency, Counter[int | None]()
+    for line in (line for note in earlier for line in note.lines):
+        credited_by_line[line.line] += line.amount_nanos
+    left_nanos = document.creditable_nanos - credited_by_line.total()
+    lines = []
+    for position, asked_nanos in amounts:
+        if asked_nanos <= 0 or asked_nanos % unit_nanos(currency):
+            unit, asked = labelled(unit_nanos(currency), currency), labelled(asked_nanos, currency)
+            raise InvalidRequest(f"What is credited is in whole steps of {unit}, not {asked}.", "lines")
+        text, slack_nanos = "amount", 0
+        if position is not None:
+            text, line_nanos = _label(document, position), _gross_nanos(document, position)
+            if asked_nanos > (line_left_nanos := line_nanos - credited_by_line[position]):
+                line_left, asked = (
+                    labelled(max(line_left_nanos, 0), currency),
+                    labelled(asked_nanos, currency),
+                )
+                raise Conflict(f"Line {position} can be credited up to {line_left}, not {asked}.")
+            slack_nanos = len(document.lines) * unit_nanos(currency)
+        nanos = min(asked_nanos, left_nanos)
+        if nanos <= 0 or asked_nanos - nanos > slack_nanos:
+            left, asked = labelled(max(left_nanos, 0), currency), labelled(asked_nanos, currency)
+            raise Conflict(f"The invoice can be credited up to {left}, not {asked}.")
+        lines.append(NoteLine(line=position, text=text, amount_nanos=nanos))
+        credited_by_line[position] += nanos
+        left_nanos -= nanos
+    if not lines:
+        raise Conflict("A credit note credits at least one amount.")
+    return tuple(lines)
+
+
+def _label(document: InvoiceDocument, position: int) -> str:
     if not 1 <= position <= len(document.lines):
         raise Conflict(f"There is no line {position}: there are {len(document.lines)}.")
-    return NoteLine(line=position, text=document.lines[position - 1].label, amount_nanos=nanos)
+    return document.lines[position - 1].label
+
+
+def _gross_nanos(document: InvoiceDocument, position: int) -> int:
+    """Return the line with its share of promotions and tax, rounded up to the currency's smallest unit."""
+    unit, subtotal = unit_nanos(document.currency), document.subtotal_nanos
+    if subtotal <= 0:
+        return 0
+    return -(-document.lines[position - 1].amount_nanos * document.total_nanos // (subtotal * unit)) * unit
+
+
+def _tax_until(document: InvoiceDocument, credited_nanos: int) -> int:
+    """Return the tax in the first `credited_nanos` of the invoice: in whole units before all is."""
+    tax, unit, whole = document.tax_nanos, unit_nanos(document.currency), document.creditable_nanos
+    if credited_nanos == whole:
+        return tax
+    share = (2 * tax * credited_nanos + whole * unit) // (2 * whole * unit)
+    return min(share, tax // unit) * unit
+
+
+def _notes(connection: sa.Connection, invoice_number: str | None) -> list[CreditNote]:
+    query = sa.select(notes_table).where(notes_table.c.invoice_number == invoice_number)
+    return [_note(row) for row in connection.execute(query.order_by(notes_table.c.number))]
 
 
 def _note(row: sa.Row[Any]) -> CreditNote:

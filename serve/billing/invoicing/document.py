@@ -3,16 +3,14 @@
 import hashlib
 import json
 from datetime import datetime
-from decimal import ROUND_HALF_EVEN, Decimal
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from serve.billing.metering.events import label_of
-from serve.billing.money import NANOS
+from serve.billing.money import round_nanos
 
 Kind = Literal["usage", "training", "residency", "minimum"]
-CENT = NANOS // 100
 
 # Line breaks only in addresses; no control characters anywhere.
 OneLine = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=200)]
@@ -125,8 +123,13 @@ class InvoiceDocument(_DocumentPart):
 
     @property
     def payable_nanos(self) -> int:
-        """The amount due, rounded half to even to hundredths of the currency."""
-        return int((Decimal(self.due_nanos) / CENT).quantize(Decimal(1), ROUND_HALF_EVEN)) * CENT
+        """The amount due, rounded half to even to the currency's smallest unit."""
+        return round_nanos(self.due_nanos, self.currency)
+
+    @property
+    def creditable_nanos(self) -> int:
+        """What is paid for the invoice, prepaid credit included, in smallest units of the currency."""
+        return round_nanos(self.payable_nanos + self.credited_nanos("prepaid"), self.currency)
 
 
 def sha256_of(number: str, issued_at: datetime, document: str) -> str:

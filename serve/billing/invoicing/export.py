@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.billing.invoicing.store import Invoice
-from serve.billing.money import usd
+from serve.billing.money import exact
 from serve.billing.spreadsheet import csv_text
 
 CSV_COLUMNS = (
@@ -54,23 +54,31 @@ def _rows(invoice: Invoice) -> Iterator[dict[str, Any]]:
         }
         for item in line.items:
             item_columns = {"class": item.what, "quantity": item.quantity, "included": item.included}
-            price_columns = {"price_per_unit": usd(item.nanos), "unit": item.per}
+            price_columns = {"price_per_unit": exact(item.nanos, document.currency), "unit": item.per}
             yield invoice_columns | line_columns | item_columns | price_columns
         requests = line.requests if line.kind == "usage" else ""
-        subtotal = {"class": "subtotal", "requests": requests, "amount": usd(line.amount_nanos)}
+        subtotal = {
+            "class": "subtotal",
+            "requests": requests,
+            "amount": exact(line.amount_nanos, document.currency),
+        }
         yield invoice_columns | line_columns | subtotal
     for credit in document.credits:
-        amount = usd(-credit.amount_nanos)
+        amount = exact(-credit.amount_nanos, document.currency)
         yield invoice_columns | {"kind": "credit", "class": credit.kind, "amount": amount}
     if document.tax is not None:
         tax = f"{document.tax.name} {document.tax.percent}%"
-        yield invoice_columns | {"kind": "tax", "class": tax, "amount": usd(document.tax.amount_nanos)}
+        yield invoice_columns | {
+            "kind": "tax",
+            "class": tax,
+            "amount": exact(document.tax.amount_nanos, document.currency),
+        }
     for name, nanos in (
         ("total", document.total_nanos),
         ("due", document.due_nanos),
         ("payable", document.payable_nanos),
     ):
-        yield invoice_columns | {"class": name, "amount": usd(nanos)}
+        yield invoice_columns | {"class": name, "amount": exact(nanos, document.currency)}
 
 
 def summary(invoice: Invoice) -> dict[str, Any]:

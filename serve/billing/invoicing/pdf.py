@@ -16,7 +16,7 @@ from serve.billing.invoicing.credit_notes import CreditNote
 from serve.billing.invoicing.document import InvoiceDocument, InvoiceLine, LineItem, Party
 from serve.billing.invoicing.periods import period_bounds, period_name
 from serve.billing.invoicing.store import Invoice, InvoiceState
-from serve.billing.money import cents, usd
+from serve.billing.money import digits, exact, rounded
 
 INK, MUTED, RULE = (25, 28, 36), (105, 112, 125), (214, 218, 226)
 DEJAVU = tuple(
@@ -117,15 +117,15 @@ def note_pdf_bytes(note: CreditNote, invoice: Invoice) -> bytes:
         ],
     )
     rows = [
-        [f"Line {line.line}: {line.text}" if line.line else "Amount", usd(line.amount_nanos)]
+        [f"Line {line.line}: {line.text}" if line.line else "Amount", exact(line.amount_nanos, currency)]
         for line in document.lines
     ]
     _table(sheet, ("Credited", f"Amount {currency}"), (130, 44), ("LEFT", "RIGHT"), rows)
     sheet.ln(4)
     if document.tax_nanos and invoice.document.tax:
         tax = invoice.document.tax
-        sheet.line_of(f"of which {tax.name} {tax.percent}%", usd(document.tax_nanos))
-    sheet.line_of(f"Credited, {currency}", usd(document.amount_nanos), bold=True)
+        sheet.line_of(f"of which {tax.name} {tax.percent}%", exact(document.tax_nanos, document.currency))
+    sheet.line_of(f"Credited, {currency}", exact(document.amount_nanos, document.currency), bold=True)
     _fingerprint(sheet, note.sha256)
     return bytes(sheet.output())
 
@@ -185,9 +185,9 @@ def _line_items(sheet: _Sheet, document: InvoiceDocument) -> None:
         for position, item in enumerate(items):
             last = position == len(items) - 1
             what = _described(number, line) if position == 0 else ""
-            rows.append([what, *_cells(item), usd(line.amount_nanos) if last else ""])
+            rows.append([what, *_cells(item, currency), exact(line.amount_nanos, currency) if last else ""])
     if not rows:
-        rows.append(["No usage in this period", "", "", "", usd(0)])
+        rows.append(["No usage in this period", "", "", "", exact(0, currency)])
     columns = ("Description", "Item", "Quantity", f"Price {currency}", f"Amount {currency}")
     aligned = ("LEFT", "LEFT", "RIGHT", "RIGHT", "RIGHT")
     _table(sheet, columns, (50, 46, 26, 26, 26), aligned, rows)
@@ -198,10 +198,10 @@ def _described(number: int, line: InvoiceLine) -> str:
     return f"{line.label}\nLine {number}, {line.price}{counts}"
 
 
-def _cells(item: LineItem) -> list[str]:
+def _cells(item: LineItem, currency: str) -> list[str]:
     per = {1_000_000: " / 1M", 1: ""}[item.per]
     what = f"{item.what}\n({item.included:,} more included)" if item.included else item.what
-    return [what, f"{item.quantity:,}", f"{usd(item.nanos)}{per}"]
+    return [what, f"{item.quantity:,}", f"{exact(item.nanos, currency)}{per}"]
 
 
 def _table(
@@ -229,18 +229,20 @@ def _totals(sheet: _Sheet, document: InvoiceDocument) -> None:
     if sheet.will_page_break(60):
         sheet.add_page()
     sheet.ln(4)
-    sheet.line_of("Subtotal", usd(document.subtotal_nanos))
+    sheet.line_of("Subtotal", exact(document.subtotal_nanos, document.currency))
     if promoted := document.credited_nanos("promotional"):
-        sheet.line_of("Promotional credit", usd(-promoted))
+        sheet.line_of("Promotional credit", exact(-promoted, document.currency))
     if document.tax is not None:
         tax = document.tax
-        name = f"{tax.name} {tax.percent}% of {usd(tax.taxable_nanos)}"
-        sheet.line_of(name, usd(tax.amount_nanos))
-    sheet.line_of("Total", usd(document.total_nanos))
+        name = f"{tax.name} {tax.percent}% of {exact(tax.taxable_nanos, document.currency)}"
+        sheet.line_of(name, exact(tax.amount_nanos, document.currency))
+    sheet.line_of("Total", exact(document.total_nanos, document.currency))
     if prepaid := document.credited_nanos("prepaid"):
-        sheet.line_of("Prepaid credit", usd(-prepaid))
-        sheet.line_of("Due, exact", usd(document.due_nanos))
-    sheet.line_of(f"Amount due, {document.currency}", cents(document.payable_nanos), bold=True)
+        sheet.line_of("Prepaid credit", exact(-prepaid, document.currency))
+        sheet.line_of("Due, exact", exact(document.due_nanos, document.currency))
+    sheet.line_of(
+        f"Amount due, {document.currency}", rounded(document.payable_nanos, document.currency), bold=True
+    )
 
 
 def _remarks(sheet: _Sheet, invoice: Invoice) -> None:
@@ -252,7 +254,8 @@ def _remarks(sheet: _Sheet, invoice: Invoice) -> None:
     remarks = [
         "Token counts are those of the inference engine. Cached prompt tokens are part of the prompt that "
         "was served from your own prefix cache. A request that was broken off is billed for what had been "
-        "generated. Amounts are exact; only the amount due is rounded, half to even, to two decimals."
+        "generated. Amounts are exact; only the amount due is rounded, half to even, to "
+        f"{digits(document.currency)} decimals."
     ]
     if late := sorted({line.late for line in document.lines if line.late}):
         months = ", ".join(period_name(month) for month in late)

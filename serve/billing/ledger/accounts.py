@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from serve.billing.pricing.currencies import currency_of
 from serve.storage.database import RowId, UtcDateTime, insert, metadata
 
 HOLD_PHASE, FINAL_PHASE = 1, 2
@@ -63,12 +64,13 @@ holds_table = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Holds a tenant's balance in nano-USD. Available is credit − spent − held."""
+    """Holds a tenant's balance in nanos of its currency. Available is credit − spent − held."""
 
     tenant: str
     credit_nanos: int
     spent_nanos: int
     held_nanos: int
+    currency: str
 
     @property
     def available_nanos(self) -> int:
@@ -152,4 +154,7 @@ def transfer_row(
 
 def account_of(connection: sa.Connection, tenant: str) -> Account | None:
     row = connection.execute(sa.select(accounts_table).where(accounts_table.c.tenant_id == tenant)).first()
-    return Account(row.tenant_id, row.credit_nanos, row.spent_nanos, row.held_nanos) if row else None
+    if row is None:
+        return None
+    currency = currency_of(connection, tenant)
+    return Account(row.tenant_id, row.credit_nanos, row.spent_nanos, row.held_nanos, currency)

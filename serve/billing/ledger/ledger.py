@@ -44,6 +44,7 @@ from serve.billing.ledger.holds import (
 )
 from serve.billing.metering import rollups
 from serve.billing.metering.events import UsageEvent, attempts_table, usage_table
+from serve.billing.money import DEFAULT_CURRENCY
 from serve.errors import InsufficientCredit, UnknownRecord
 from serve.storage import revision
 from serve.storage.database import Store, insert
@@ -281,7 +282,9 @@ def _reserve_or_raise(connection: sa.Connection, hold: Hold) -> None:
     """Reserve the hold's amount. Raises InsufficientCredit."""
     if not _reserve(connection, hold.tenant, hold.amount_nanos):
         account = account_of(connection, hold.tenant)
-        raise InsufficientCredit(hold.tenant, hold.amount_nanos, account.available_nanos if account else 0)
+        available_nanos = account.available_nanos if account else 0
+        currency = account.currency if account else DEFAULT_CURRENCY
+        raise InsufficientCredit(hold.tenant, hold.amount_nanos, available_nanos, currency)
 
 
 def _resolve_all(connection: sa.Connection, resolutions: list[tuple[int, Resolution]]) -> dict[int, Outcome]:

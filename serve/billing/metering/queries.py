@@ -21,6 +21,8 @@ from serve.billing.credits.charges import charges_table
 from serve.billing.ledger.accounts import accounts_table
 from serve.billing.metering.events import EngineTotal, UsageTotal, label_of, usage_table
 from serve.billing.metering.rollups import SUMS, engines_table, hours_table
+from serve.billing.money import DEFAULT_CURRENCY
+from serve.billing.pricing.currencies import plan_currencies
 from serve.billing.pricing.plans import Tokens
 from serve.errors import InvalidRequest
 from serve.storage.database import Store
@@ -28,7 +30,7 @@ from serve.storage.database import Store
 MINUTE, HOUR, DAY = timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
 # The part of a time's text that names its bucket: a length for SQLite, a format for PostgreSQL.
 _TEXT = {MINUTE: (16, "YYYY-MM-DD HH24:MI"), HOUR: (13, "YYYY-MM-DD HH24"), DAY: (10, "YYYY-MM-DD")}
-DIMENSIONS = ("tenant", "project", "key", "model", "tier")
+DIMENSIONS = ("tenant", "project", "key", "model", "tier", "currency")
 ALL_TIME = (datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
 
 Names = tuple[str, ...]
@@ -67,6 +69,7 @@ class UsageBucket:
     key: str | None = None
     model: str | None = None
     tier: str | None = None
+    currency: str | None = None
 
 
 class UsageQueries:
@@ -134,6 +137,8 @@ class UsageQueries:
             width = usage_query.width or DAY
             for table, start, end in split_by_table(usage_query.start, usage_query.end, width):
                 columns = _columns(connection, table, width)
+                if "currency" in names:
+                    columns["currency"] = currency_column(connection, table.c.plan_id)
                 groups = [columns[name] for name in names]
                 query = sa.select(*groups, *_counts(table)).group_by(*groups).limit(limit)
                 for row in connection.execute(query.where(*_within(table, usage_query, start, end))):
@@ -186,6 +191,18 @@ def bucket_of(connection: sa.Connection, at: "sa.ColumnElement[Any]", width: tim
     return sa.func.to_char(utc, sa.literal_column(f"'{form}'"))
 
 
+def currency_column(connection: sa.Connection, plan_id: "sa.ColumnElement[Any]") -> Any:
+    """Return the currency of a row's price version, as a literal for the reason above."""
+    cases = [
+        (
+            plan_id.in_([sa.literal_column(str(id)) for id in ids]),
+            sa.literal_column(f"'{currency}'", sa.String),
+        )
+        for currency, ids in sorted(plan_currencies(connection).items())
+    ]
+    return sa.case(*cases) if cases else sa.literal_column(f"'{DEFAULT_CURRENCY}'", sa.String)
+
+
 def all_tenants() -> "sa.Select[tuple[str]]":
     """Select all tenants with an account, so that indexes that begin with the tenant can be used."""
     return sa.select(accounts_table.c.tenant_id)
@@ -232,10 +249,14 @@ def _within(
 
 @dataclass(frozen=True, slots=True)
 class CostBucket:
-    """Sums one group's charges in one bucket. A dimension is None if not grouped by, or if there is none."""
+    """Sums one group's charges of one currency in one bucket.
+
+    A dimension is None if not grouped by, or if there is none.
+    """
 
     bucket: datetime
     nanos: int
+    currency: str
     tenant: str | None = None
     project: str | None = None
     key: str | None = None
@@ -254,27 +275,29 @@ class CostQueries:
         A line item is a model and tier, or a charge such as "training: acme/support@1". Charges have no
         project, key, model or tier: a query that filters by one of those leaves them out.
         """
-        by = usage_query.by & {"tenant", "project", "key"} | (
-            frozenset({"model", "tier"}) if line_items else set()
+        by = (
+            usage_query.by & {"tenant", "project", "key"}
+            | {"currency"}
+            | (frozenset({"model", "tier"}) if line_items else set())
         )
         sums: dict[tuple[Any, ...], int] = defaultdict(int)
         for bucket_usage in UsageQueries(self._store).query(replace(usage_query, by=by)):
             item = label_of(bucket_usage.model or "", bucket_usage.tier or "default") if line_items else None
-            sums[bucket_usage.bucket, bucket_usage.tenant, bucket_usage.project, bucket_usage.key, item] += (
-                bucket_usage.cost_nanos
-            )
+            group = (bucket_usage.tenant, bucket_usage.project, bucket_usage.key, item)
+            sums[bucket_usage.bucket, bucket_usage.currency, *group] += bucket_usage.cost_nanos
         if not (usage_query.projects or usage_query.keys or usage_query.models or usage_query.tier):
-            for bucket, tenant, item, nanos in self._charges(usage_query):
+            for bucket, currency, tenant, item, nanos in self._charges(usage_query):
                 tenant_key = tenant if "tenant" in by else None
-                sums[bucket, tenant_key, None, None, item if line_items else None] += nanos
+                sums[bucket, currency, tenant_key, None, None, item if line_items else None] += nanos
         in_order = sorted(sums.items(), key=lambda entry: tuple(str(part or "") for part in entry[0]))
         return [CostBucket(bucket, nanos, *group) for (bucket, *group), nanos in in_order]
 
-    def _charges(self, usage_query: UsageQuery) -> Iterator[tuple[datetime, str, str, int]]:
+    def _charges(self, usage_query: UsageQuery) -> Iterator[tuple[datetime, str, str, str, int]]:
         c = charges_table.c
         with self._store.read() as connection:
             bucket = bucket_of(connection, c.created_at, usage_query.width or DAY)
-            groups = (bucket, c.tenant_id, c.kind, c.subject)
+            currency = currency_column(connection, c.plan_id)
+            groups = (bucket, currency, c.tenant_id, c.kind, c.subject)
             query = (
                 sa.select(*groups, sa.func.sum(c.amount_nanos))
                 .group_by(*groups)
@@ -284,6 +307,6 @@ class CostQueries:
                     c.tenant_id.in_(usage_query.tenants or all_tenants()),
                 )
             )
-            for text, tenant, kind, subject, nanos in connection.execute(query).all():
+            for text, code, tenant, kind, subject, nanos in connection.execute(query).all():
                 at = datetime.fromisoformat(text).replace(tzinfo=UTC)
-                yield at, tenant, f"{kind}: {subject}", int(nanos)
+                yield at, code, tenant, f"{kind}: {subject}", int(nanos)

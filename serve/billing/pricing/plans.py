@@ -27,9 +27,11 @@ from pydantic import (
     GetJsonSchemaHandler,
     StringConstraints,
     Tag,
+    ValidationInfo,
 )
 from pydantic_core import CoreSchema
 
+from serve.billing.money import DEFAULT_CURRENCY, check_currency
 from serve.billing.pricing.tiers import Nanos, TokenPrice, list_price
 from serve.errors import Conflict, UnknownRecord
 from serve.storage import revision
@@ -38,6 +40,7 @@ from serve.tenants.audit import SYSTEM, record
 
 MODELS_MAX = 200
 PLAN_BYTES_MAX = 1 << 20
+STORED = "stored"  # the context of validating a plan that was published before
 
 plans_table = sa.Table(
     "price_plans",
@@ -77,7 +80,7 @@ class Tokens:
 
 
 class Rates(BaseModel):
-    """Sets flat prices of one kind of model, each in nano-USD per million tokens."""
+    """Sets flat prices of one kind of model, each in nanos of the plan's currency per million tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -181,6 +184,11 @@ def _percent(text: str) -> str:
     return text
 
 
+def _currency(code: str, info: ValidationInfo) -> str:
+    """Refuse unknown currencies, but read the stored plans of those that have been withdrawn since."""
+    return code if info.context == STORED else check_currency(code)
+
+
 def _day(value: Any) -> date:
     """Parse a day from text or from YAML's date. A number is not a day."""
     if isinstance(value, str):
@@ -221,7 +229,7 @@ class PricePlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern="^[a-z0-9][a-z0-9-]{0,62}$")
-    currency: str = Field("USD", pattern="^[A-Z]{3}$")
+    currency: Annotated[str, AfterValidator(_currency)] = Field(DEFAULT_CURRENCY, pattern="^[A-Z]{3}$")
     base: AnyRates
     adapter: AnyRates
     batch: BatchRates | None = None
@@ -380,4 +388,4 @@ def _version(row: "sa.Row[tuple[object, ...]]") -> PriceVersion:
 @lru_cache(maxsize=1024)
 def _plan(document: str) -> PricePlan:
     """Parse a plan. Cached, because every request needs its plan and a version never changes."""
-    return PricePlan.model_validate_json(document)
+    return PricePlan.model_validate_json(document, context=STORED)

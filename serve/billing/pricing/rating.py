@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from serve.billing.invoicing.document import InvoiceLine, LineItem
-from serve.billing.money import usd
+from serve.billing.money import labelled
 from serve.billing.pricing.plans import Included, PriceVersion, Rates, TieredRates, Tokens
 from serve.billing.pricing.tiers import MTOK, PriceComponent, list_price, price_components
 
@@ -100,7 +100,7 @@ def minimum_lines(lines: Sequence[InvoiceLine], price: PriceVersion | None) -> l
     missing = price.plan.minimum_nanos - sum(line.amount_nanos for line in lines) if price else 0
     if price is None or missing <= 0:
         return []
-    minimum = f"{usd(price.plan.minimum_nanos)} {price.plan.currency}"
+    minimum = labelled(price.plan.minimum_nanos, price.plan.currency)
     item = LineItem(what=f"rest of the monthly minimum of {minimum}", quantity=1, nanos=missing, per=1)
     return [
         InvoiceLine(

@@ -125,9 +125,9 @@ class Metrics:
             "bespoke_tokens", "Billed tokens by class.", ["base", "class"], registry=self.registry
         )
         self._billed = Counter(
-            "bespoke_billed_usd",
-            "List price of what was settled: the ledger has it to the nano-USD.",
-            ["base"],
+            "bespoke_billed_amount",
+            "List price of what was settled: the ledger has it to the nano.",
+            ["base", "currency"],
             registry=self.registry,
         )
         self._ttft = Histogram(
@@ -290,8 +290,8 @@ class Metrics:
             self._tokens.labels(base, kind).inc(count)
             self._adapter_tokens.labels(base, label, kind).inc(count)
 
-    def billed(self, base: str, nanos: int) -> None:
-        self._billed.labels(base).inc(nanos / 1e9)
+    def billed(self, base: str, nanos: int, currency: str) -> None:
+        self._billed.labels(base, currency).inc(nanos / 1e9)
 
     def ttft(self, base: str, adapter: str | None, seconds: float) -> None:
         self._ttft.labels(base).observe(seconds)

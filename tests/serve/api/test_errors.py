@@ -28,8 +28,8 @@ EXAMPLES = [
     errors.ModelNotFound("x"),
     errors.ResponseNotFound("resp_x"),
     errors.IdempotencyConflict(),
-    errors.InsufficientCredit("acme", 5, 3),
-    errors.BudgetExceeded("project", "month", 10, 5, 3),
+    errors.InsufficientCredit("acme", 5, 3, "USD"),
+    errors.BudgetExceeded("project", "month", 10, 5, 3, "USD"),
     errors.RequestQuarantined(),
     errors.NotBillable("acme"),
     errors.RateLimited("tokens", 1000, 900, 200, 3),
@@ -111,8 +111,8 @@ def test_a_refusal_that_clients_retry_says_when_or_that_no_retry_helps(error: er
 
 def test_an_empty_account_and_a_request_above_its_limit_are_not_retried() -> None:
     for error in (
-        errors.InsufficientCredit("acme", 5, 3),
-        errors.BudgetExceeded("project", "month", 10, 5, 3),
+        errors.InsufficientCredit("acme", 5, 3, "USD"),
+        errors.BudgetExceeded("project", "month", 10, 5, 3, "USD"),
         errors.NotBillable("acme"),
         errors.RateLimited("tokens", 1000, 0, 2000, None),
         errors.AlreadyExists("The tenant 'acme' exists already."),

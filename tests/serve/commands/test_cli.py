@@ -54,7 +54,7 @@ def test_every_command_has_help(command: str) -> None:
 def test_a_tenant_from_nothing_to_an_invoice(tmp_path: Path) -> None:
     for arguments in (
         ("price", "publish", str(CONFIGS / "prices" / "standard.yaml")),
-        ("tenant", "create", "acme", "--credit-usd", "12.50"),
+        ("tenant", "create", "acme", "--credit", "12.50"),
         ("price", "assign", "acme", "standard"),
         ("price", "list"),
         ("key", "list", "acme"),

@@ -35,7 +35,9 @@ def old_invoice(shop: BillingFixture, tenant: str) -> str:
     """The number of an invoice that is final, of a month long ago."""
     at = LONG_AGO - timedelta(days=1)
     with shop.store.write() as connection:
-        post_charge(connection, Charge(f"old:{tenant}", tenant, "training", "x", 1, shop.price.id, 1000, at))
+        post_charge(
+            connection, Charge(f"old:{tenant}", tenant, "training", "x", 1, shop.price.id, 10_000_000, at)
+        )
     invoices = Invoices(shop.store)
     draft = invoices.create(tenant, "2025-01", at=LONG_AGO)
     invoices.review(draft.number, at=LONG_AGO)
@@ -145,7 +147,10 @@ BODIES: dict[tuple[str, str], Json] = {
     ("PUT", A + "/seller"): {"name": "Bespoke Ltd"},
     ("POST", A + "/invoices"): {"tenant": "acme", "period": "2026-11"},
     ("POST", A + "/invoices/{invoice}/transition"): {"state": "paid"},
-    ("POST", A + "/invoices/{invoice}/credit-notes"): {"reason": "slow", "lines": [{"amount_nanos": 5}]},
+    ("POST", A + "/invoices/{invoice}/credit-notes"): {
+        "reason": "slow",
+        "lines": [{"amount_nanos": 10_000_000}],
+    },
     ("POST", V + "/promote"): {},
     ("POST", V + "/pin"): {},
     ("POST", V + "/unpin"): {},

@@ -373,20 +373,23 @@ def test_a_forecast_adds_the_last_days_mean_for_each_day_that_is_left(office: Of
         s(datetime(2026, 11, 1, tzinfo=UTC)),
         s(datetime(2026, 12, 1, tzinfo=UTC)),
     )
-    assert charged["total"] == {
-        "line_item": None,
-        "to_date_nanos": 1250,
-        "projected_nanos": 1250 + 3400,
-        "low_nanos": 1250 + 850,
-        "high_nanos": 1250 + 5950,
-    }
+    assert charged["totals"] == [
+        {
+            "line_item": None,
+            "currency": "USD",
+            "to_date_nanos": 1250,
+            "projected_nanos": 1250 + 3400,
+            "low_nanos": 1250 + 850,
+            "high_nanos": 1250 + 5950,
+        }
+    ]
     assert [(one["line_item"], one["projected_nanos"]) for one in charged["line_items"]] == [
         ("other", 50),
         ("tiny", 1200 + 3400),
     ]
     nothing = office.ask("forecast", office.keys["rival"]).json()
-    assert (nothing["basis_days"], nothing["total"]["projected_nanos"]) == (0, 0)
-    assert office.ask("forecast", office.platform).json()["total"]["to_date_nanos"] == 1250
+    assert (nothing["basis_days"], nothing["totals"][0]["projected_nanos"]) == (0, 0)
+    assert office.ask("forecast", office.platform).json()["totals"][0]["to_date_nanos"] == 1250
 
 
 @on_sqlite

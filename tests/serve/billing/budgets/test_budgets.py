@@ -118,7 +118,7 @@ def test_a_hard_budget_refuses_what_may_exceed_it_and_nothing_is_taken(
 
 
 def test_the_refusal_is_429_insufficient_quota_and_a_billing_error_to_anthropics_clients() -> None:
-    error = BudgetExceeded("project", "month", 1000, 200, 100)
+    error = BudgetExceeded("project", "month", 1000, 200, 100, "USD")
     assert status_of(error) == (429, "insufficient_quota", "insufficient_quota")
     assert "your project's month budget" in body_of(error)["error"]["message"]
     assert anthropic_body_of(error)["error"]["type"] == "billing_error"
@@ -372,6 +372,7 @@ def test_each_threshold_is_told_once_in_each_period(
         "threshold_pct": 50,
         "spent_nanos": 50,
         "limit_nanos": 100,
+        "currency": "USD",
         "hard": False,
     }
     assert len(caplog.messages) == 3
@@ -472,12 +473,10 @@ def test_budgets_are_set_shown_and_retired_by_command(
         assert done.exit_code == code, done.output
         return done.output
 
-    made = say("set", "acme", "--limit-usd", "50", "--project", spender.project, "--webhook", HOOK)
+    made = say("set", "acme", "--limit", "50", "--project", spender.project, "--webhook", HOOK)
     budget = re.findall(r"bud_\w+", made)[0]
     assert "may spend 50.00 USD (month)" in made
-    again = say(
-        "set", "acme", "--limit-usd", "60.5", "--project", spender.project, "--soft", "--notify", "90"
-    )
+    again = say("set", "acme", "--limit", "60.5", "--project", spender.project, "--soft", "--notify", "90")
     assert budget in again
     assert "is expected to spend 60.50 USD" in again
     shown = say("show", "acme", budget)
@@ -486,7 +485,7 @@ def test_budgets_are_set_shown_and_retired_by_command(
     assert f"retired {budget}" in say("retire", "acme", budget)
     assert "soft" in say("list", "acme")
     assert say("secret", "acme").strip() == secret_of(server_secret(tmp_path), "acme")
-    for wrong in (["--limit-usd", "x"], ["--limit-usd", "1", "--notify", "x"]):
+    for wrong in (["--limit", "x"], ["--limit", "1", "--notify", "x"]):
         say("set", "acme", *wrong, code=2)
-    say("set", "acme", "--limit-usd", "1", "--project", "p", "--key", "k", code=2)
+    say("set", "acme", "--limit", "1", "--project", "p", "--key", "k", code=2)
     assert spender.budgets.get("acme", budget, at=NOON).budget.limit_nanos == 60_500_000_000

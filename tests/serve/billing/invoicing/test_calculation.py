@@ -13,7 +13,7 @@ from serve.billing.invoicing.export import json_text, write_csv
 from serve.billing.invoicing.invoices import Invoices, period_bounds
 from serve.billing.invoicing.pdf import write_pdf
 from serve.billing.ledger.holds import Hold
-from serve.billing.money import nanos_of_usd, usd
+from serve.billing.money import exact, nanos_of
 from serve.billing.pricing.plans import BatchRates, Prices, Rates, Tax, Tokens
 from serve.errors import OperatorError, UnknownRecord
 from tests.support.billing_fixture import BillingFixture
@@ -80,15 +80,20 @@ def test_the_files_say_what_the_invoice_says(shop: BillingFixture, tmp_path: Pat
     invoice = Invoices(shop.store).create("acme", MONTH, at=NOON)
     write_csv(invoice, tmp_path / "i.csv")
     rows = list(csv.DictReader((tmp_path / "i.csv").open(encoding="utf-8-sig")))
-    subtotals = [nanos_of_usd(row["amount"]) for row in rows if row["class"] == "subtotal"]
-    (total,) = [nanos_of_usd(row["amount"]) for row in rows if row["class"] == "total"]
+    subtotals = [nanos_of(row["amount"]) for row in rows if row["class"] == "subtotal"]
+    (total,) = [nanos_of(row["amount"]) for row in rows if row["class"] == "total"]
     assert sum(subtotals) == total == invoice.document.total_nanos
     said = json.loads(json_text(invoice))
     assert InvoiceDocument.model_validate(said["document"]) == invoice.document
     assert said["total_nanos"] == total
     write_pdf(invoice, tmp_path / "i.pdf")
     text = text_of(tmp_path / "i.pdf")
-    for expected in ("acme-2026-11-r1", "November 2026", "acme/support", usd(invoice.document.total_nanos)):
+    for expected in (
+        "acme-2026-11-r1",
+        "November 2026",
+        "acme/support",
+        exact(invoice.document.total_nanos, "USD"),
+    ):
         assert expected in text
 
 
@@ -131,7 +136,7 @@ def test_batches_are_lines_of_their_own_at_their_own_rates(shop: BillingFixture,
     write_csv(invoice, tmp_path / "i.csv")
     rows = list(csv.DictReader((tmp_path / "i.csv").open(encoding="utf-8-sig")))
     subtotals = {row["tier"]: row["amount"] for row in rows if row["class"] == "subtotal"}
-    assert subtotals == {"default": usd(direct), "batch": usd(batch)}
+    assert subtotals == {"default": exact(direct, "USD"), "batch": exact(batch, "USD")}
     write_pdf(invoice, tmp_path / "i.pdf")
     assert "(batch)" in text_of(tmp_path / "i.pdf")
 

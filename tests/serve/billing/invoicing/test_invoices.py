@@ -184,11 +184,11 @@ def test_prepaid_money_pays_each_month_only_once(shop: BillingFixture) -> None:
 def test_a_payment_is_posted_once_and_what_was_credited_is_not_due(shop: BillingFixture) -> None:
     buy(shop, 1, adapter=False, times=1000)
     final = finalize(shop)
-    CreditNotes(shop.store).issue(final.number, [(None, 1_000_000)], reason="slow", at=DECEMBER)
+    CreditNotes(shop.store).issue(final.number, [(None, 10_000_000)], reason="slow", at=DECEMBER)
     before = shop.ledger.account("acme").credit_nanos
     invoices = Invoices(shop.store)
     invoices.pay(final.number, at=DECEMBER)
-    assert shop.ledger.account("acme").credit_nanos == before + final.document.payable_nanos - 1_000_000
+    assert shop.ledger.account("acme").credit_nanos == before + final.document.payable_nanos - 10_000_000
     with pytest.raises(Conflict, match="paid"):
         invoices.pay(final.number, at=DECEMBER)
     with pytest.raises(Conflict, match="paid"):
@@ -211,28 +211,6 @@ def test_a_void_invoice_is_reversed_and_its_month_gets_a_new_one(shop: BillingFi
     assert invoices.create("acme", MONTH, at=JANUARY) == second
 
 
-def test_credit_notes_never_exceed_the_invoice_or_its_line(shop: BillingFixture) -> None:
-    shop = on_plan(shop, tax={"name": "VAT", "percent": "25"})
-    buy(shop, 1, adapter=False)
-    notes, final = CreditNotes(shop.store), finalize(shop)
-    total = final.document.total_nanos
-    first = notes.issue(final.number, [(1, 1000), (None, 500)], reason="outage", at=DECEMBER, actor="ada")
-    assert (first.number, first.document.amount_nanos, first.document.tax_nanos) == (
-        "CN-2026-000001",
-        1500,
-        300,
-    )
-    for amounts in ([(None, total - 1499)], [(2, 1)], [(None, 0)], []):
-        with pytest.raises(Conflict):
-            notes.issue(final.number, amounts, reason="more", at=DECEMBER)
-    second = notes.issue(final.number, [(None, total - 1500)], reason="all of it", at=DECEMBER)
-    assert second.number == "CN-2026-000002"
-    assert [note.number for note in notes.for_invoice(final.number)] == [first.number, second.number]
-    assert spent(shop) == 0
-    with pytest.raises(Conflict, match="credit notes"):
-        Invoices(shop.store).void(final.number, at=DECEMBER)
-
-
 def test_a_draft_is_not_credited(shop: BillingFixture) -> None:
     buy(shop, 1, adapter=False)
     draft = Invoices(shop.store).create("acme", MONTH, at=DECEMBER)
@@ -243,9 +221,9 @@ def test_a_draft_is_not_credited(shop: BillingFixture) -> None:
 @pytest.mark.parametrize("table", [invoices_table, states_table, finals_table, notes_table])
 @pytest.mark.parametrize("verb", ["update", "delete", "replace"])
 def test_the_store_itself_keeps_what_is_final(shop: BillingFixture, table: sa.Table, verb: str) -> None:
-    buy(shop, 1, adapter=False)
+    buy(shop, 1, adapter=False, times=1000)
     final = finalize(shop)
-    CreditNotes(shop.store).issue(final.number, [(None, 1)], reason="x", at=DECEMBER)
+    CreditNotes(shop.store).issue(final.number, [(None, 10_000_000)], reason="x", at=DECEMBER)
     column = next(iter(table.primary_key))
     statement: sa.Executable = table.delete()
     if verb == "update":

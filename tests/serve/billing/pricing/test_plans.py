@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from serve.billing.money import cents, nanos_of_usd, usd
+from serve.billing.money import digits, exact, nanos_of, rounded
 from serve.billing.pricing.plans import (
     BatchRates,
     PricePlan,
@@ -49,17 +49,17 @@ def test_no_request_costs_more_than_the_hold_for_its_bounds(
 
 @given(st.integers(-(10**17), 10**17))
 def test_an_amount_survives_being_written_and_read(nanos: int) -> None:
-    assert nanos_of_usd(usd(nanos)) == nanos
+    assert nanos_of(exact(nanos, "USD")) == nanos
 
 
 @pytest.mark.parametrize("text", ["", "a", "1e400", "NaN", "0.0000000001", "1000000000000000"])
 def test_what_is_no_amount_in_whole_nanos_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not an amount"):
-        nanos_of_usd(text)
+        nanos_of(text)
 
 
 def test_cents_are_rounded_half_to_even() -> None:
-    assert [cents(n) for n in (5_000_000, 15_000_000, 25_000_001)] == ["0.00", "0.02", "0.03"]
+    assert [rounded(n, "USD") for n in (5_000_000, 15_000_000, 25_000_001)] == ["0.00", "0.02", "0.03"]
 
 
 def test_publishing_an_unchanged_plan_makes_no_new_version(shop: BillingFixture) -> None:
@@ -130,3 +130,19 @@ def test_everything_wrong_with_a_plan_is_said_at_once(tmp_path: Path) -> None:
 def test_a_day_is_written_as_one(day: object) -> None:
     with pytest.raises(ValidationError):
         PricePlan.model_validate(PLAN.model_dump() | {"effective_from": day})
+
+
+@pytest.mark.parametrize(
+    ("currency", "digits_expected", "text"),
+    [("USD", 2, "1.00"), ("JPY", 0, "1"), ("KWD", 3, "1.000"), ("TND", 3, "1.000"), ("CLF", 4, "1.0000")],
+)
+def test_an_amount_has_its_currencys_decimals(currency: str, digits_expected: int, text: str) -> None:
+    assert digits(currency) == digits_expected
+    assert exact(10**9, currency) == text
+    assert rounded(10**9 + 1, currency) == text
+
+
+@pytest.mark.parametrize("currency", ["DEM", "HRK", "ABC", "XAU", "XXX", "XTS", "usd", "EURO", ""])
+def test_a_plan_in_no_currency_that_money_is_counted_in_is_refused(currency: str) -> None:
+    with pytest.raises(ValidationError):
+        PricePlan.model_validate(PLAN.model_dump() | {"currency": currency})
