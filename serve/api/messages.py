@@ -3,16 +3,20 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from serve.api.dependencies import Ctx, InferencePrincipal
 from serve.api.schemas import DESCRIPTIONS, generation_responses, json_body
-from serve.api.streaming import EventStream, answer_complete, cancel_on_disconnect, start
+from serve.api.streaming import EventStream, answer_complete, cancel_on_disconnect, count, start
 from serve.formats.messages.message import complete_message, events
-from serve.formats.messages.objects import AnthropicError, AnthropicEvent, AnthropicMessage
-from serve.formats.messages.request import MessagesRequest
+from serve.formats.messages.objects import (
+    AnthropicError,
+    AnthropicEvent,
+    AnthropicMessage,
+    AnthropicTokenCount,
+)
+from serve.formats.messages.request import MessagesPrompt, MessagesRequest, request_of
 from serve.formats.sampling import parse
-from serve.inference.request import InferenceRequest
 
 router = APIRouter()
 
@@ -20,6 +24,9 @@ router = APIRouter()
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": AnthropicError, "description": DESCRIPTIONS[status]}
     for status in (400, 401, 403, 404, 408, 409, 413, 429, 500, 503)
+}
+NO_OTHER: dict[int | str, dict[str, Any]] = {
+    "default": {"model": AnthropicError, "description": "Any other error."}
 }
 
 
@@ -31,16 +38,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 )
 async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> Response:
     body = parse(MessagesRequest, await request.body())
-    inference_request = InferenceRequest(
-        request_id=request.state.request_id,
-        model=body.model,
-        prompt=body.prompt(ctx.limits),
-        sampling=body.sampling(ctx.limits),
-        length_param="max_tokens",
-        toolbox=body.toolbox(ctx.limits),
-        reasoning_effort=body.reasoning_effort,
-        collect=not body.stream,
-    )
+    inference_request = request_of(body, request.state.request_id, ctx.limits)
     if inference_request.collect:
         response = await answer_complete(request, ctx, principal, inference_request, complete_message)
     else:
@@ -48,3 +46,17 @@ async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> R
         response = EventStream(generation, events(generation))
     response.headers["request-id"] = inference_request.request_id  # the header that Anthropic's clients read
     return response
+
+
+@router.post(
+    "/v1/messages/count_tokens",
+    response_model=AnthropicTokenCount,
+    responses=ERRORS | NO_OTHER,
+    openapi_extra=json_body(MessagesPrompt),
+)
+async def count_tokens(request: Request, principal: InferencePrincipal, ctx: Ctx) -> Response:
+    """The input tokens that a message of this body would be billed for, cached ones included. It is free."""
+    body = parse(MessagesPrompt, await request.body())
+    request_id: str = request.state.request_id
+    tokens = await count(request, ctx, principal, request_of(body, request_id, ctx.limits))
+    return JSONResponse({"input_tokens": tokens}, headers={"request-id": request_id})

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from serve.engine.protocol import JsonFormat, Sampling
 from serve.errors import InvalidRequest
-from serve.formats.bounds import bound
+from serve.formats.bounds import bound, clamped
 from serve.formats.errors import validation_text
 
 # vLLM's extensions that reach into the engine or another tenant's cache, or get around a bound, each with the
@@ -139,7 +139,6 @@ class GenerationBody(BaseModel):
         limits: RequestBounds,
         *,
         completion_tokens_max: int | None,
-        length_param: str,
         logprobs: int | None = None,
         echo: bool = False,
         format: JsonFormat | None = None,
@@ -149,9 +148,8 @@ class GenerationBody(BaseModel):
         bound("n", n, limits.n)
         bound("stop", len(stop), limits.stop_sequences, "stop sequences")
         bound("logit_bias", len(self.logit_bias or ()), LOGIT_BIASES_MAX, "tokens")
-        bound(length_param, completion_tokens_max or 1, limits.completion_tokens)
         return Sampling(
-            completion_tokens_max=completion_tokens_max,
+            completion_tokens_max=clamped(completion_tokens_max, limits.completion_tokens),
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=top_p_of(self.top_p),
             n=n,
