@@ -22,21 +22,22 @@ HEADER_BYTES_MAX = 4096
 PARTS_MAX = 16
 
 
-class Upload:
+class FileForm:
     """Reads one form. `fields` holds its texts; `filename` is None until a file has come.
 
-    `read` also raises what the draft raises.
+    file_field: the name of the file's field. `read` also raises what the draft raises.
     """
 
-    def __init__(self, content_type: str, draft: Draft) -> None:
+    def __init__(self, content_type: str, draft: Draft, file_field: str = "file") -> None:
         """Raises InvalidRequest if the body is not a form."""
         kind, options = parse_options_header(content_type)
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or not boundary or len(boundary) > 200:
-            raise InvalidRequest("Send the file as multipart/form-data.", "file", "invalid_content_type")
+            raise InvalidRequest("Send the file as multipart/form-data.", file_field, "invalid_content_type")
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self._draft = draft
+        self._file_field = file_field
         self._parts = 0
         self._in_file = False
         self._name = ""
@@ -71,7 +72,8 @@ class Upload:
         if not self._ended:
             raise InvalidRequest("The form ends too early.", None, "invalid_value")
         if self.filename is None:
-            raise InvalidRequest("'file' is missing.", "file", "missing_required_parameter")
+            name = self._file_field
+            raise InvalidRequest(f"'{name}' is missing.", name, "missing_required_parameter")
 
     def _flush(self) -> None:
         for piece in self._pieces:
@@ -100,10 +102,10 @@ class Upload:
     def _on_headers(self) -> None:
         _, options = parse_options_header(self._disposition)
         self._name = options.get(b"name", b"").decode(errors="replace")
-        if self._name != "file":
+        if self._name != self._file_field:
             return
         if self.filename is not None:
-            raise InvalidRequest("Send one file at a time.", "file", "invalid_value")
+            raise InvalidRequest("Send one file at a time.", self._file_field, "invalid_value")
         self._in_file = True
         self.filename = filename_of(self._disposition, options.get(b"filename", b""))
 

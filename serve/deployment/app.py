@@ -27,6 +27,7 @@ from serve.api import (
     openapi,
     organization,
     responses,
+    uploads,
 )
 from serve.api.cors import BrowserMiddleware
 from serve.api.dependencies import Context
@@ -158,6 +159,7 @@ def build_app(
         embeddings,
         models,
         files,
+        uploads,
         batches,
         health,
         organization,
