@@ -18,6 +18,7 @@ from pathlib import Path
 from loadtests.drives.suites import SUITES, Gateway
 from loadtests.load.__main__ import running_service
 from loadtests.load.service_under_test import read_service
+from loadtests.peers.environment import isolated_variables
 
 TIMEOUT_S = 1800
 
@@ -48,7 +49,8 @@ def main() -> int:
         parser.error("--url needs --key and --model")
     with gateway(options) as target, tempfile.TemporaryDirectory(prefix="bespoke-drive-") as scratch:
         command, variables = SUITES[options.suite](target, Path(scratch))
-        done = subprocess.run([*command, *more], env=os.environ | variables, timeout=TIMEOUT_S, check=False)
+        isolated = isolated_variables(Path(scratch)) | variables
+        done = subprocess.run([*command, *more], env=isolated, timeout=TIMEOUT_S, check=False)
     return done.returncode
 
 
