@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtests.peers.environment import environment
+from loadtests.peers.environment import ROOT, environment
 
 HERE = Path(__file__).parent
 # lm-eval needs three small packages that exist only as source. pip builds them when it makes the environment.
@@ -33,6 +33,10 @@ def langchain(target: Gateway, scratch: Path) -> Command:
     suite = HERE / "langchain_standard.py"
     command = [str(bin_folder / "python"), "-m", "pytest", str(suite), "-q", "-p", "no:cacheprovider"]
     command += ["--rootdir", str(scratch), "--confcutdir", str(scratch), "-c", "/dev/null"]
+    # One event loop: the clients keep their connections from test to test.
+    loops = ("asyncio_mode=auto", "asyncio_default_test_loop_scope=session")
+    loops += ("asyncio_default_fixture_loop_scope=session",)
+    command += ["--tb", "short", *(argument for option in loops for argument in ("-o", option))]
     variables = {"BESPOKE_URL": target.url, "BESPOKE_KEY": target.key, "BESPOKE_MODEL": target.model}
     return command, variables | {"LANGSMITH_TRACING": "false"}
 
@@ -53,13 +57,14 @@ def lm_eval(target: Gateway, scratch: Path) -> Command:
 
 
 def vllm_bench(target: Gateway, scratch: Path) -> Command:
-    """vLLM's `bench serve` as it comes, on its random data set: it sends ignore_eos."""
-    command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--backend", "openai-chat"]
+    """vLLM's `bench serve` as it comes, on its random data set."""
+    command = [sys.executable, "-m", "loadtests.drives.vllm_bench", "--backend", "openai-chat"]
     command += ["--base-url", target.url, "--endpoint", "/v1/chat/completions", "--model", target.model]
-    command += ["--tokenizer", str(target.tokenizer.resolve()), "--dataset-name", "random", "--ignore-eos"]
+    command += ["--tokenizer", str(target.tokenizer.resolve()), "--dataset-name", "random"]
     command += ["--random-input-len", str(RANDOM_TOKENS), "--random-output-len", str(RANDOM_TOKENS)]
     command += ["--num-prompts", str(RANDOM_PROMPTS), "--disable-tqdm"]
-    return command, {"OPENAI_API_KEY": target.key, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    variables = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(ROOT)}
+    return command, variables | {"OPENAI_API_KEY": target.key}
 
 
 SUITES: dict[str, Callable[[Gateway, Path], Command]] = {
