@@ -34,8 +34,8 @@ def langchain(target: Gateway, scratch: Path) -> Command:
     command = [str(bin_folder / "python"), "-m", "pytest", str(suite), "-q", "-p", "no:cacheprovider"]
     command += ["--rootdir", str(scratch), "--confcutdir", str(scratch), "-c", "/dev/null"]
     # One event loop: the clients keep their connections from test to test.
-    loops = ("asyncio_mode=auto", "asyncio_default_test_loop_scope=session")
-    loops += ("asyncio_default_fixture_loop_scope=session",)
+    scopes = (f"asyncio_default_{kind}_loop_scope=session" for kind in ("test", "fixture"))
+    loops = ("asyncio_mode=auto", *scopes)
     command += ["--tb", "short", *(argument for option in loops for argument in ("-o", option))]
     variables = {"BESPOKE_URL": target.url, "BESPOKE_KEY": target.key, "BESPOKE_MODEL": target.model}
     return command, variables | {"LANGSMITH_TRACING": "false"}
