@@ -11,6 +11,7 @@
     ├── PermissionDenied
     ├── TenantSuspended              its keys are good, but it may not use the service now
     ├── NotFound                     a route, or another HTTP-level miss
+    │   ├── ItemNotFound             an item of a stored response
     │   ├── MethodNotAllowed
     │   ├── ModelNotFound
     │   └── ResponseNotFound
@@ -178,6 +179,21 @@ class ResponseNotFound(NotFound):
     @property
     def message(self) -> str:
         return f"Response with id '{self.response_id[:64]}' not found."
+
+
+class ItemNotFound(NotFound):
+    """The item is unknown, not stored or another tenant's: the cases must look the same to the client."""
+
+    def __init__(self, item_id: str) -> None:
+        super().__init__(item_id)
+        self.item_id = item_id
+
+    @property
+    def message(self) -> str:
+        return (
+            f"Item with id '{self.item_id[:128]}' not found. Items are not persisted when `store` is set to "
+            "false. Try again with `store` set to true, or send the item itself."
+        )
 
 
 class IdempotencyConflict(BespokeError):

@@ -6,7 +6,7 @@ travel as plain values. Unknown names are errors: a typing mistake must not sile
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import (
@@ -15,6 +15,12 @@ from pydantic_settings import (
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
+
+# An origin as browsers send it; ":*" stands for any port.
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:(\d{1,5}|\*))?)$")]
+LOOPBACK_ORIGINS = [
+    f"{scheme}://{host}:*" for scheme in ("http", "https") for host in ("localhost", "127.0.0.1", "[::1]")
+]
 
 
 class EngineSettings(BaseSettings):
@@ -81,6 +87,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     bases: list[str] = ["smollm2-135m"]
+    cors_origins: list[Origin] = LOOPBACK_ORIGINS  # of web pages that may call the API; none: []
     database_url: SecretStr | None = None
     gateway_replicas: int = Field(1, ge=1)
     engine_replicas: int = Field(1, ge=1)

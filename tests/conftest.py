@@ -23,8 +23,8 @@ from tests.support.constants import NOON, PLAN
 from tests.support.databases import NewDatabase
 from tests.support.postgres import MigratedDatabases, Postgres
 
-# Prints the minutes of each folder at the end.
-pytest_plugins = ["tests.support.durations"]
+# Prints the minutes of each folder at the end, and writes docs/compatibility.md when it is asked to.
+pytest_plugins = ["tests.support.durations", "tests.support.compatibility"]
 
 # `serve.deployment.ray_app` sets this before it imports ray; here a test that runs vLLM may import ray first.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -1,8 +1,9 @@
 """/v1/files — platform.openai.com/docs/api-reference/files."""
 
 import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
@@ -11,8 +12,8 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel
 
 from serve.api.dependencies import Ctx, FilesPrincipal
+from serve.api.forms import FileForm
 from serve.api.schemas import errors
-from serve.api.uploads import Upload
 from serve.batches.batches import Batches
 from serve.client_data.files import PURPOSES, Draft, File, Files
 from serve.errors import InvalidRequest, Overloaded
@@ -103,26 +104,33 @@ async def create(request: Request, principal: FilesPrincipal, ctx: Ctx, files: S
     """The caller and its storage quota are checked before the body is read."""
     at = ctx.gateway.context.now()
     await asyncio.to_thread(files.check_quota, principal.tenant, at=at)
-    uploading: Counter[str] = request.app.state.uploading
-    if uploading[principal.tenant] >= UPLOADS_AT_ONCE:
-        raise Overloaded("Too many uploads at once; please retry.")
-    uploading[principal.tenant] += 1
-    try:
+    with uploading(request, principal.tenant):
         draft = await asyncio.to_thread(files.draft, principal.tenant, bytes_max=files.bounds.file_bytes)
         try:
-            upload = Upload(request.headers.get("content-type", ""), draft)
-            await upload.read(request.stream())
-            purpose, expires_at = _purpose(upload.fields), _expires_at(upload.fields, at)
+            form = FileForm(request.headers.get("content-type", ""), draft)
+            await form.read(request.stream())
+            purpose, expires_at = _purpose(form.fields), _expires_at(form.fields, at)
         except BaseException:
             draft.discard()
             raise
-        return _wire(
-            await asyncio.to_thread(_add, files, draft, principal.tenant, purpose, upload, at, expires_at)
+        return file_object(
+            await asyncio.to_thread(_add, files, draft, principal.tenant, purpose, form, at, expires_at)
         )
+
+
+@contextlib.contextmanager
+def uploading(request: Request, tenant: str) -> Iterator[None]:
+    """Bounds how many bodies with a file of one tenant are read at once. Raises Overloaded."""
+    counts: Counter[str] = request.app.state.uploading
+    if counts[tenant] >= UPLOADS_AT_ONCE:
+        raise Overloaded("Too many uploads at once; please retry.")
+    counts[tenant] += 1
+    try:
+        yield
     finally:
-        uploading[principal.tenant] -= 1
-        if not uploading[principal.tenant]:
-            del uploading[principal.tenant]
+        counts[tenant] -= 1
+        if not counts[tenant]:
+            del counts[tenant]
 
 
 @router.get("/v1/files", response_model=FileList, responses=errors(400, 401, 403, 503))
@@ -144,14 +152,16 @@ async def index(
         limit=limit,
         newest_first=order == "desc",
     )
-    data = [_wire(file) for file in page.items]
+    data = [file_object(file) for file in page.items]
     ends = (data[0].id, data[-1].id) if data else (None, None)
     return FileList(data=data, first_id=ends[0], last_id=ends[1], has_more=page.has_more)
 
 
 @router.get("/v1/files/{file_id}", response_model=FileObject, responses=errors(401, 403, 404, 503))
 async def show(file_id: str, principal: FilesPrincipal, ctx: Ctx, files: StoredFiles) -> FileObject:
-    return _wire(await asyncio.to_thread(files.get, principal.tenant, file_id, at=ctx.gateway.context.now()))
+    return file_object(
+        await asyncio.to_thread(files.get, principal.tenant, file_id, at=ctx.gateway.context.now())
+    )
 
 
 @router.get(
@@ -182,12 +192,12 @@ def _add(
     draft: Draft,
     tenant: str,
     purpose: str,
-    upload: Upload,
+    form: FileForm,
     at: datetime,
     expires_at: datetime | None,
 ) -> File:
     return files.add(
-        draft, tenant, purpose=purpose, filename=upload.filename or "", at=at, expires_at=expires_at
+        draft, tenant, purpose=purpose, filename=form.filename or "", at=at, expires_at=expires_at
     )
 
 
@@ -209,7 +219,7 @@ def _expires_at(fields: dict[str, str], at: datetime) -> datetime | None:
     return at + timedelta(seconds=int(seconds or 0))
 
 
-def _wire(file: File) -> FileObject:
+def file_object(file: File) -> FileObject:
     return FileObject(
         id=file.id,
         bytes=file.bytes,

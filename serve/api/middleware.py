@@ -6,6 +6,7 @@ Plain ASGI (asgi.readthedocs.io), because the middleware must see streams as the
 
 import asyncio
 import logging
+import re
 import uuid
 import zlib
 from collections.abc import Callable
@@ -34,7 +35,8 @@ from serve.rate_limits import Quota, RateLimitStatus
 log = logging.getLogger(__name__)
 
 HEADER_BYTES_MAX = 16 * 1024
-UPLOAD_ROUTE, FORM_BYTES = ("POST", "/v1/files"), 64 * 1024
+# Their bodies are forms with a file, or with a part of one.
+UPLOAD_PATHS, FORM_BYTES = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts"), 64 * 1024
 # zlib's window bits that expect a gzip header (RFC 1952), or a zlib header (RFC 1950).
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 # Machines ask these every few seconds; their traces would bury the others.
@@ -84,6 +86,7 @@ class RequestMiddleware:
                     "x-request-id": request_id,
                     "openai-processing-ms": str(round((monotonic() - started_at_s) * 1000)),
                     **rate_limit_headers(state.get("rate_limit_status")),
+                    **granted_headers(state.get("completion_tokens_granted")),
                 }
                 encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
                 message["headers"] = [*message.get("headers", ()), *encoded]
@@ -127,7 +130,7 @@ def body_bound(body_bytes_max: int, file_bytes_max: int) -> Callable[[Scope], in
 
 def is_upload(scope: Scope) -> bool:
     """True for a form with a file, which is written to disk as it comes; other bodies are JSON."""
-    return (scope["method"], scope["path"]) == UPLOAD_ROUTE
+    return scope["method"] == "POST" and UPLOAD_PATHS.fullmatch(scope["path"]) is not None
 
 
 def direct_send(scope: Scope, send: Send) -> Send:
@@ -149,6 +152,11 @@ def rate_limit_headers(status: RateLimitStatus | None) -> dict[str, str]:
             headers[f"x-ratelimit-remaining-{unit}"] = str(quota.remaining)
             headers[f"x-ratelimit-reset-{unit}"] = f"{quota.reset_s:g}s"
     return headers
+
+
+def granted_headers(completion_tokens: int | None) -> dict[str, str]:
+    """The most tokens that the answer could have, where that is less than the caller asked for."""
+    return {} if completion_tokens is None else {"x-bespoke-max-tokens": str(completion_tokens)}
 
 
 def _route(scope: Scope) -> str:

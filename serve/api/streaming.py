@@ -114,12 +114,22 @@ class Rendered:
         return await asyncio.to_thread(self.bytes_of, result)
 
 
+async def count(
+    request: Request, ctx: Context, principal: Principal, inference_request: InferenceRequest
+) -> int:
+    """`Gateway.count_prompt_tokens`. A client that leaves cancels it."""
+    counting = ctx.gateway.count_prompt_tokens(principal, inference_request)
+    tokens, request.state.rate_limit_status = await cancel_on_disconnect(request, counting)
+    return tokens
+
+
 async def start(
     request: Request, ctx: Context, principal: Principal, inference_request: InferenceRequest
 ) -> Generation:
-    """`Gateway.generate`, which leaves the caller's rate-limit status for the answer's headers."""
+    """`Gateway.generate`, which leaves for the answer's headers what the caller may use and still has."""
     generation = await ctx.gateway.generate(principal, inference_request)
     request.state.rate_limit_status = generation.rate_limit_status
+    request.state.completion_tokens_granted = generation.completion_tokens_granted
     return generation
 
 

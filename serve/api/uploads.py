@@ -1,146 +1,162 @@
-"""Reads multipart/form-data with one file, and writes the file to disk as it comes (RFC 7578).
-
-Fields and the number of parts are bounded here; the file's draft bounds the file.
-"""
+"""/v1/uploads: files that are sent in parts — platform.openai.com/docs/api-reference/uploads."""
 
 import asyncio
-import contextlib
-import re
-from collections.abc import AsyncIterator
-from email.errors import HeaderParseError
-from email.header import decode_header, make_header
-from urllib.parse import unquote_to_bytes
+from typing import Annotated, Any, Literal
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, Field
 
-from serve.client_data.files import Draft
-from serve.errors import InvalidRequest
+from serve.api.dependencies import Ctx, FilesPrincipal
+from serve.api.files import EXPIRES_AFTER_S, FileObject, StoredFiles, file_object, uploading
+from serve.api.forms import FileForm
+from serve.api.schemas import errors
+from serve.client_data.files import FILENAME_CHARS_MAX
+from serve.client_data.uploads import PARTS_MAX, Upload, Uploads
 
-FIELD_BYTES_MAX = 1024
-HEADER_BYTES_MAX = 4096
-PARTS_MAX = 16
+router = APIRouter()
+
+FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["data"],
+                    "properties": {"data": {"type": "string", "format": "binary"}},
+                }
+            }
+        },
+    }
+}
 
 
-class Upload:
-    """Reads one form. `fields` holds its texts; `filename` is None until a file has come.
+class ExpiresAfter(BaseModel):
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=EXPIRES_AFTER_S.start, lt=EXPIRES_AFTER_S.stop)
 
-    `read` also raises what the draft raises.
-    """
 
-    def __init__(self, content_type: str, draft: Draft) -> None:
-        """Raises InvalidRequest if the body is not a form."""
-        kind, options = parse_options_header(content_type)
-        boundary = options.get(b"boundary")
-        if kind != b"multipart/form-data" or not boundary or len(boundary) > 200:
-            raise InvalidRequest("Send the file as multipart/form-data.", "file", "invalid_content_type")
-        self.fields: dict[str, str] = {}
-        self.filename: str | None = None
-        self._draft = draft
-        self._parts = 0
-        self._in_file = False
-        self._name = ""
-        self._value = bytearray()
-        self._header: tuple[bytearray, bytearray] = (bytearray(), bytearray())
-        self._disposition = b""
-        self._pieces: list[bytes] = []
-        self._ended = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._on_part,
-                "on_header_field": lambda data, start, end: self._on_header(0, data[start:end]),
-                "on_header_value": lambda data, start, end: self._on_header(1, data[start:end]),
-                "on_header_end": self._on_header_end,
-                "on_headers_finished": self._on_headers,
-                "on_part_data": lambda data, start, end: self._on_data(data[start:end]),
-                "on_part_end": self._on_part_end,
-                "on_end": self._on_end,
-            },
-        )
+PartId = Annotated[str, Field(max_length=64)]
 
-    async def read(self, body: AsyncIterator[bytes]) -> None:
-        """Raises InvalidRequest for a malformed form, or one without a file."""
+
+class UploadCreate(BaseModel):
+    filename: str = Field(min_length=1, max_length=FILENAME_CHARS_MAX)
+    purpose: Literal["batch", "fine-tune"]
+    bytes: int = Field(ge=1)
+    mime_type: str = Field(min_length=1, max_length=255)
+    expires_after: ExpiresAfter | None = None
+
+
+class UploadComplete(BaseModel):
+    part_ids: Annotated[list[PartId], Field(min_length=1, max_length=PARTS_MAX, fail_fast=True)]
+    md5: str | None = Field(None, pattern="^[0-9a-fA-F]{32}$")
+
+
+class UploadObject(BaseModel):
+    id: str
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    file: FileObject | None = None
+
+
+class UploadPart(BaseModel):
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int
+    upload_id: str
+
+
+async def stored_uploads(ctx: Ctx, files: StoredFiles) -> Uploads:
+    return Uploads(ctx.store, files)
+
+
+StoredUploads = Annotated[Uploads, Depends(stored_uploads)]
+
+
+@router.post("/v1/uploads", response_model=UploadObject, responses=errors(400, 401, 403, 503))
+async def create(
+    body: UploadCreate, principal: FilesPrincipal, ctx: Ctx, uploads: StoredUploads
+) -> UploadObject:
+    """The parts must come within an hour. `mime_type` is taken and not kept."""
+    upload = await asyncio.to_thread(
+        uploads.create,
+        principal.tenant,
+        purpose=body.purpose,
+        filename=body.filename,
+        size=body.bytes,
+        file_expires_after_s=body.expires_after.seconds if body.expires_after else None,
+        at=ctx.gateway.context.now(),
+    )
+    return _wire(upload)
+
+
+@router.post(
+    "/v1/uploads/{upload_id}/parts",
+    response_model=UploadPart,
+    responses=errors(400, 401, 403, 404, 413, 503),
+    openapi_extra=FORM,
+)
+async def add_part(
+    request: Request, upload_id: str, principal: FilesPrincipal, ctx: Ctx, uploads: StoredUploads
+) -> UploadPart:
+    """Parts may come in any order and at the same time; `complete` puts them in order."""
+    tenant, at = principal.tenant, ctx.gateway.context.now()
+    with uploading(request, tenant):
+        draft = await asyncio.to_thread(uploads.draft_part, tenant, upload_id, at=at)
         try:
-            async for piece in body:
-                self._parser.write(piece)
-                if self._pieces:
-                    await asyncio.to_thread(self._flush)
-        except FormParserError as error:
-            raise InvalidRequest("The form is malformed.", None, "invalid_value") from error
-        if not self._ended:
-            raise InvalidRequest("The form ends too early.", None, "invalid_value")
-        if self.filename is None:
-            raise InvalidRequest("'file' is missing.", "file", "missing_required_parameter")
-
-    def _flush(self) -> None:
-        for piece in self._pieces:
-            self._draft.write(piece)
-        self._pieces.clear()
-
-    def _on_part(self) -> None:
-        self._parts += 1
-        if self._parts > PARTS_MAX:
-            raise InvalidRequest(f"The form may have {PARTS_MAX} parts.", None, "invalid_value")
-        self._in_file, self._name, self._disposition = False, "", b""
-        self._value.clear()
-
-    def _on_header(self, which: int, data: bytes) -> None:
-        self._header[which].extend(data)
-        if len(self._header[which]) > HEADER_BYTES_MAX:
-            raise InvalidRequest("A part's header is too long.", None, "invalid_value")
-
-    def _on_header_end(self) -> None:
-        name, value = self._header
-        if name.lower() == b"content-disposition":
-            self._disposition = bytes(value)
-        name.clear()
-        value.clear()
-
-    def _on_headers(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        self._name = options.get(b"name", b"").decode(errors="replace")
-        if self._name != "file":
-            return
-        if self.filename is not None:
-            raise InvalidRequest("Send one file at a time.", "file", "invalid_value")
-        self._in_file = True
-        self.filename = filename_of(self._disposition, options.get(b"filename", b""))
-
-    def _on_data(self, data: bytes) -> None:
-        if self._in_file:
-            self._pieces.append(data)
-            return
-        self._value.extend(data)
-        if len(self._value) > FIELD_BYTES_MAX:
-            raise InvalidRequest(f"'{self._name[:64]}' is too long.", self._name[:64], "invalid_value")
-
-    def _on_part_end(self) -> None:
-        if not self._in_file:
-            self.fields[self._name] = self._value.decode(errors="replace")
-
-    def _on_end(self) -> None:
-        self._ended = True
+            form = FileForm(request.headers.get("content-type", ""), draft, "data")
+            await form.read(request.stream())
+        except BaseException:
+            draft.discard()
+            raise
+        part = await asyncio.to_thread(uploads.add_part, tenant, upload_id, draft, at=at)
+    return UploadPart(id=part.id, created_at=int(part.created_at.timestamp()), upload_id=part.upload_id)
 
 
-def filename_of(disposition: bytes, plain: bytes) -> str:
-    """The file's name: of `filename*` (RFC 5987), else `plain`, the value of `filename`.
+@router.post(
+    "/v1/uploads/{upload_id}/complete",
+    response_model=UploadObject,
+    responses=errors(400, 401, 403, 404, 503),
+)
+async def complete(
+    upload_id: str, body: UploadComplete, principal: FilesPrincipal, ctx: Ctx, uploads: StoredUploads
+) -> UploadObject:
+    """Makes a file of the parts, in the order of `part_ids`. Their bytes must be as many as announced."""
+    upload = await asyncio.to_thread(
+        uploads.complete,
+        principal.tenant,
+        upload_id,
+        body.part_ids,
+        md5=body.md5,
+        at=ctx.gateway.context.now(),
+    )
+    return _wire(upload)
 
-    .NET's clients send both, the plain one as an encoded word (RFC 2047). RFC 7578 wants UTF-8 bytes in it,
-    as all other clients send them. A value that cannot be decoded stays as it is.
-    """
-    if extended := _EXTENDED.search(_QUOTED.sub(b"", disposition)):
-        charset, value = (part.decode("latin-1") for part in extended.groups())
-        with contextlib.suppress(UnicodeDecodeError, LookupError):
-            return unquote_to_bytes(value).decode(charset)
-    name = plain.decode(errors="replace")
-    if _ENCODED_WORD.fullmatch(name):
-        with contextlib.suppress(HeaderParseError, UnicodeDecodeError, LookupError, ValueError):
-            return str(make_header(decode_header(name))) or name
-    return name
+
+@router.post(
+    "/v1/uploads/{upload_id}/cancel",
+    response_model=UploadObject,
+    responses=errors(400, 401, 403, 404, 503),
+)
+async def cancel(upload_id: str, principal: FilesPrincipal, ctx: Ctx, uploads: StoredUploads) -> UploadObject:
+    """Deletes the parts. No more can be added."""
+    at = ctx.gateway.context.now()
+    return _wire(await asyncio.to_thread(uploads.cancel, principal.tenant, upload_id, at=at))
 
 
-# The charset, the language and the percent-encoded value, outside of what stands in quotes.
-_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
-_EXTENDED = re.compile(rb";\s*filename\*\s*=\s*([\w.:-]+)'[\w-]*'([^\s;]*)", re.IGNORECASE)
-_ENCODED_WORD = re.compile(r"(=\?[\w.:*-]+\?[bq]\?[^?\s]*\?=\s*)+", re.IGNORECASE)
+def _wire(upload: Upload) -> UploadObject:
+    return UploadObject(
+        id=upload.id,
+        bytes=upload.bytes,
+        created_at=int(upload.created_at.timestamp()),
+        expires_at=int(upload.expires_at.timestamp()),
+        filename=upload.filename,
+        purpose=upload.purpose,
+        status=upload.status,
+        file=file_object(upload.file) if upload.file else None,
+    )

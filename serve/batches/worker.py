@@ -16,6 +16,7 @@ from serve.batches.lines import Lines
 from serve.batches.queue import BatchQueue
 from serve.batches.runner import Backoff, BatchRun, RunnerContext
 from serve.client_data.files import Files
+from serve.client_data.uploads import Uploads
 from serve.errors import StoreUnavailable, Unauthenticated
 from serve.inference.gateway import Gateway
 from serve.storage.database import Store
@@ -51,6 +52,7 @@ class BatchWorker:
         self._idle_s = idle_s
         self._lease_s = lease.total_seconds()
         self._files = files
+        self._uploads = Uploads(store, files)
         self._now = now
         self._stopping = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
@@ -118,6 +120,7 @@ class BatchWorker:
     async def _sweep(self) -> None:
         while not self._stopping.is_set():
             try:
+                await asyncio.to_thread(self._uploads.sweep, at=self._now())
                 if count := await asyncio.to_thread(self._files.sweep, at=self._now()):
                     log.warning("removed %d files that nobody owns any more", count)
             except StoreUnavailable:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import sqlalchemy as sa
 
+from serve.client_data.upload_tables import PART_PREFIX, PENDING, parts_table, uploads_table
 from serve.errors import BodyTooLarge, Conflict, InvalidRequest, NotFound, StoreUnavailable
 from serve.storage.database import Store, UtcDateTime, metadata
 from serve.storage.pagination import Page, page
@@ -70,9 +71,9 @@ class File:
 class Draft:
     """Writes a new file. `publish` makes it durable; `discard` removes it after a failure. Methods block."""
 
-    def __init__(self, folder: Path, bytes_max: int | None) -> None:
+    def __init__(self, folder: Path, bytes_max: int | None, prefix: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.id = f"file-{secrets.token_hex(16)}"
+        self.id = f"{prefix}{secrets.token_hex(16)}"
         self.bytes = 0
         self._path = folder / self.id
         self._part_path = folder / f".{self.id}.part"
@@ -123,16 +124,16 @@ class Files:
         self._folder = folder
         self.bounds = bounds
 
-    def draft(self, tenant: str, *, bytes_max: int | None = None) -> Draft:
+    def draft(self, tenant: str, *, bytes_max: int | None = None, prefix: str = "file-") -> Draft:
         try:
-            return Draft(self._folder / tenant, bytes_max)
+            return Draft(self._folder / tenant, bytes_max, prefix)
         except OSError as error:
             raise StoreUnavailable() from error
 
     def check_quota(self, tenant: str, *, at: datetime) -> None:
         """Raises InvalidRequest if the tenant cannot have another file, however small."""
         with self._store.read() as connection:
-            self._require_quota(connection, tenant, 1, at)
+            self.require_quota(connection, tenant, at, files=1, size=1)
 
     def add(
         self,
@@ -146,16 +147,38 @@ class Files:
     ) -> File:
         """Store an upload. Raises InvalidRequest beyond the tenant's bounds, and then stores nothing."""
         draft.publish()
-        file = File(draft.id, tenant, purpose, safe_name(filename), draft.bytes, draft.sha256, at, expires_at)
         try:
             with self._store.write() as connection:
                 # Uploads of one tenant are inserted one after the other, so that the sum covers all of them.
                 lock_tenant(connection, tenant)
-                self._require_quota(connection, tenant, file.bytes, at)
-                self.insert(connection, file)
+                self.require_quota(connection, tenant, at, files=1, size=draft.bytes)
+                return self.insert_draft(
+                    connection,
+                    draft,
+                    tenant,
+                    purpose=purpose,
+                    filename=filename,
+                    at=at,
+                    expires_at=expires_at,
+                )
         except InvalidRequest:
             draft.discard()  # after another error the row may exist; the sweep decides
             raise
+
+    def insert_draft(
+        self,
+        connection: sa.Connection,
+        draft: Draft,
+        tenant: str,
+        *,
+        purpose: str,
+        filename: str,
+        at: datetime,
+        expires_at: datetime | None,
+    ) -> File:
+        """Insert the row of a published draft, in the caller's transaction."""
+        file = File(draft.id, tenant, purpose, safe_name(filename), draft.bytes, draft.sha256, at, expires_at)
+        self.insert(connection, file)
         return file
 
     def insert(self, connection: sa.Connection, file: File) -> None:
@@ -180,12 +203,18 @@ class Files:
 
     def find(self, connection: sa.Connection, tenant: str, file_id: str, *, at: datetime) -> File:
         """`get`, in the caller's transaction."""
+        file = self.find_or_none(connection, tenant, file_id, at=at)
+        if file is None:
+            raise NotFound(f"No such file: {file_id[:64]}.")
+        return file
+
+    def find_or_none(
+        self, connection: sa.Connection, tenant: str, file_id: str, *, at: datetime
+    ) -> File | None:
         c = files_table.c
         query = sa.select(files_table).where(c.id == file_id, *_live(tenant, at))
         row = connection.execute(query).first() if file_id.isprintable() else None
-        if row is None:
-            raise NotFound(f"No such file: {file_id[:64]}.")
-        return _file(row)
+        return None if row is None else _file(row)
 
     def page(
         self,
@@ -223,7 +252,11 @@ class Files:
             if in_use is not None and connection.execute(in_use.limit(1)).first() is not None:
                 raise Conflict("A batch that has not ended yet reads this file.")
             connection.execute(files_table.update().where(files_table.c.id == file_id).values(deleted_at=at))
-        (self._folder / tenant / file.id).unlink(missing_ok=True)
+        self.remove_bytes(tenant, file.id)
+
+    def remove_bytes(self, tenant: str, file_id: str) -> None:
+        """Remove the bytes of a file or a part whose row is gone."""
+        (self._folder / tenant / file_id).unlink(missing_ok=True)
 
     def sweep(self, *, at: datetime) -> int:
         """Remove bytes without a live row. Returns the number of files; any process may call it."""
@@ -238,17 +271,29 @@ class Files:
     def _is_live(self, file_id: str, at: datetime) -> bool:
         c = files_table.c
         query = sa.select(c.id).where(c.id == file_id, c.deleted_at.is_(None), _not_expired(at))
+        if file_id.startswith(PART_PREFIX):
+            query = sa.select(parts_table.c.id).where(parts_table.c.id == file_id)
         with self._store.read() as connection:
             return connection.execute(query).first() is not None
 
-    def _require_quota(self, connection: sa.Connection, tenant: str, more_bytes: int, at: datetime) -> None:
-        c = files_table.c
-        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(c.bytes), 0)).where(
-            *_live(tenant, at)
-        )
-        count, size = connection.execute(query).one()
+    def require_quota(
+        self, connection: sa.Connection, tenant: str, at: datetime, *, files: int = 0, size: int
+    ) -> None:
+        """Raises InvalidRequest if the tenant cannot have `files` more files, or `size` more bytes.
+
+        A pending upload counts as a file, and its parts' bytes count.
+        """
+        stored_files, stored_bytes = connection.execute(_totals(files_table).where(*_live(tenant, at))).one()
+        u = uploads_table.c
+        pending = (u.tenant_id == tenant, u.status == PENDING, u.expires_at > at)
+        uploads = connection.execute(sa.select(sa.func.count()).where(*pending)).scalar_one()
+        parts = _totals(parts_table).join(uploads_table, u.id == parts_table.c.upload_id)
+        _, part_bytes = connection.execute(parts.where(u.tenant_id == tenant)).one()
         bounds = self.bounds
-        if count >= bounds.files_per_tenant or size + more_bytes > bounds.bytes_per_tenant:
+        if (
+            stored_files + uploads + files > bounds.files_per_tenant
+            or stored_bytes + part_bytes + size > bounds.bytes_per_tenant
+        ):
             raise InvalidRequest(
                 f"You may have {bounds.files_per_tenant} files of {bounds.bytes_per_tenant} bytes in all. "
                 "Delete files that you no longer need.",
@@ -276,6 +321,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _totals(table: sa.Table) -> "sa.Select[tuple[int, int]]":
+    """Selects the number of rows and the sum of their bytes."""
+    return sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(table.c.bytes), 0)).select_from(table)
 
 
 def _live(tenant: str, at: datetime) -> tuple[sa.ColumnElement[bool], ...]:

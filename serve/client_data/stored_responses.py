@@ -8,7 +8,7 @@ has bounds on number and bytes; beyond them its oldest responses are deleted. Th
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -131,6 +131,26 @@ class StoredResponses:
         if row is None:
             raise ResponseNotFound(response_id)
         return StoredResponse(json.loads(row.body), json.loads(row.context))
+
+    def items(self, tenant: str, response_ids: Mapping[str, str], *, at: datetime) -> dict[str, Json]:
+        """The tenant's items of these ids, each with the response it belongs to; those that are there.
+
+        Mostly they are of answers, which are small: a context is read only if an id is not among them.
+        """
+        c = responses_table.c
+        live = (c.id.in_(set(response_ids.values())), c.tenant_id == tenant, c.expires_at > at)
+        items: dict[str, Json] = {}
+
+        def take(candidates: Iterable[Json]) -> None:
+            items.update({item["id"]: item for item in candidates if item["id"] in response_ids})
+
+        with self._store.read() as connection:
+            for row in connection.execute(sa.select(c.body).where(*live)):
+                take(json.loads(row.body)["output"])
+            missing = {response_ids[item_id] for item_id in response_ids.keys() - items.keys()}
+            for row in connection.execute(sa.select(c.context).where(c.id.in_(missing), *live)):
+                take(json.loads(row.context))
+        return items
 
     def delete(self, tenant: str, response_id: str, *, at: datetime) -> None:
         """Delete one. Later turns of its conversation have their own copy. Raises ResponseNotFound."""

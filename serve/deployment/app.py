@@ -27,7 +27,9 @@ from serve.api import (
     openapi,
     organization,
     responses,
+    uploads,
 )
+from serve.api.cors import BrowserMiddleware
 from serve.api.dependencies import Context
 from serve.api.middleware import BodyMiddleware, RequestMiddleware, TracingMiddleware, body_bound
 from serve.batches.batches import Batches
@@ -159,6 +161,7 @@ def build_app(
         embeddings,
         models,
         files,
+        uploads,
         batches,
         health,
         organization,
@@ -172,6 +175,8 @@ def build_app(
     slowest = limits.body_bytes / limits.body_timeout_s
     app.add_middleware(BodyMiddleware, body_bytes_max=body_bound(**sizes), bytes_per_s_min=slowest)
     app.add_middleware(RequestMiddleware, metrics=metrics, **sizes)
+    if settings.cors_origins:
+        app.add_middleware(BrowserMiddleware, origins=settings.cors_origins)
     if tracing is not OFF:
         app.add_middleware(TracingMiddleware, tracing=tracing)
     return app

@@ -43,10 +43,12 @@ class TextFormat:
 class Sampling:
     """Says how to choose tokens. `completion_tokens_max` None means: as many as the context allows.
 
-    With 0 the answer is empty, and no completion is counted. `logprobs` is how many of the likeliest tokens
-    each token is sent with; None means no log-probabilities at all. With `echo` each choice begins with the
-    prompt, whose tokens are not counted as completion. Before `completion_tokens_min`, and with `ignore_eos`,
-    the model's own end of an answer is not taken.
+    A prompt that leaves less of the context gets what it leaves. With 0 the answer is empty, and no
+    completion is counted.
+
+    `logprobs` is how many of the likeliest tokens each token is sent with; None means no log-probabilities at
+    all. With `echo` each choice begins with the prompt, whose tokens are not counted as completion. Before
+    `completion_tokens_min`, and with `ignore_eos`, the model's own end of an answer is not taken.
     """
 
     completion_tokens_max: int | None = None
@@ -137,10 +139,10 @@ class GenerationRequest:
 
     Choices are numbered prompt by prompt: choice i·n + j is the j-th sample of the i-th text.
     `cache_salt` keeps one tenant from probing the prefix cache of another.
-    `length_param` is the client's own name for `completion_tokens_max`, for error messages.
     With `collect` each choice comes in one piece once it is complete; its counts come as they arise.
     `context_tokens_max` narrows the engine's own context. `trace_headers` name the parent of the engine's own
-    spans (W3C Trace Context), if there is one.
+    spans (W3C Trace Context), if there is one. With `count_only` the prompt is rendered and counted, and
+    nothing is generated.
     """
 
     request_id: str
@@ -148,12 +150,12 @@ class GenerationRequest:
     prompt: Prompt
     sampling: Sampling
     cache_salt: str
-    length_param: str = "max_tokens"
     toolbox: Toolbox | None = None
     reasoning_effort: str | None = None
     collect: bool = False
     context_tokens_max: int | None = None
     trace_headers: Mapping[str, str] | None = None
+    count_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,13 +174,15 @@ class TokenLogprob:
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a", gc=False):
     """Confirms that the engine has the request. `replica` and `boot` name the process that counts it.
 
-    `cold_loads` is 1 if its adapter had to be loaded into memory first.
+    `cold_loads` is 1 if its adapter had to be loaded into memory first. `completion_tokens_max` is how many
+    tokens a choice may have: what was asked for, or what the prompt leaves of the context if that is less.
     """
 
     replica: str
     boot: str
     prompt_tokens: int
     cold_loads: int = 0
+    completion_tokens_max: int | None = None
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d", gc=False):

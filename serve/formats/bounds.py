@@ -13,6 +13,14 @@ def bound(param: str, value: int, most: int, what: str | None = None) -> None:
         raise InvalidRequest(f"'{param}' allows at most {most} {what or ''}".rstrip() + ".", param)
 
 
+def clamped(value: int | None, most: int) -> int | None:
+    """Returns the client's "at most" under our own bound.
+
+    Clients send large defaults, 4,096 say, without a thought of the model: such a bound is no wish.
+    """
+    return None if value is None else min(value, most)
+
+
 def check_tools(names: Sequence[str], *, forced: bool, function: str | None) -> None:
     """Raises InvalidRequest if two tools share a name, or if the tool that must be called is missing.
 

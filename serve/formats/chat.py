@@ -178,8 +178,8 @@ class ChatCompletionRequest(GenerationBody):
                 yield Schema(_schema_param(index), function.parameters, function.name, strict)
 
     @property
-    def length_param(self) -> str:
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+    def completion_tokens_asked(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
     def prompt(self, limits: RequestBounds) -> tuple[Message, ...]:
         bound("messages", len(self.messages), limits.messages, "messages")
@@ -198,8 +198,7 @@ class ChatCompletionRequest(GenerationBody):
     def sampling(self, limits: RequestBounds) -> Sampling:
         return self.sampling_with(
             limits,
-            completion_tokens_max=self.max_completion_tokens or self.max_tokens,
-            length_param=self.length_param,
+            completion_tokens_max=self.completion_tokens_asked,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             format=self._json_format(),
         )
@@ -229,10 +228,10 @@ def request_of(body: ChatCompletionRequest, request_id: str, limits: RequestBoun
         model=body.model,
         prompt=body.prompt(limits),
         sampling=body.sampling(limits),
-        length_param=body.length_param,
         toolbox=body.toolbox(limits),
         reasoning_effort=body.reasoning_effort,
         collect=not body.stream,
+        completion_tokens_asked=body.completion_tokens_asked,
     )
 
 

@@ -61,7 +61,6 @@ class CompletionRequest(GenerationBody):
         return self.sampling_with(
             limits,
             completion_tokens_max=COMPLETION_TOKENS_DEFAULT if self.max_tokens is None else self.max_tokens,
-            length_param="max_tokens",
             logprobs=self.logprobs,
             echo=bool(self.echo),
         )
@@ -74,8 +73,8 @@ def request_of(body: CompletionRequest, request_id: str, limits: RequestBounds) 
         model=body.model,
         prompt=body.texts(limits),
         sampling=body.sampling(limits),
-        length_param="max_tokens",
         collect=not body.stream,
+        completion_tokens_asked=body.max_tokens,
     )
 
 

@@ -24,6 +24,7 @@ STATUS: dict[type[errors.BespokeError], tuple[int, str, str | None]] = {
     errors.MethodNotAllowed: (405, "invalid_request_error", "method_not_allowed"),
     errors.ModelNotFound: (404, "invalid_request_error", "model_not_found"),
     errors.ResponseNotFound: (404, "invalid_request_error", None),
+    errors.ItemNotFound: (404, "invalid_request_error", None),
     errors.IdempotencyConflict: (409, "invalid_request_error", "idempotency_key_in_use"),
     errors.InsufficientCredit: (429, "insufficient_quota", "insufficient_quota"),
     errors.RequestQuarantined: (422, "invalid_request_error", "request_quarantined"),
@@ -54,6 +55,8 @@ def body_of(error: errors.BespokeError) -> dict[str, Any]:
         param, code = error.param, error.code or code
     elif isinstance(error, errors.ModelNotFound):
         param = "model"
+    elif isinstance(error, errors.ItemNotFound):
+        param = "input"
     elif isinstance(error, errors.RateLimited) and error.what == "tokens":
         kind = "tokens"
     hidden = type(error) is errors.BespokeError or (isinstance(error, errors.OperatorError) and status == 500)

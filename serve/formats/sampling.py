@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from serve.engine.protocol import JsonFormat, Sampling, TextFormat
 from serve.errors import InvalidRequest
 from serve.formats.body_budget import FreeObject, Items, check_body
-from serve.formats.bounds import bound
+from serve.formats.bounds import bound, clamped
 from serve.formats.errors import validation_text
 from serve.formats.schema_budget import Schema, check_schemas
 from serve.formats.structured_outputs import GUIDED, Choices, Constraint, StructuredOutputs, constraints_of
@@ -196,7 +196,6 @@ class GenerationBody(BaseModel):
         limits: RequestBounds,
         *,
         completion_tokens_max: int | None,
-        length_param: str,
         logprobs: int | None = None,
         echo: bool = False,
         format: JsonFormat | None = None,
@@ -208,7 +207,7 @@ class GenerationBody(BaseModel):
         bound("n", n, limits.n)
         bound("stop", len(stop), limits.stop_sequences, "stop sequences")
         bound("logit_bias", len(self.logit_bias or ()), LOGIT_BIASES_MAX, "tokens")
-        bound(length_param, completion_tokens_max or 1, limits.completion_tokens)
+        completion_tokens_max = clamped(completion_tokens_max, limits.completion_tokens)
         least, most = self.min_tokens or 0, completion_tokens_max
         bound("min_tokens", least, limits.completion_tokens if most is None else most, "tokens")
         return Sampling(

@@ -15,7 +15,7 @@ from serve.billing.ledger.checkpoints import UsageCheckpoints
 from serve.billing.ledger.holds import Hold, HoldRequest, StaleQuote
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.terms import BillingTerms
-from serve.engine.protocol import Engine, Texts
+from serve.engine.protocol import Engine, Event, Finished, GenerationRequest, Texts
 from serve.errors import ModelNotFound, RequestQuarantined, StoreUnavailable
 from serve.inference.generation import Admitted, Generation, GenerationContext
 from serve.inference.model_cache import ModelCache, PricedModel
@@ -24,7 +24,7 @@ from serve.inference.request import InferenceRequest
 from serve.observability import logs
 from serve.observability.metrics import Metrics
 from serve.observability.tracing import OFF, Tracing
-from serve.rate_limits import RateLimiter
+from serve.rate_limits import RateLimiter, RateLimitStatus
 from serve.registry.registry import AdapterRegistry
 from serve.registry.versions import Model
 from serve.storage.database import Store
@@ -138,14 +138,47 @@ class Gateway:
         task.add_done_callback(self._running.discard)
         return generation
 
+    async def count_prompt_tokens(
+        self, principal: Principal, request: InferenceRequest
+    ) -> tuple[int, RateLimitStatus | None]:
+        """The tokens that `request`'s prompt would be billed for, and what the caller may still ask.
+
+        The engine renders the prompt as it would to answer. Nothing is held or charged. A count is one of the
+        caller's requests per minute. Raises ModelNotFound, NotBillable, RateLimited, InvalidRequest,
+        EngineUnavailable, Overloaded, StoreUnavailable.
+        """
+        logs.set_log_context(request.request_id)
+        self._require_use(principal, request)
+        at = self.context.now()
+        priced_model = await asyncio.to_thread(self._model_cache.load, principal.tenant, request.model, at)
+        permit = await self._rate_limiter.admit(principal.subjects, tokens=0)
+        try:
+            model, events = priced_model.model, list[Event]()
+            await self._engines[model.base].generate(
+                GenerationRequest(
+                    request.request_id,
+                    model.adapter,
+                    request.prompt,
+                    request.sampling,
+                    cache_salt=principal.tenant,
+                    toolbox=request.toolbox,
+                    reasoning_effort=request.reasoning_effort,
+                    count_only=True,
+                ),
+                events.extend,
+            )
+        finally:
+            permit.release(0)
+        (count,) = (event.prompt_tokens for event in events if isinstance(event, Finished))
+        return count, permit.status
+
     async def drain(self) -> None:
         """Wait until every admitted request is settled or voided."""
         while self._running:
             await asyncio.wait(set(self._running))
 
     async def _priced_model(self, principal: Principal, request: InferenceRequest) -> PricedModel:
-        if not principal.may_use(request.model):
-            raise ModelNotFound(request.model)
+        self._require_use(principal, request)
         tenant, now = principal.tenant, self.context.now()
         if (priced_model := self._model_cache.get(tenant, request.model, now)) is not None:
             return priced_model
@@ -158,6 +191,10 @@ class Gateway:
         except RequestQuarantined:
             self.context.metrics.quarantine_refused()
             raise
+
+    def _require_use(self, principal: Principal, request: InferenceRequest) -> None:
+        if not principal.may_use(request.model):
+            raise ModelNotFound(request.model)
 
     def _quote(self, principal: Principal, request: InferenceRequest, priced_model: PricedModel) -> _Quote:
         """The most tokens that the request may use. Nothing is reserved yet."""

@@ -127,6 +127,13 @@ class Generation:
         """The caller's remaining requests and tokens."""
         return self._admitted.permit.status
 
+    @property
+    def completion_tokens_granted(self) -> int | None:
+        """The most tokens of a choice, if that is less than the client asked for."""
+        asked = self.request.completion_tokens_asked
+        most = self._served_by.completion_tokens_max if self._served_by else None
+        return most if asked is not None and most is not None and most < asked else None
+
     async def wait_accepted(self) -> None:
         try:
             await asyncio.shield(self._accepted)
@@ -298,7 +305,6 @@ class Generation:
             self.request.prompt,
             self.request.sampling,
             cache_salt=self._principal.tenant,
-            length_param=self.request.length_param,
             toolbox=self.request.toolbox,
             reasoning_effort=self.request.reasoning_effort,
             collect=self.request.collect,

@@ -92,7 +92,6 @@ class Quarantine:
             request,
             request_id="",
             model=model.base,
-            length_param="",
             collect=False,
             commit_hook=None,
             survives_disconnect=False,

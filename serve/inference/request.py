@@ -16,7 +16,7 @@ from serve.inference.answer import Choice
 class InferenceRequest:
     """Holds a client's request, validated and bounded, in the gateway's own terms.
 
-    length_param: the name of the client's field that limits the completion; errors name it.
+    completion_tokens_asked: the client's own bound, before ours; None if it names none.
     collect: gather the choices into `GenerationResult.choices`, which a `commit_hook` needs.
     survives_disconnect: go on when the client leaves, because it will come back for the answer.
     tier: "default" or "batch", which of the plan's prices apply.
@@ -26,13 +26,13 @@ class InferenceRequest:
     model: str
     prompt: Prompt
     sampling: Sampling
-    length_param: str
     toolbox: Toolbox | None = None
     reasoning_effort: str | None = None
     collect: bool = False
     commit_hook: "CommitHook | None" = None
     survives_disconnect: bool = False
     tier: str = "default"
+    completion_tokens_asked: int | None = None
 
     @property
     def choices(self) -> int:

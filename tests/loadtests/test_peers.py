@@ -16,7 +16,8 @@ from loadtests.peers.process import PeerFailed, free_port, running
 from loadtests.peers.server import Server
 from serve.engine.vllm.setup import engine_args
 
-LOCKS = sorted(Path(process.__file__).parent.glob("requirements-*.txt"))
+# Of the peers and of the drives.
+LOCKS = sorted(Path(process.__file__).parents[1].glob("*/requirements-*.txt"))
 ENTRY = re.compile(r"^(\S+)==(\S+) \\\n((?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE)
 LITELLM_WHEEL = "bf8e3d23cddf0eb4c05714dffcaafd8a944adf0f9c9b01c6c863b2637309de2e"
 

@@ -37,7 +37,7 @@ def gateway_of(shop: BillingFixture, engine: ScriptedEngine, **settings: float) 
 
 def inference_request(model: str = "tiny") -> InferenceRequest:
     hello = (Message("user", "Hello"),)
-    return InferenceRequest("req_1", model, hello, Sampling(completion_tokens_max=5), "max_tokens")
+    return InferenceRequest("req_1", model, hello, Sampling(completion_tokens_max=5))
 
 
 async def collect(generation: Generation) -> str:

@@ -22,6 +22,7 @@ from serve.engine.adapters.slots import Slots
 from serve.engine.protocol import (
     Accepted,
     Counters,
+    Finished,
     GenerationRequest,
     JsonFormat,
     Message,
@@ -208,6 +209,10 @@ class VllmEngine:
     async def generate(self, request: GenerationRequest, take: Take) -> None:
         """See `serve.engine.protocol.Engine.generate`. Cancelled, it ends the request."""
         logs.set_log_context(request.request_id, trace_id=trace_id_of(request.trace_headers))
+        if request.count_only:
+            tokens = await self._renderer.count(request)
+            take([Accepted(self._replica, self._boot, tokens), Finished(tokens, 0, 0, aborted=False)])
+            return
         rendered = await self._renderer.render(request)
         await check_grammar(self._grammar_gate, request, rendered.params)
         parser = self._parser(request, rendered)
@@ -227,7 +232,8 @@ class VllmEngine:
                 log.exception("request %s was not accepted", request.request_id)
                 raise _lost_or(EngineUnavailable(), self._llm) from error
             try:
-                take([Accepted(self._replica, self._boot, rendered.prompt_tokens, cold)])
+                most = rendered.completion_tokens_max
+                take([Accepted(self._replica, self._boot, rendered.prompt_tokens, cold, most)])
                 hook = OutputHook(parser, take)
                 for part, queue in enumerate(queues):
                     hook.open(part, queue)

@@ -33,6 +33,11 @@ class Rendered:
     def prompt_tokens(self) -> int:
         return sum(len(each["prompt_token_ids"]) for each in self.inputs)
 
+    @property
+    def completion_tokens_max(self) -> int:
+        """Returns how many tokens each choice may have, whichever prompt it continues."""
+        return min(int(each.max_tokens) for each in self.params)
+
 
 class PromptRenderer:
     """Renders requests for one AsyncLLM. The parsers are vLLM's names, or None where the base has none."""
@@ -53,6 +58,21 @@ class PromptRenderer:
 
     async def render(self, request: GenerationRequest) -> Rendered:
         """Renders `request`. Raises InvalidRequest, ContextLengthExceeded."""
+        vllm_request, inputs, param = await self._inputs(request)
+        return Rendered(
+            vllm_request, inputs, [self._params(request, vllm_request, each, param) for each in inputs]
+        )
+
+    async def count(self, request: GenerationRequest) -> int:
+        """Counts the prompt's tokens as `render` would, also of a prompt that the context cannot hold.
+
+        Raises InvalidRequest.
+        """
+        _, inputs, _ = await self._inputs(request)
+        return sum(len(each["prompt_token_ids"]) for each in inputs)
+
+    async def _inputs(self, request: GenerationRequest) -> tuple[Any, list[Any], str]:
+        """Returns vLLM's request, its inputs, and the name of the client's prompt."""
         param = "prompt" if isinstance(request.prompt, Texts) else "messages"
         from vllm.exceptions import VLLMValidationError
 
@@ -73,16 +93,15 @@ class PromptRenderer:
             raise InvalidRequest("The model's chat template refuses these messages.", param) from error
         if not inputs or not all(each["prompt_token_ids"] for each in inputs):
             raise InvalidRequest("The prompt is empty.", param, "invalid_value")
-        return Rendered(
-            vllm_request, inputs, [self._params(request, vllm_request, each, param) for each in inputs]
-        )
+        return vllm_request, inputs, param
 
     def parser(self, rendered: Rendered) -> Any:
         """Makes one of vLLM's parsers for one choice; None if its text is the answer as it stands."""
         return upstream.make_parser(self._online, rendered.request, rendered.inputs[0]["prompt_token_ids"])
 
     async def _chat(self, request: GenerationRequest, messages: tuple[Message, ...]) -> tuple[Any, list[Any]]:
-        vllm_request = upstream.chat_request(
+        make_request = upstream.counted_chat_request if request.count_only else upstream.chat_request
+        vllm_request = make_request(
             messages=[_message(message) for message in messages],
             logprobs=request.sampling.logprobs is not None,
             top_logprobs=request.sampling.logprobs or 0,
@@ -129,13 +148,13 @@ class PromptRenderer:
         sampling = request.sampling
         prompt_tokens = len(rendered["prompt_token_ids"])
         available, requested = self._context(request) - prompt_tokens, sampling.completion_tokens_max
-        if requested is not None:
-            requested = max(requested, 1)  # vLLM generates at least one, which `OutputParser` leaves out
-        if available < (requested or 1):
-            param = request.length_param if requested and available > 0 else param
+        if available < 1:
             raise self._too_long(request, prompt_tokens, param)
         try:
-            params = vllm_request.to_sampling_params(requested or available, {})
+            # At most as many as the client asks for: a bound that the context cannot hold is no error. vLLM
+            # generates at least one, which `OutputParser` leaves out for 0.
+            most = available if requested is None else min(max(requested, 1), available)
+            params = vllm_request.to_sampling_params(most, {})
             if sampling.logprobs is None and hasattr(vllm_request, "messages"):
                 params.logprobs = None
             return params
@@ -150,7 +169,7 @@ class PromptRenderer:
     def _too_long(self, request: GenerationRequest, tokens: Any, param: str) -> ContextLengthExceeded:
         limit = self._context(request)
         count = tokens if isinstance(tokens, int) else limit + 1  # vLLM stops counting at its limit
-        return ContextLengthExceeded(limit, count, request.sampling.completion_tokens_max or 1, param)
+        return ContextLengthExceeded(limit, count, 1, param)
 
 
 def refusal_of(error: Exception) -> InvalidRequest | None:

@@ -37,6 +37,10 @@ class AnthropicMessage(BaseModel):
     usage: MessageUsage
 
 
+class AnthropicTokenCount(BaseModel):
+    input_tokens: int
+
+
 class AnthropicEvent(BaseModel):
     """One of Anthropic's typed events. Its other fields depend on its type."""
 

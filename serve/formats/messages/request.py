@@ -13,10 +13,11 @@ from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, mode
 from serve.engine.protocol import JsonFormat, Message, Sampling, Tool, Toolbox, ToolCall
 from serve.errors import InvalidRequest
 from serve.formats.body_budget import FreeObject, Items
-from serve.formats.bounds import bound, check_tools, schema_text
+from serve.formats.bounds import bound, check_tools, clamped, schema_text
 from serve.formats.chat import CallId
 from serve.formats.sampling import RequestBounds, TopP, refuse, top_p_of
 from serve.formats.schema_budget import Schema, check_schemas
+from serve.inference.request import InferenceRequest
 
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 
@@ -152,10 +153,12 @@ class OutputConfig(BaseModel):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
-class MessagesRequest(BaseModel):
+class MessagesPrompt(BaseModel):
+    """The body of `POST /v1/messages/count_tokens`: a message's, whose length need not be bounded."""
+
     model: str = Field(min_length=1, max_length=160)
     messages: Items[AnthropicTurn] = Field(min_length=1)
-    max_tokens: int = Field(ge=1)
+    max_tokens: int | None = Field(None, ge=1)
     system: str | Items[TextBlock] | None = None
     stop_sequences: Items[Annotated[str, Field(min_length=1, max_length=256)]] | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -193,7 +196,7 @@ class MessagesRequest(BaseModel):
         return messages
 
     @model_validator(mode="after")
-    def _consistent(self) -> "MessagesRequest":
+    def _consistent(self) -> "MessagesPrompt":
         choice = self.tool_choice
         named = (choice.name or "") if choice is not None and choice.type == "tool" else None
         names = [tool.name for tool in self.tools or ()]
@@ -245,12 +248,11 @@ class MessagesRequest(BaseModel):
         return Toolbox(tools, kind, name, not choice.disable_parallel_tool_use)
 
     def sampling(self, limits: RequestBounds) -> Sampling:
-        bound("max_tokens", self.max_tokens, limits.completion_tokens)
         stop = tuple(self.stop_sequences or ())
         bound("stop_sequences", len(stop), limits.stop_sequences, "stop sequences")
         output = self.output_config.format if self.output_config else None
         return Sampling(
-            completion_tokens_max=self.max_tokens,
+            completion_tokens_max=clamped(self.max_tokens, limits.completion_tokens),
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=top_p_of(self.top_p),
             top_k=self.top_k or 0,
@@ -263,6 +265,24 @@ class MessagesRequest(BaseModel):
         """The effort in OpenAI's words, which the chat templates know."""
         effort = self.output_config.effort if self.output_config else None
         return "xhigh" if effort == "max" else effort
+
+
+class MessagesRequest(MessagesPrompt):
+    max_tokens: int = Field(ge=1)
+
+
+def request_of(body: MessagesPrompt, request_id: str, limits: RequestBounds) -> InferenceRequest:
+    """The body in the gateway's terms. Raises InvalidRequest beyond the installation's bounds."""
+    return InferenceRequest(
+        request_id=request_id,
+        model=body.model,
+        prompt=body.prompt(limits),
+        sampling=body.sampling(limits),
+        toolbox=body.toolbox(limits),
+        reasoning_effort=body.reasoning_effort,
+        collect=not body.stream,
+        completion_tokens_asked=body.max_tokens,
+    )
 
 
 def _text(content: str | list[TextBlock]) -> str:

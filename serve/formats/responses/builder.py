@@ -14,6 +14,7 @@ from serve.formats.errors import body_of
 from serve.formats.responses.items import Ids
 from serve.formats.responses.output import Output
 from serve.formats.responses.request import NamedFunctionTool, ResponsesRequest
+from serve.formats.responses.tools import HostedTool
 from serve.inference.request import GenerationResult
 
 Json = dict[str, Any]
@@ -35,7 +36,8 @@ class ResponseBuilder:
 
     def output(self) -> Output:
         """An empty output, whose item ids continue those of the input."""
-        return Output(Ids(self._request_id, len(self._input_items)))
+        offers = {offer.name: offer for offer in self._body.offers}
+        return Output(Ids(self._request_id, len(self._input_items)), offers)
 
     def in_progress(self, result: GenerationResult) -> Json:
         return self._response(result, "in_progress", [], stored=self._body.stores)
@@ -95,7 +97,7 @@ class ResponseBuilder:
             "temperature": result.request.sampling.temperature,
             "text": {"format": self._text_format(), "verbosity": "medium"},
             "tool_choice": choice.model_dump() if isinstance(choice, NamedFunctionTool) else choice,
-            "tools": [tool.model_dump() for tool in body.tools or ()],
+            "tools": [tool.model_dump() for tool in body.tools or () if not isinstance(tool, HostedTool)],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": result.request.sampling.top_p,
             "truncation": "disabled",

@@ -4,17 +4,22 @@ An item is plain JSON in OpenAI's format (`openai.types.responses.ResponseItem`)
 store keeps it in this form.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from serve.engine.protocol import Message, ToolCall
-from serve.errors import InvalidRequest
+from serve.errors import InvalidRequest, ItemNotFound
 from serve.formats.responses.request import (
+    CustomToolCall,
+    CustomToolCallOutput,
     FunctionCall,
     FunctionCallOutput,
     InputItem,
     InputMessage,
+    ItemReference,
 )
+from serve.formats.responses.tools import custom_arguments, model_name
 
 Json = dict[str, Any]
 
@@ -39,11 +44,39 @@ class Ids:
         return f"{prefix}_{self._hex}{self._count:04x}"
 
 
-def input_items(body_input: str | Sequence[InputItem], ids: Ids) -> list[Json]:
-    """The body's input as items with ids. Reasoning that the client sends back is left out."""
+def response_of(item_id: str) -> str | None:
+    """The id of the response that the item belongs to, as its input or its output; None if it is not ours."""
+    match = _ITEM_ID.fullmatch(item_id)
+    return f"resp_{match[1]}" if match else None
+
+
+def input_items(
+    body_input: str | Sequence[InputItem], ids: Ids, stored: Mapping[str, Json], context: Sequence[Json]
+) -> list[Json]:
+    """The body's input as items with ids. Reasoning that the client sends back is left out.
+
+    stored: the items that it may refer to. context: the items of earlier turns, which are there already.
+    Raises ItemNotFound, and InvalidRequest for a reference to an item that is there.
+    """
     if isinstance(body_input, str):
         body_input = [InputMessage(role="user", content=body_input)]
-    return [item for entry in body_input if (item := _item(entry, ids)) is not None]
+    known = {item["id"] for item in context}
+    items = []
+    for entry in body_input:
+        if isinstance(entry, ItemReference):
+            if entry.id in known:
+                raise InvalidRequest(
+                    f"Duplicate item found with id {entry.id}. Remove duplicate items from your input.",
+                    "input",
+                    "invalid_value",
+                )
+            if entry.id not in stored:
+                raise ItemNotFound(entry.id)
+            known.add(entry.id)
+            items.append(stored[entry.id])
+        elif (item := _item(entry, ids)) is not None:
+            items.append(item)
+    return items
 
 
 def messages(items: Iterable[Json], instructions: str | None) -> tuple[Message, ...]:
@@ -58,15 +91,18 @@ def messages(items: Iterable[Json], instructions: str | None) -> tuple[Message, 
             case "message":
                 role = "system" if item["role"] == "developer" else item["role"]
                 conversation.append(Message(role, "".join(part["text"] for part in item["content"])))
-            case "function_call":
+            case "function_call" | "custom_tool_call":
                 call_ids.add(item["call_id"])
                 follows_assistant = bool(conversation) and conversation[-1].role == "assistant"
                 turn = conversation.pop() if follows_assistant else Message("assistant", None)
                 index = len(turn.tool_calls)
-                call = ToolCall(index, item["call_id"], item["name"], item["arguments"])
+                is_custom = item["type"] == "custom_tool_call"
+                arguments = custom_arguments(item["input"]) if is_custom else item["arguments"]
+                name = model_name(item["name"], item.get("namespace"))
+                call = ToolCall(index, item["call_id"], name, arguments)
                 # A turn that only calls has an empty text, which is no content.
                 conversation.append(Message("assistant", turn.content or None, (*turn.tool_calls, call)))
-            case "function_call_output":
+            case "function_call_output" | "custom_tool_call_output":
                 if item["call_id"] not in call_ids:
                     raise InvalidRequest(
                         f"No tool call found for function call output with call_id {item['call_id']}.",
@@ -80,11 +116,13 @@ def _item(entry: InputItem, ids: Ids) -> Json | None:
     if isinstance(entry, InputMessage):
         return message_item(ids.next("msg"), entry.role, entry.text)
     if isinstance(entry, FunctionCall):
-        return call_item(ids.next("fc"), entry.call_id, entry.name, entry.arguments)
-    if isinstance(entry, FunctionCallOutput):
+        return call_item(ids.next("fc"), entry.call_id, entry.name, entry.arguments, entry.namespace)
+    if isinstance(entry, CustomToolCall):
+        return custom_call_item(ids.next("ctc"), entry.call_id, entry.name, entry.input, entry.namespace)
+    if isinstance(entry, FunctionCallOutput | CustomToolCallOutput):
         return {
-            "type": "function_call_output",
-            "id": ids.next("fco"),
+            "type": entry.type,
+            "id": ids.next("fco" if entry.type == "function_call_output" else "ctco"),
             "status": "completed",
             "call_id": entry.call_id,
             "output": entry.text,
@@ -99,12 +137,18 @@ def message_item(item_id: str, role: str, text: str) -> Json:
     return {"type": "message", "id": item_id, "status": "completed", "role": role, "content": [part]}
 
 
-def call_item(item_id: str, call_id: str, name: str, arguments: str) -> Json:
-    return {
-        "type": "function_call",
-        "id": item_id,
-        "status": "completed",
-        "call_id": call_id,
-        "name": name,
-        "arguments": arguments,
-    }
+def call_item(item_id: str, call_id: str, name: str, arguments: str, namespace: str | None = None) -> Json:
+    return _call("function_call", item_id, call_id, name, namespace) | {"arguments": arguments}
+
+
+def custom_call_item(item_id: str, call_id: str, name: str, text: str, namespace: str | None = None) -> Json:
+    return _call("custom_tool_call", item_id, call_id, name, namespace) | {"input": text}
+
+
+def _call(kind: str, item_id: str, call_id: str, name: str, namespace: str | None) -> Json:
+    item: Json = {"type": kind, "id": item_id, "status": "completed", "call_id": call_id, "name": name}
+    return item if namespace is None else item | {"namespace": namespace}
+
+
+# As `Ids` makes them of a request's id.
+_ITEM_ID = re.compile(r"[a-z]{2,4}_([0-9a-f]{32})[0-9a-f]{4}")

@@ -52,11 +52,30 @@ class FunctionCallItem(_Object):
     status: Status
     call_id: str
     name: str
+    namespace: str = ""
     arguments: str = Field(description="JSON text.")
 
 
 class FunctionCallOutputItem(_Object):
     type: Literal["function_call_output"]
+    id: str
+    status: Status
+    call_id: str
+    output: str
+
+
+class CustomToolCallItem(_Object):
+    type: Literal["custom_tool_call"]
+    id: str
+    status: Status
+    call_id: str
+    name: str
+    namespace: str = ""
+    input: str
+
+
+class CustomToolCallOutputItem(_Object):
+    type: Literal["custom_tool_call_output"]
     id: str
     status: Status
     call_id: str
@@ -116,7 +135,7 @@ class ResponseObject(_Object):
     max_tool_calls: None
     metadata: dict[str, str]
     model: str
-    output: list[MessageItem | FunctionCallItem | ReasoningItem]
+    output: list[MessageItem | FunctionCallItem | CustomToolCallItem | ReasoningItem]
     parallel_tool_calls: bool
     previous_response_id: str | None
     reasoning: ReasoningSettings
@@ -131,6 +150,11 @@ class ResponseObject(_Object):
     truncation: Literal["disabled"]
     usage: ResponseUsage | None
     user: str | None
+
+
+class InputTokenCount(_Object):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
 
 
 class ResponseEvent(BaseModel):
@@ -148,7 +172,14 @@ class DeletedResponse(_Object):
 
 class InputItemList(_Object):
     object: Literal["list"]
-    data: list[MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem]
+    data: list[
+        MessageItem
+        | FunctionCallItem
+        | FunctionCallOutputItem
+        | CustomToolCallItem
+        | CustomToolCallOutputItem
+        | ReasoningItem
+    ]
     first_id: str | None
     last_id: str | None
     has_more: bool

@@ -4,26 +4,33 @@ A complete answer takes the same path, and its events are discarded; so both agr
 Events: platform.openai.com/docs/api-reference/responses-streaming; `events.py` numbers them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from serve.engine.protocol import Delta, ToolCall
 from serve.formats.logprobs import token_logprob
-from serve.formats.responses.items import Ids, call_item
+from serve.formats.responses.items import Ids, call_item, custom_call_item
+from serve.formats.responses.tools import CustomTool, Offer, custom_input
 from serve.inference.answer import Choice
 
 Json = dict[str, Any]
 
 
 class Output:
-    """Holds the items of one answer. A text ends when another item begins; calls end with the answer."""
+    """Holds the items of one answer. A text ends when another item begins; calls end with the answer.
 
-    def __init__(self, ids: Ids) -> None:
+    offers: the tools by the names that the model knows. A custom tool's input comes at once, at the end: it
+    is a part of the function's arguments.
+    """
+
+    def __init__(self, ids: Ids, offers: Mapping[str, Offer]) -> None:
         self.items: list[Json] = []
         self.finish_reason: str | None = None
         self._ids = ids
         self._open_index: int | None = None  # of the open message or reasoning in `items`
+        self._offers = offers
         self._calls: dict[int, int] = {}  # tool call index -> index in `items`
+        self._custom: dict[int, str] = {}  # index in `items` -> the arguments of a custom tool's call
         self._logprobs: list[Json] = []  # of tokens that have added no text yet
 
     def take(self, delta: Delta) -> Iterator[Json]:
@@ -62,9 +69,17 @@ class Output:
             item = self.items[index]
             item["status"] = status if index == last else "completed"
             position = {"item_id": item["id"], "output_index": index}
-            done = {"type": "response.function_call_arguments.done", "name": item["name"]}
-            yield done | position | {"arguments": item["arguments"]}
+            if index in self._custom:
+                yield from self._end_custom(index, position)
+            else:
+                done = {"type": "response.function_call_arguments.done", "name": item["name"]}
+                yield done | position | {"arguments": item["arguments"]}
             yield _done(index, item)
+
+    def _end_custom(self, index: int, position: Json) -> Iterator[Json]:
+        text = self.items[index]["input"] = custom_input(self._custom[index])
+        yield {"type": "response.custom_tool_call_input.delta"} | position | {"delta": text}
+        yield {"type": "response.custom_tool_call_input.done"} | position | {"input": text}
 
     def abandon(self) -> None:
         """Mark the open items as incomplete, because the answer broke off."""
@@ -132,15 +147,30 @@ class Output:
         if index is None:
             yield from self._close("completed")
             index = self._calls[call.index] = len(self.items)
-            item_id = self._ids.next("fc")
-            item = call_item(item_id, call.id or item_id.replace("fc_", "call_"), call.name or "", "")
-            self.items.append(item | {"status": "in_progress"})
+            self.items.append(self._begun(call, index) | {"status": "in_progress"})
             yield _added(index, self.items[index])
-        if call.arguments:
+        if index in self._custom:
+            self._custom[index] += call.arguments
+        elif call.arguments:
             item = self.items[index]
             item["arguments"] += call.arguments
             position = {"item_id": item["id"], "output_index": index}
             yield {"type": "response.function_call_arguments.delta"} | position | {"delta": call.arguments}
+
+    def _begun(self, call: ToolCall, index: int) -> Json:
+        name = call.name or ""
+        offer = self._offers.get(name)
+        if offer is not None:
+            name = offer.tool.name
+        namespace = offer.namespace if offer else None
+        is_custom = offer is not None and isinstance(offer.tool, CustomTool)
+        prefix = "ctc" if is_custom else "fc"
+        item_id = self._ids.next(prefix)
+        call_id = call.id or item_id.replace(f"{prefix}_", "call_")
+        if is_custom:
+            self._custom[index] = ""
+            return custom_call_item(item_id, call_id, name, "", namespace)
+        return call_item(item_id, call_id, name, "", namespace)
 
     def _position(self) -> Json:
         index = self._open_index

@@ -9,11 +9,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
-from serve.engine.protocol import JsonFormat, Sampling, Tool, Toolbox
+from serve.engine.protocol import JsonFormat, Sampling, Toolbox
 from serve.errors import InvalidRequest
 from serve.formats.body_budget import ITEMS_MAX, FreeObject, Items
-from serve.formats.bounds import bound, check_tools, schema_text
-from serve.formats.chat import CalledFunction, CallId, FunctionName, OfferedFunction
+from serve.formats.bounds import bound, check_tools, clamped, schema_text
+from serve.formats.chat import CalledFunction, CallId, FunctionName
+from serve.formats.responses.tools import (
+    CUSTOM_SCHEMA,
+    HOSTED,
+    FunctionTool,
+    Offer,
+    ResponsesTool,
+    ignored,
+    offers,
+    tag_of,
+)
 from serve.formats.sampling import (
     Penalty,
     RequestBounds,
@@ -31,6 +41,20 @@ from serve.formats.schema_budget import Schema, check_schemas
 METADATA_PAIRS_MAX = 16
 FORMAT_SCHEMA = "text.format.schema"
 LOGPROBS = "message.output_text.logprobs"
+# What an answer may include besides: parts of items that no answer of ours has, so that there is nothing to
+# add. Reasoning is given as it is.
+NOTHING_TO_INCLUDE = frozenset(
+    {
+        "code_interpreter_call.outputs",
+        "computer_call_output.output.image_url",
+        "file_search_call.results",
+        "message.input_image.image_url",
+        "reasoning.encrypted_content",
+        "web_search_call.action.sources",
+        "web_search_call.results",
+    }
+)
+INCLUDES_MAX = 16
 
 # OpenAI's fields that are not implemented, each with the values that change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -94,16 +118,39 @@ class InputMessage(BaseModel):
 class FunctionCall(CalledFunction):
     type: Literal["function_call"]
     call_id: CallId
+    namespace: FunctionName | None = None
 
 
-class FunctionCallOutput(BaseModel):
-    type: Literal["function_call_output"]
+class CallOutput(BaseModel):
     call_id: CallId
     output: str | Items[InputText]
 
     @property
     def text(self) -> str:
         return self.output if isinstance(self.output, str) else "".join(part.text for part in self.output)
+
+
+class FunctionCallOutput(CallOutput):
+    type: Literal["function_call_output"]
+
+
+class CustomToolCall(BaseModel):
+    type: Literal["custom_tool_call"]
+    call_id: CallId
+    name: FunctionName
+    input: str
+    namespace: FunctionName | None = None
+
+
+class CustomToolCallOutput(CallOutput):
+    type: Literal["custom_tool_call_output"]
+
+
+class ItemReference(BaseModel):
+    """Names an item of a stored response, which stands in its place."""
+
+    type: Literal["item_reference"] = "item_reference"
+    id: Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class Reasoning(BaseModel):
@@ -117,12 +164,18 @@ _TAGS = {
     "message": "Message",
     "function_call": "FunctionCall",
     "function_call_output": "FunctionCallOutput",
+    "custom_tool_call": "CustomToolCall",
+    "custom_tool_call_output": "CustomToolCallOutput",
+    "item_reference": "ItemReference",
     "reasoning": "Reasoning",
 }
 
 
 def _tag(item: Any) -> str:
-    kind = item.get("type", "message") if isinstance(item, dict) else "message"
+    kind = item.get("type") if isinstance(item, dict) else "message"
+    if kind is None:
+        # Both kinds may come without their type; a message has a role.
+        kind = "item_reference" if "id" in item and "role" not in item else "message"
     if not isinstance(kind, str) or kind not in _TAGS:
         raise InvalidRequest(
             f"Input items of the type '{str(kind)[:64]}' are not supported.", "input", "unsupported_parameter"
@@ -134,17 +187,16 @@ InputItem = Annotated[
     Annotated[InputMessage, Tag("Message")]
     | Annotated[FunctionCall, Tag("FunctionCall")]
     | Annotated[FunctionCallOutput, Tag("FunctionCallOutput")]
+    | Annotated[CustomToolCall, Tag("CustomToolCall")]
+    | Annotated[CustomToolCallOutput, Tag("CustomToolCallOutput")]
+    | Annotated[ItemReference, Tag("ItemReference")]
     | Annotated[Reasoning, Tag("Reasoning")],
     Discriminator(_tag),
 ]
 
 
-class FunctionTool(OfferedFunction):
-    type: Literal["function"]
-
-
 class NamedFunctionTool(BaseModel):
-    type: Literal["function"]
+    type: Literal["function", "custom"]
     name: FunctionName
 
 
@@ -185,12 +237,12 @@ class ResponsesRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: TopP | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: Items[FunctionTool] | None = None
+    tools: Items[ResponsesTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    include: Items[str] | None = None
+    include: Annotated[list[str], Field(max_length=INCLUDES_MAX, fail_fast=True)] | None = None
     stream: bool | None = False
     store: bool | None = True
     previous_response_id: Annotated[str, Field(max_length=64)] | None = None
@@ -204,7 +256,7 @@ class ResponsesRequest(BaseModel):
     user: Annotated[str, Field(max_length=512)] | None = None
     stream_options: StreamOptions | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     top_k: TopK | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -223,15 +275,15 @@ class ResponsesRequest(BaseModel):
                 raise _unsupported(name, "not with this value")
         tools, choice = data.get("tools"), data.get("tool_choice")
         for index, tool in enumerate(tools if isinstance(tools, list) else ()):
-            _functions_only(tool, f"tools.{index}.type")
-        _functions_only(choice, "tool_choice.type")
+            tag_of(tool, f"tools.{index}.type")
+        _can_be_called(choice)
         return data
 
     @field_validator("include")
     @classmethod
     def _include_what_there_is(cls, include: list[str] | None) -> list[str] | None:
         for name in include or ():
-            if name != LOGPROBS:
+            if name != LOGPROBS and name not in NOTHING_TO_INCLUDE:
                 raise _unsupported("include", f"'{name[:64]}' cannot be given")
         return include
 
@@ -250,8 +302,16 @@ class ResponsesRequest(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "ResponsesRequest":
         named = self.tool_choice.name if isinstance(self.tool_choice, NamedFunctionTool) else None
-        names = [tool.name for tool in self.tools or ()]
-        check_tools(names, forced=self.tool_choice == "required", function=named)
+        names = [offer.name for offer in self.offers]
+        forced = self.tool_choice == "required"
+        if forced and not names and self.ignored_tools:
+            kinds = ", ".join(self.ignored_tools)
+            raise InvalidRequest(
+                f"'tool_choice' requires a tool, and none of these is run here: {kinds}.",
+                "tool_choice",
+                "unsupported_parameter",
+            )
+        check_tools(names, forced=forced, function=named)
         check_schemas([*self._schemas()])
         return self
 
@@ -259,10 +319,29 @@ class ResponsesRequest(BaseModel):
         answer = self.text.format if self.text else None
         if answer is not None and answer.document is not None:
             yield Schema(FORMAT_SCHEMA, answer.document)
-        for index, tool in enumerate(self.tools or ()):
-            if tool.parameters is not None:
-                strict = tool.strict is True
-                yield Schema(f"tools.{index}.parameters", tool.parameters, tool.name, strict)
+        for offer in self.offers:
+            tool = offer.tool
+            if not isinstance(tool, FunctionTool):
+                yield Schema(offer.param, CUSTOM_SCHEMA, tool.name, False)
+            elif tool.parameters is not None:
+                yield Schema(offer.schema_param, tool.parameters, tool.name, tool.strict is True)
+
+    @property
+    def offers(self) -> list[Offer]:
+        """The tools that the model is offered."""
+        return list(offers(self.tools or ()))
+
+    @property
+    def ignored_tools(self) -> list[str]:
+        """The types of the tools that the model is not offered."""
+        return ignored(self.tools or ())
+
+    @property
+    def references(self) -> list[str]:
+        """The ids of the stored items that the input names."""
+        if isinstance(self.input, str):
+            return []
+        return [item.id for item in self.input if isinstance(item, ItemReference)]
 
     @property
     def wants_logprobs(self) -> bool:
@@ -274,17 +353,17 @@ class ResponsesRequest(BaseModel):
         return self.store is not False
 
     def toolbox(self, limits: RequestBounds) -> Toolbox | None:
-        if not self.tools:
+        offered = self.offers
+        if not offered:
             return None
-        bound("tools", len(self.tools), limits.tools, "tools")
-        tools = tuple(_tool(tool, index) for index, tool in enumerate(self.tools))
+        bound("tools", len(offered), limits.tools, "tools")
+        tools = tuple(offer.engine_tool() for offer in offered)
         parallel = self.parallel_tool_calls is not False
         if isinstance(self.tool_choice, NamedFunctionTool):
             return Toolbox(tools, "required", self.tool_choice.name, parallel)
         return Toolbox(tools, self.tool_choice or "auto", None, parallel)
 
     def sampling(self, limits: RequestBounds) -> Sampling:
-        bound("max_output_tokens", self.max_output_tokens or 1, limits.completion_tokens)
         stop = stop_of(self.stop)
         bound("stop", len(stop), limits.stop_sequences, "stop sequences")
         return Sampling(
@@ -293,7 +372,7 @@ class ResponsesRequest(BaseModel):
             top_k=self.top_k or 0,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            completion_tokens_max=self.max_output_tokens,
+            completion_tokens_max=clamped(self.max_output_tokens, limits.completion_tokens),
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=top_p_of(self.top_p),
             logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
@@ -310,16 +389,15 @@ class ResponsesRequest(BaseModel):
         return JsonFormat(schema_text(text_format.document), FORMAT_SCHEMA)
 
 
-def _tool(tool: FunctionTool, index: int) -> Tool:
-    parameters = None if tool.parameters is None else schema_text(tool.parameters)
-    return Tool(tool.name, tool.description, parameters, tool.strict, f"tools.{index}.parameters")
-
-
-def _functions_only(tool: Any, param: str) -> None:
-    kind = tool.get("type", "function") if isinstance(tool, dict) else "function"
-    if kind != "function":
+def _can_be_called(choice: Any) -> None:
+    """Raises InvalidRequest if the model must call a tool that it is not offered."""
+    kind = choice.get("type", "function") if isinstance(choice, dict) else "function"
+    if kind not in ("function", "custom"):
+        what = "is not run here" if kind in HOSTED else "is not supported"
         raise InvalidRequest(
-            f"Tools of the type '{str(kind)[:64]}' are not supported.", param, "unsupported_parameter"
+            f"'tool_choice' of the type '{str(kind)[:64]}' {what}.",
+            "tool_choice.type",
+            "unsupported_parameter",
         )
 
 

@@ -12,7 +12,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from serve.engine.protocol import Delta, JsonFormat, Message, TokenLogprob, Tool, ToolCall
-from serve.errors import EngineUnavailable, InvalidRequest
+from serve.errors import EngineUnavailable, InvalidRequest, ItemNotFound
 from serve.formats.responses.items import Ids, input_items, messages
 from serve.formats.responses.objects import ResponseObject
 from serve.formats.responses.request import ResponsesRequest
@@ -244,20 +244,22 @@ def test_an_answer_that_says_nothing_is_an_empty_message(tmp_path: Path) -> None
         ({"model": None}, "model"),
         ({"input": None}, "input"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
+        ({"input": [{"type": "computer_call", "id": "c_1"}]}, "input"),
+        ({"input": [{"type": "item_reference"}]}, "input.0.id"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.type"),
         ({"input": [{"role": "robot", "content": ""}]}, "input.0.role"),
         ({"input": [{"type": "function_call_output", "call_id": "x", "output": ""}]}, "input"),
         ({"input": [{"role": "user", "content": "x"}] * 257}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"max_output_tokens": 10**6}, "max_output_tokens"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "wed_search"}]}, "tools.0.type"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
         ({"tools": [{"type": "function"}]}, "tools.0.name"),
         ({"tool_choice": {"type": "file_search"}}, "tool_choice.type"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
-        ({"include": ["reasoning.encrypted_content"]}, "include"),
+        ({"include": ["reasoning.thoughts"]}, "include"),
         ({"truncation": "auto"}, "truncation"),
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
@@ -297,7 +299,8 @@ LIMITS = RequestBounds(messages=4, n=2, stop_sequences=4, completion_tokens=100,
 def test_whatever_a_field_holds_it_is_accepted_or_refused_by_our_error(fields: Json) -> None:
     with contextlib.suppress(InvalidRequest):
         body = parse(ResponsesRequest, json.dumps(ASK | fields).encode())
-        messages(input_items(body.input, Ids("req_1")), body.instructions)
+        with contextlib.suppress(ItemNotFound):
+            messages(input_items(body.input, Ids("req_1"), {}, ()), body.instructions)
         body.sampling(LIMITS)
         body.toolbox(LIMITS)
 

@@ -23,7 +23,7 @@ BAD: dict[str, tuple[bytes, str, int | None]] = {
     "url": (jsonl(line("a", url="/v1/completions")), "invalid_url", 1),
     "body": (jsonl(line("a") | {"body": "hello"}), "missing_required_parameter", 1),
     "field": (jsonl(line("a"), line("b", temperature=9)), "invalid_value", 2),
-    "bound": (jsonl(line("a", max_tokens=101)), "invalid_request", 1),
+    "bound": (jsonl(line("a", n=99)), "invalid_request", 1),
     "stream": (jsonl(line("a", stream=True)), "unsupported_parameter", 1),
     "harmful": (jsonl(line("a", cache_salt="x")), "unsupported_parameter", 1),
     "large": (jsonl(line("a", user="x" * 10_001)), "request_too_large", 1),

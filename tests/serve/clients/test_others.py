@@ -20,6 +20,9 @@ class Weather(BaseModel):
     sunny: bool
 
 
+@pytest.mark.compatibility("LangChain (openai)", "chat")
+@pytest.mark.compatibility("LangChain (openai)", "tools")
+@pytest.mark.compatibility("LangChain (openai)", "structured output")
 def test_langchain_asks_streams_and_calls_tools(live: LiveService) -> None:
     model = ChatOpenAI(
         base_url=f"{live.url}/v1",
@@ -39,6 +42,9 @@ def test_langchain_asks_streams_and_calls_tools(live: LiveService) -> None:
     assert isinstance(model.with_structured_output(Weather).invoke(asked), Weather)
 
 
+@pytest.mark.compatibility("Anthropic (Python)", "Messages")
+@pytest.mark.compatibility("Anthropic (Python)", "tools")
+@pytest.mark.compatibility("Anthropic (Python)", "the client's own errors")
 def test_anthropics_client_asks_streams_and_calls_tools(live: LiveService) -> None:
     client = anthropic.Anthropic(base_url=live.url, api_key=live.keys[TENANTS[0]], max_retries=0)
     asked: dict[str, Any] = {

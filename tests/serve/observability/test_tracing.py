@@ -252,7 +252,7 @@ def test_a_generation_that_no_request_is_around_is_one_trace(tmp_path: Path, col
 
     async def generate() -> None:
         async for _ in await traced.gateway.generate(
-            principal, InferenceRequest("req_1", TINY, prompt, Sampling(), "max_tokens", tier="batch")
+            principal, InferenceRequest("req_1", TINY, prompt, Sampling(), tier="batch")
         ):
             pass
 

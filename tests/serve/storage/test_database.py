@@ -15,6 +15,7 @@ import serve.billing.ledger.ledger
 import serve.billing.webhooks.outbox
 import serve.client_data.idempotency
 import serve.client_data.stored_responses
+import serve.client_data.upload_tables
 import serve.inference.quarantine
 import serve.rate_limits.leases
 import serve.rate_limits.limits

@@ -286,6 +286,36 @@ def upgrade() -> None:
     )
     op.create_index("ix_files_tenant_id_created_at", "files", ["tenant_id", "created_at"])
     op.create_table(
+        "uploads",
+        sa.Column("id", sa.String(40), nullable=False),
+        sa.Column("tenant_id", sa.String(63), nullable=False),
+        sa.Column("purpose", sa.String(16), nullable=False),
+        sa.Column("filename", sa.String(255), nullable=False),
+        sa.Column("bytes", sa.BigInteger(), nullable=False),
+        sa.Column("status", sa.String(12), nullable=False),
+        sa.Column("created_at", UtcDateTime(), nullable=False),
+        sa.Column("expires_at", UtcDateTime(), nullable=False),
+        sa.Column("file_expires_after_s", sa.Integer()),
+        sa.Column("file_id", sa.String(40)),
+        sa.CheckConstraint("bytes > 0", name=op.f("ck_uploads_bytes_positive")),
+        sa.ForeignKeyConstraint(["file_id"], ["files.id"], name=op.f("fk_uploads_file_id")),
+        sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_uploads_tenant_id")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_uploads")),
+    )
+    op.create_index(op.f("ix_uploads_expires_at"), "uploads", ["expires_at"])
+    op.create_index("ix_uploads_tenant_id_status", "uploads", ["tenant_id", "status"])
+    op.create_table(
+        "upload_parts",
+        sa.Column("id", sa.String(40), nullable=False),
+        sa.Column("upload_id", sa.String(40), nullable=False),
+        sa.Column("bytes", sa.BigInteger(), nullable=False),
+        sa.Column("created_at", UtcDateTime(), nullable=False),
+        sa.CheckConstraint("bytes >= 0", name=op.f("ck_upload_parts_bytes_not_negative")),
+        sa.ForeignKeyConstraint(["upload_id"], ["uploads.id"], name=op.f("fk_upload_parts_upload_id")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_upload_parts")),
+    )
+    op.create_index(op.f("ix_upload_parts_upload_id"), "upload_parts", ["upload_id"])
+    op.create_table(
         "idempotency_keys",
         sa.Column("tenant_id", sa.String(63), nullable=False),
         sa.Column("digest", sa.String(64), nullable=False),

@@ -1,47 +1,73 @@
-"""An earlier call is rendered whatever its arguments are, and loses nothing."""
+"""The real engine counts a prompt as it would answer it, and gives an answer what its context leaves."""
 
 import itertools
-import json
-from typing import Any
 
 import pytest
 
-from serve.engine.protocol import GenerationRequest, Message, Sampling, ToolCall
-from serve.engine.vllm.prompts import arguments_of
-from tests.support.engine_host import EngineHost
-
-DEEP = '{"a":' * 5000
-LONG_NUMBER = '{"n": ' + "9" * 5000 + "}"
-_numbers = itertools.count()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ("", {}),
-        (" ", {}),
-        ('{"city": "Oslo"}', {"city": "Oslo"}),
-        ('{"city": "Os', {"city": "Os"}),
-        ('{"days": [1, 2', {"days": [1, 2]}),
-        ("no JSON", {"INVALID_JSON": "no JSON"}),
-        ("[1]", {"INVALID_JSON": "[1]"}),
-        (DEEP, {"INVALID_JSON": DEEP}),
-        (LONG_NUMBER, {"INVALID_JSON": LONG_NUMBER}),
-    ],
+from serve.engine.protocol import (
+    Accepted,
+    Event,
+    Finished,
+    GenerationRequest,
+    Message,
+    Sampling,
+    Texts,
+    Tool,
+    Toolbox,
 )
-def test_arguments_are_an_object_for_the_template(
-    host: EngineHost, arguments: str, expected: dict[str, Any]
-) -> None:
-    call = ToolCall(0, "c1", "weather", arguments)
-    assert arguments_of(call) == expected
-    turns = (
-        Message("user", "Weather?"),
-        Message("assistant", None, (call,)),
-        Message("tool", "sunny", tool_call_id="c1"),
-    )
-    request = GenerationRequest(f"history-{next(_numbers)}", None, turns, Sampling(1), "salt")
-    if len(arguments) > 1000:  # longer than the tiny model's context: only that the template takes it
-        return
-    rendered = host.run(host.engine._renderer.render(request))
-    text = host.engine._renderer.tokenizer.decode(rendered.inputs[0]["prompt_token_ids"])
-    assert json.dumps(expected) in text
+from serve.engine.protocol import Prompt as EnginePrompt
+from serve.errors import ContextLengthExceeded
+from tests.support.engine_host import SETTINGS, EngineHost
+
+pytestmark = pytest.mark.slow
+
+CONTEXT = SETTINGS.max_model_len
+WEATHER = Tool("weather", "The weather.", '{"type":"object","properties":{"city":{"type":"string"}}}')
+_numbers = itertools.count()
+HELLO = (Message("system", "Be brief."), Message("user", "Hello"))
+
+
+def run(host: EngineHost, prompt: EnginePrompt, asked: int | None = 1, **fields: object) -> list[Event]:
+    events: list[Event] = []
+    sampling = Sampling(completion_tokens_max=asked, temperature=0.0, logit_bias=((2, 100.0),))
+    request = GenerationRequest(f"prompt-{next(_numbers)}", None, prompt, sampling, "salt", **fields)  # type: ignore[arg-type]
+    host.run(host.engine.generate(request, events.extend))
+    return events
+
+
+def accepted(events: list[Event]) -> Accepted:
+    (event,) = (event for event in events if isinstance(event, Accepted))
+    return event
+
+
+@pytest.mark.parametrize("toolbox", [None, Toolbox((WEATHER,)), Toolbox((WEATHER,), "none")])
+def test_a_count_is_what_the_same_request_is_accepted_with(host: EngineHost, toolbox: Toolbox | None) -> None:
+    before = host.counters()
+    counted = run(host, HELLO, toolbox=toolbox, count_only=True)
+    after = host.counters()
+    answered = run(host, HELLO, toolbox=toolbox)
+    tokens = accepted(answered).prompt_tokens
+    assert counted[-1] == Finished(tokens, 0, 0, aborted=False)
+    assert (after.prompt_tokens, after.completion_tokens) == (before.prompt_tokens, before.completion_tokens)
+
+
+def test_a_prompt_that_the_context_cannot_hold_is_refused_and_still_counted(host: EngineHost) -> None:
+    long = (Message("user", "rain " * 3 * CONTEXT),)
+    assert accepted(run(host, long, count_only=True)).prompt_tokens > CONTEXT
+    with pytest.raises(ContextLengthExceeded) as refused:
+        run(host, long)
+    assert refused.value.param == "messages"
+
+
+def test_an_answer_may_have_what_the_prompt_leaves_of_the_context(host: EngineHost) -> None:
+    for length in (1, 100, CONTEXT - 2, CONTEXT - 1):
+        prompt = Texts(((5,) * length,))
+        for asked in (1, CONTEXT, 10 * CONTEXT):
+            assert accepted(run(host, prompt, asked)).completion_tokens_max == min(asked, CONTEXT - length)
+    two = Texts(((5,) * 10, (6,) * 30))
+    assert accepted(run(host, two, CONTEXT)).completion_tokens_max == CONTEXT - 30
+    assert accepted(run(host, two, CONTEXT, context_tokens_max=50)).completion_tokens_max == 20
+    for length in (CONTEXT, CONTEXT + 1):
+        with pytest.raises(ContextLengthExceeded) as refused:
+            run(host, Texts(((5,) * length,)))
+        assert (refused.value.param, refused.value.completion_tokens) == ("prompt", 1)

@@ -96,6 +96,14 @@ def test_vllms_requests_are_made_of_openais_fields() -> None:
     assert upstream.make_tool_call_id().startswith("chatcmpl-tool-")
 
 
+def test_a_prompt_is_still_bounded_by_the_parameters_that_we_replace() -> None:
+    config = SimpleNamespace(max_model_len=8)
+    fields: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+    bounded, counted = upstream.chat_request(**fields), upstream.counted_chat_request(**fields)
+    assert bounded.build_tok_params(config).max_input_tokens == 8
+    assert counted.build_tok_params(config).max_input_tokens is None
+
+
 def test_vllms_queue_is_still_written_by_its_put_and_read_at_its_output() -> None:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine import output_processor
@@ -158,7 +166,7 @@ def test_vllm_still_names_a_requests_grammar_by_kind_and_text() -> None:
     assert upstream.grammar_of(SamplingParams()) is None
     assert grammar(json='{"type": "object"}') == ("json", '{"type": "object"}')
     assert grammar(json_object=True) == ("json_object", "")
-    assert grammar(choice=["a", "b"]) is None
+    assert grammar(choice=["a", "b"]) == ("grammar", 'root ::= "a" | "b"')
     # `grammar_worker` compiles each of the others.
     kinds = {option.name.lower() for option in StructuredOutputOptions}
     assert kinds == {"json", "json_object", "regex", "grammar", "choice", "structural_tag"}
