@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict
 
 from serve.billing.invoicing.document import InvoiceDocument, sha256_of
+from serve.billing.invoicing.printable import require_printable
 from serve.billing.invoicing.store import FINAL, InvoiceState, invoice_of, invoice_row, next_number
 from serve.billing.ledger.accounts import lock_account, transfer
 from serve.errors import Conflict
@@ -111,6 +112,7 @@ class CreditNotes:
                 lines=lines,
                 tax_nanos=(2 * amount * billed.document.tax_nanos + total) // (2 * total),
             )
+            require_printable(document, "The credit note")
             number, document_json = next_number(connection, f"CN-{at:%Y}"), document.model_dump_json()
             note = CreditNote(number, document, sha256_of(number, at, document_json), at)
             row = {
