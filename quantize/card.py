@@ -92,8 +92,8 @@ class EmbeddingFacts(_Frozen):
 class BaseCard(_Frozen):
     """One base model on disk, identified by the hashes of its files.
 
-    A base with `embedding` makes vectors, and generates no text. `tool_parser` and `reasoning_parser` name vLLM's parsers for how the model writes tool calls and
-    reasoning; None where it writes none.
+    A base with `embedding` makes vectors, and generates no text. `tool_parser` and `reasoning_parser` name
+    vLLM's parsers for how the model writes tool calls and reasoning; None where it writes none.
     """
 
     schema_version: Literal[1] = 1

@@ -89,7 +89,12 @@ async def answer_complete(
                 pass
         finally:
             generation.close()
-        return Response(dumps(render(generation.result)), media_type="application/json")
+        result = generation.result
+        if result.request.pooling is None:
+            body = dumps(render(result))
+        else:  # thousands of vectors are megabytes, so a thread makes them text
+            body = await asyncio.to_thread(lambda: dumps(render(result)))
+        return Response(body, media_type="application/json")
 
     return await cancel_on_disconnect(request, run())
 

@@ -137,8 +137,8 @@ class GenerationRequest:
     `length_param` is the client's own name for `completion_tokens_max`, for error messages.
     With `collect` each choice comes in one piece once it is complete; its counts come as they arise.
     `context_tokens_max` narrows the engine's own context. `trace_headers` name the parent of the engine's own
-    spans (W3C Trace Context), if there is one. With `pooling` there is one choice for each text, and its Delta
-    carries a vector.
+    spans (W3C Trace Context), if there is one. With `pooling` there is one choice for each text, and the
+    choice's Delta carries a vector.
     """
 
     request_id: str

@@ -81,6 +81,8 @@ class Generation:
         self.created_at = context.now()
         self.failure: BespokeError | None = None  # the error that ended it
         operation = "text_completion" if isinstance(request.prompt, Texts) else "chat"
+        if request.pooling is not None:
+            operation = "embeddings"
         self._telemetry = context.tracing.generation(
             operation, request.model, admitted.model.base, request.sampling, request.request_id
         )
@@ -270,6 +272,7 @@ class Generation:
             collect=self.request.collect,
             context_tokens_max=self._admitted.context_tokens_max,
             trace_headers=self._telemetry.headers,
+            pooling=self.request.pooling,
         )
 
     def _on_accepted(self, event: Accepted) -> None:
@@ -334,7 +337,9 @@ class Generation:
     async def _settle_or_void(self, failure: BespokeError | None) -> None:
         """Close the hold. If this process dies first, the checkpoint bills it."""
         at, served_by = self._context.now(), self._served_by
-        if served_by is None or self._completion_tokens == 0:
+        # A prompt whose completion is to be empty is computed, and billed, once it is answered.
+        answered = self.request.sampling.completion_tokens_max == 0 and self._finish_reasons
+        if served_by is None or not (self._completion_tokens or answered):
             resolution = self._void_resolution(failure, at)
         else:
             resolution = self._settle_resolution(served_by, failure, at)

@@ -65,7 +65,7 @@ class TextTokenizer:
             some = texts.prompts[start : start + _TEXTS_AT_ONCE]
             prompts += await loop.run_in_executor(self._thread, self._tokenize, some, kept)
         for number, ids in enumerate(prompts):
-            self._check(ids, number, limit)
+            self._check(ids, f"input.{number}" if len(prompts) > 1 else "input", limit)
         if (total := sum(map(len, prompts))) > EMBEDDING_TOKENS_MAX:
             text = f"The input has {total} tokens. A request has at most {EMBEDDING_TOKENS_MAX}."
             raise InvalidRequest(text, "input", "max_tokens_per_request")
@@ -81,14 +81,14 @@ class TextTokenizer:
             for text in texts
         ]
 
-    def _check(self, ids: Sequence[int], number: int, limit: int) -> None:
+    def _check(self, ids: Sequence[int], param: str, limit: int) -> None:
         if not ids:
-            raise InvalidRequest(f"Input {number} is empty.", "input", "invalid_value")
+            raise InvalidRequest(f"'{param}' is empty.", param, "invalid_value")
         if len(ids) > limit:
-            raise ContextLengthExceeded(limit, len(ids), 0, "input")
+            raise ContextLengthExceeded(limit, len(ids), 0, param)
         if (largest := max(ids)) >= self._vocabulary:
-            text = f"Input {number} has the token id {largest}, and the model has {self._vocabulary} tokens."
-            raise InvalidRequest(text, "input", "invalid_value")
+            text = f"'{param}' has the token id {largest}, and the model has {self._vocabulary} tokens."
+            raise InvalidRequest(text, param, "invalid_value")
 
 
 class PoolingEngine(VllmEngine):

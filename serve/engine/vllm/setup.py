@@ -57,6 +57,8 @@ def pooling_args(settings: EngineSettings, context_tokens: int) -> dict[str, Any
         # Every token looks at all others, so a text is computed in one step.
         "max_num_batched_tokens": max(settings.max_num_batched_tokens, context),
         "enable_prefix_caching": False,
+        # Compiled, MiniLM is no faster on CPUs (docs/performance.md), and starts half a minute later.
+        "enforce_eager": settings.enforce_eager or settings.device == "cpu",
     }
 
 
