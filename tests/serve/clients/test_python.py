@@ -275,8 +275,10 @@ def test_errors_raise_the_clients_own_exceptions(
     assert live.count_events() == events
 
 
-@pytest.mark.compatibility("OpenAI (Python)", "embeddings", result="refused by name")
-def test_embeddings_are_refused_by_name(live: LiveService) -> None:
+@pytest.mark.compatibility(
+    "OpenAI (Python)", "embeddings of a base that generates text", result="refused by name"
+)
+def test_a_base_that_generates_text_makes_no_embeddings(live: LiveService) -> None:
     with pytest.raises(openai.BadRequestError, match="embeddings"):
         live.client().embeddings.create(model=TINY, input="Hello")
     with pytest.raises(openai.NotFoundError):
