@@ -146,4 +146,4 @@ def test_thousands_of_vectors_are_written_beside_the_event_loop(
 
     monkeypatch.setattr("serve.api.streaming.asyncio.to_thread", noting)
     app.say(PATH, ASKED | {"encoding_format": "float"})
-    assert any("answer_complete" in getattr(one, "__qualname__", "") for one in moved)
+    assert any("bytes_of" in getattr(one, "__qualname__", "") for one in moved)
