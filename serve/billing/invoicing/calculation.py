@@ -17,6 +17,7 @@ from serve.billing.invoicing.document import CreditApplied, InvoiceDocument, Tax
 from serve.billing.invoicing.periods import period_bounds
 from serve.billing.invoicing.store import final_documents
 from serve.billing.metering.rollups import hours_table
+from serve.billing.money import DEFAULT_CURRENCY
 from serve.billing.pricing.plans import Included, Prices, PriceVersion, Tokens
 from serve.billing.pricing.rating import ChargeSum, MonthUsage, charge_lines, minimum_lines, usage_lines
 from serve.storage.database import Store
@@ -208,4 +209,4 @@ def _tax(price: PriceVersion | None, taxable_nanos: int) -> TaxApplied | None:
 
 def _currency(price: PriceVersion | None, plan_id: int | None, versions: Mapping[int, PriceVersion]) -> str:
     price_version = price or (versions[plan_id] if plan_id is not None else None)
-    return price_version.plan.currency if price_version else "USD"
+    return price_version.plan.currency if price_version else DEFAULT_CURRENCY

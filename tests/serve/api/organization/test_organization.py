@@ -48,6 +48,7 @@ class Office:
             tenant: tenants.create_key(tenant, at=NOON, scopes=BILLING)[1] for tenant in ("acme", "rival")
         }
         self.key_ids = {tenant: tenants.create_key(tenant, at=NOON)[0].id for tenant in ("acme", "rival")}
+        self.price_ids = {"acme": self.shop.price.id, "rival": self.shop.price.id}
         self._requests = 0
 
     def use(self, at: datetime, tenant: str = "acme", **changes: Any) -> UsageEvent:
@@ -55,7 +56,7 @@ class Office:
         self._requests += 1
         event = usage_event(
             f"r{self._requests}",
-            plan_id=self.shop.price.id,
+            plan_id=self.price_ids[tenant],
             at=at,
             **{"tenant": tenant, "key_id": self.key_ids[tenant], "cost_nanos": 1000} | changes,
         )
