@@ -13,7 +13,7 @@ from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 import yaml
@@ -41,6 +41,8 @@ from serve.tenants.audit import SYSTEM, record
 MODELS_MAX = 200
 PLAN_BYTES_MAX = 1 << 20
 STORED = "stored"  # the context of validating a plan that was published before
+Proration = Literal["day", "none"]
+TiersOver = Literal["model", "kind", "all"]
 
 plans_table = sa.Table(
     "price_plans",
@@ -222,8 +224,9 @@ class PricePlan(BaseModel):
 
     Plans published before a field existed therefore keep their meaning. Without `batch`, a batch costs what
     a direct request does. `models` are prices by name or by prefix (`acme/*`); the longest match wins, over
-    all other prices. The plan cannot be assigned before `effective_from` (UTC). Minimum, included tokens and
-    tax are those of the version in force at the month's end.
+    all other prices. The plan cannot be assigned before `effective_from` (UTC). The tax is that of the
+    version in force at the month's end. `proration` says whether minimum and included tokens are, too
+    (`proration`), `tiers_over` which tokens of a month share the steps of a price (`counting`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -239,6 +242,8 @@ class PricePlan(BaseModel):
     adapter_hour_nanos: Nanos = 0
     minimum_nanos: Nanos = 0
     included: Included = Included()
+    proration: Proration = "none"
+    tiers_over: TiersOver = "model"
     tax: Tax | None = None
 
     def month_rates(self, *, model: str = "", adapter: bool, batch: bool = False) -> Rates | TieredRates:
