@@ -59,7 +59,8 @@ class LineItem(_DocumentPart):
         """Say what was free, and which other tokens decided the step."""
         notes = [f"{self.included:,} more included"] if self.included else []
         if self.counted and self.counted.total > self.counted.tokens:
-            notes.append(f"after {self.counted.before:,} of {self.counted.total:,} counted together")
+            after = f"after {self.counted.before:,} of " if self.counted.before else ""
+            notes.append(f"{after}{self.counted.total:,} counted together")
         return ", ".join(notes)
 
 

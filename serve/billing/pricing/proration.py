@@ -6,25 +6,17 @@ day`, each version gives its days' share of its own minimum and included tokens,
 nothing. With `none`, the last version gives its whole minimum and included tokens, whenever it began.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
-from serve.billing.pricing.plans import Included, Prices, PriceVersion, Proration, subscriptions_table
+from serve.billing.pricing.plans import Included, Prices, PriceVersion, Proration
+from serve.billing.pricing.tables import subscriptions_table
 
 DAY = timedelta(days=1)
-
-
-@dataclass(frozen=True, slots=True)
-class DaysInForce:
-    """Names the days from `begin` to before `end` of a month, from 0, on which a version was in force."""
-
-    price: PriceVersion
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +50,10 @@ class MonthTerms:
 
     @property
     def included(self) -> Included:
-        return _added([share.included for share in self.shares])
+        sums: Counter[str] = Counter()
+        for share in self.shares:
+            sums.update(share.included.model_dump())
+        return Included(**sums)
 
 
 def prorated(quantity: int, begin: int, end: int, days: int) -> int:
@@ -70,17 +65,23 @@ def prorated(quantity: int, begin: int, end: int, days: int) -> int:
     return _until(quantity, end, days) - _until(quantity, begin, days)
 
 
-def terms_of(in_force: Sequence[DaysInForce], price: PriceVersion | None, days_of_month: int) -> MonthTerms:
-    """Return a month's terms. `price` is the last version in force by its end, which may be no more."""
-    by_day = price is not None and price.plan.proration == "day"
+def terms_of(in_force: Sequence[PriceVersion | None], price: PriceVersion | None) -> MonthTerms:
+    """Return the terms of a month in which, day by day, the versions `in_force` were in force.
+
+    `price` is the last version that was in force by the month's end, even if it ended.
+    """
+    days_of: dict[int, list[int]] = defaultdict(list)
+    for day, version in enumerate(in_force):
+        if version is not None:
+            days_of[version.id].append(day)
     shares = []
-    for version in {part.price.id: part.price for part in in_force}.values():
-        parts = [part for part in in_force if part.price.id == version.id]
-        if by_day:
-            shares.append(_prorated_share(version, parts, days_of_month))
-        elif version == price:
-            shares.append(PlanShare(version, _days(parts), version.plan.minimum_nanos, version.plan.included))
-    return MonthTerms(price, days_of_month, tuple(shares))
+    for version in {version.id: version for version in in_force if version is not None}.values():
+        days, plan = days_of[version.id], version.plan
+        if price is not None and price.plan.proration == "day":
+            shares.append(_prorated_share(version, days, len(in_force)))
+        elif price is not None and price.id == version.id:
+            shares.append(PlanShare(version, len(days), plan.minimum_nanos, plan.included))
+    return MonthTerms(price, len(in_force), tuple(shares))
 
 
 def month_terms(
@@ -91,49 +92,20 @@ def month_terms(
     query = sa.select(s.effective_at, s.plan_id).where(s.tenant_id == tenant, s.effective_at < end)
     subscriptions = connection.execute(query.order_by(s.effective_at, s.id)).all()
     versions = prices.by_id(connection)
-    days_of_month = (end - start) // DAY
-    in_force: list[DaysInForce] = []
-    for day in range(days_of_month):
+    in_force: list[PriceVersion | None] = []
+    for day in range((end - start) // DAY):
         begun = [row.plan_id for row in subscriptions if row.effective_at < start + (day + 1) * DAY]
-        if not begun:
-            continue
-        if in_force and in_force[-1].price.id == begun[-1] and in_force[-1].end == day:
-            begin = in_force.pop().begin
-        else:
-            begin = day
-        in_force.append(DaysInForce(versions[begun[-1]], begin, day + 1))
-    last = versions[subscriptions[-1].plan_id] if subscriptions else None
-    return terms_of(in_force, last, days_of_month)
+        in_force.append(versions[begun[-1]] if begun and begun[-1] is not None else None)
+    plan_ids = [row.plan_id for row in subscriptions if row.plan_id is not None]
+    return terms_of(in_force, versions[plan_ids[-1]] if plan_ids else None)
 
 
-def _prorated_share(version: PriceVersion, parts: Sequence[DaysInForce], days_of_month: int) -> PlanShare:
-    plan = version.plan
-    return PlanShare(
-        version,
-        _days(parts),
-        sum(prorated(plan.minimum_nanos, part.begin, part.end, days_of_month) for part in parts),
-        _added([_prorated_tokens(plan.included, part, days_of_month) for part in parts]),
-    )
+def _prorated_share(version: PriceVersion, days: Sequence[int], days_of_month: int) -> PlanShare:
+    def share(quantity: int) -> int:
+        return sum(prorated(quantity, day, day + 1, days_of_month) for day in days)
 
-
-def _prorated_tokens(included: Included, part: DaysInForce, days_of_month: int) -> Included:
-    return Included(
-        **{
-            name: prorated(quantity, part.begin, part.end, days_of_month)
-            for name, quantity in included.model_dump().items()
-        }
-    )
-
-
-def _days(parts: Sequence[DaysInForce]) -> int:
-    return sum(part.end - part.begin for part in parts)
-
-
-def _added(parts: Sequence[Included]) -> Included:
-    sums: Counter[str] = Counter()
-    for included in parts:
-        sums.update(included.model_dump())
-    return Included(**sums)
+    included = {name: share(quantity) for name, quantity in version.plan.included.model_dump().items()}
+    return PlanShare(version, len(days), share(version.plan.minimum_nanos), Included(**included))
 
 
 def _until(quantity: int, day: int, days: int) -> int:

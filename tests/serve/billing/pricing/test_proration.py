@@ -13,10 +13,13 @@ from pydantic import ValidationError
 
 from serve.billing.invoicing.periods import period_bounds
 from serve.billing.pricing.plans import Included, PricePlan, Prices, PriceVersion
-from serve.billing.pricing.proration import DaysInForce, MonthTerms, month_terms, prorated, terms_of
+from serve.billing.pricing.proration import MonthTerms, month_terms, prorated, terms_of
+from serve.billing.pricing.tables import subscriptions_table
+from serve.errors import UnknownRecord
 from tests.support.billing_fixture import BillingFixture
 from tests.support.constants import NOON, PLAN
 
+DAY = timedelta(days=1)
 quantities = st.integers(0, 10**15)
 
 
@@ -40,8 +43,7 @@ def test_each_version_gives_the_share_of_its_days(days: Sequence[int]) -> None:
         version(id, proration="day", minimum_nanos=id * 30_000, included={"prompt_tokens": id * 300})
         for id in (1, 2)
     ]
-    in_force = [DaysInForce(versions[id - 1], day, day + 1) for day, id in enumerate(days) if id]
-    terms = terms_of(in_force, versions[0], 30)
+    terms = terms_of([versions[id - 1] if id else None for id in days], versions[0])
     assert terms.minimum_nanos == sum(id * 1_000 for id in days)
     assert terms.included == Included(prompt_tokens=sum(id * 10 for id in days))
     assert {share.price.id: share.days for share in terms.shares} == {
@@ -52,8 +54,8 @@ def test_each_version_gives_the_share_of_its_days(days: Sequence[int]) -> None:
 @given(quantities, quantities, st.integers(1, 30))
 def test_without_proration_the_last_version_gives_its_whole_minimum(old: int, new: int, day: int) -> None:
     before, after = version(1, minimum_nanos=old, proration="day"), version(2, minimum_nanos=new)
-    in_force = [DaysInForce(before, 0, day), DaysInForce(after, day, 31)]
-    assert terms_of(in_force, after, 31).minimum_nanos == new
+    in_force = [before] * day + [after] * (31 - day)
+    assert terms_of(in_force, after).minimum_nanos == new
 
 
 def terms(shop: BillingFixture, period: str) -> MonthTerms:
@@ -79,10 +81,33 @@ def test_a_day_belongs_to_the_version_in_force_at_its_end(shop: BillingFixture) 
     assert terms(shop, "2026-10").shares == ()
 
 
+def test_a_plan_that_ends_gives_the_share_of_its_days_and_is_in_force_no_more(shop: BillingFixture) -> None:
+    prices, minimum = Prices(shop.store), 31_000_000_000
+    january = datetime(2027, 1, 1, tzinfo=UTC)
+    for proration in ("day", "none"):
+        fields = {"name": proration, "proration": proration, "minimum_nanos": minimum}
+        prices.publish(PricePlan.model_validate(PLAN.model_dump() | fields), at=NOON)
+        prices.subscribe("acme", proration, at=january)
+        end = january + timedelta(days=9, hours=23)
+        assert prices.end("acme", at=end).plan.name == proration
+        with shop.store.read() as connection:
+            (before, after) = (prices.at(connection, "acme", at) for at in (end - DAY, end))
+            assert (before and before.plan.name, after) == (proration, None)
+        last_month = terms(shop, "2027-01")
+        assert last_month.minimum_nanos == (minimum * 9 // 31 if proration == "day" else minimum)
+        assert [share.days for share in last_month.shares][-1] == 9
+        next_month = terms(shop, "2027-02")
+        assert (next_month.shares, next_month.price) == ((), before)  # for late usage: its tax
+        with pytest.raises(UnknownRecord):
+            prices.end("acme", at=end)
+        with shop.store.write() as connection:
+            connection.execute(subscriptions_table.delete())
+
+
 @pytest.mark.parametrize("days", sorted({calendar.monthrange(2027, month)[1] for month in range(1, 13)}))
 def test_a_month_in_force_from_its_first_to_its_last_day_is_whole(days: int) -> None:
     price = version(proration="day", minimum_nanos=31, included={"completion_tokens": 7})
-    whole = terms_of([DaysInForce(price, 0, days)], price, days)
+    whole = terms_of([price] * days, price)
     assert (whole.minimum_nanos, whole.included.completion_tokens) == (31, 7)
 
 

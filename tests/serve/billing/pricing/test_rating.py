@@ -18,7 +18,7 @@ from serve.billing.pricing.plans import (
     TieredRates,
     Tokens,
 )
-from serve.billing.pricing.proration import DaysInForce, MonthTerms, terms_of
+from serve.billing.pricing.proration import MonthTerms, terms_of
 from serve.billing.pricing.rating import minimum_lines, usage_lines
 from serve.billing.pricing.tiers import (
     Graduated,
@@ -99,7 +99,7 @@ def used(price: PriceVersion, tokens: Tokens, *, model: str = "tiny", late: str 
 
 
 def whole_month(price: PriceVersion) -> MonthTerms:
-    return terms_of([DaysInForce(price, 0, 30)], price, 30)
+    return terms_of([price] * 30, price)
 
 
 @given(st.lists(st.tuples(counts, counts, counts), max_size=4), st.tuples(counts, counts, counts))
