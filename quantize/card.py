@@ -78,11 +78,22 @@ class QuantizationReport(_Frozen):
         return exp(low), exp(high)
 
 
+class EmbeddingFacts(_Frozen):
+    """Says how a base makes one vector of a text: its length, and how it is made of the tokens' vectors.
+
+    `normalized` vectors have the length 1 in space.
+    """
+
+    size: Count
+    pooling: Literal["mean", "cls"]
+    normalized: bool
+
+
 class BaseCard(_Frozen):
     """One base model on disk, identified by the hashes of its files.
 
-    `tool_parser` and `reasoning_parser` name vLLM's parsers for how the model writes tool calls and
-    reasoning; None where it writes none.
+    A base with `embedding` makes vectors, and generates no text. `tool_parser` and `reasoning_parser` name
+    vLLM's parsers for how the model writes tool calls and reasoning; None where it writes none.
     """
 
     schema_version: Literal[1] = 1
@@ -97,7 +108,8 @@ class BaseCard(_Frozen):
     max_context_tokens: Count
     tool_parser: str | None = None
     reasoning_parser: str | None = None
-    scheme: Literal["bfloat16", "bnb-nf4"]
+    embedding: EmbeddingFacts | None = None
+    scheme: Literal["float32", "bfloat16", "bnb-nf4"]
     parent: BaseName | None = None
     parent_sha256: Sha256 | None = None
     recipe_sha256: Sha256
@@ -111,7 +123,7 @@ class BaseCard(_Frozen):
     @model_validator(mode="after")
     def _lineage_is_whole(self) -> Self:
         lineage = (self.parent, self.parent_sha256, self.report)
-        quantized = self.scheme != "bfloat16"
+        quantized = self.scheme not in ("float32", "bfloat16")
         if any((part is not None) != quantized for part in lineage):
             raise ValueError(
                 "parent, parent_sha256 and report belong to every quantized base, and to no other"

@@ -3,15 +3,19 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quantize.card import BaseName, Count, Sha256, problems_of
 from quantize.errors import ConfigInvalid
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+
+# An embedding model's files that an engine reads, and those that say how its vectors are made.
+COPIED_FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
+RECIPE_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
 
 
 class Config(BaseModel):
@@ -28,6 +32,24 @@ class GgufSource(Config):
     sha256: Sha256
 
 
+class EmbeddingSource(Config):
+    """A sentence-transformers model inside an installed Python package, each of its files pinned by its hash.
+
+    `extra` names what of Bespoke installs the package.
+    """
+
+    package: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+    folder: Annotated[str, Field(pattern=r"^\w+$")]
+    extra: Annotated[str, Field(pattern=r"^[a-z]+$")] = "embeddings"
+    files_sha256: dict[Annotated[str, Field(pattern=r"^(?:\w+/)?\w+\.(?:safetensors|json)$")], Sha256]
+
+    @model_validator(mode="after")
+    def _files_are_whole(self) -> Self:
+        if missing := sorted({*COPIED_FILES, *RECIPE_FILES} - self.files_sha256.keys()):
+            raise ValueError(f"files_sha256 lacks {', '.join(missing)}")
+        return self
+
+
 class RandomLlama(Config):
     """Shape and seed of a Llama with random weights: for tests of plumbing, where only speed matters."""
 
@@ -42,7 +64,9 @@ class RandomLlama(Config):
 
 
 class BaseConfig(Config):
-    """Settings of a base's import. With `random_llama`, only the tokenizer is taken from the GGUF.
+    """Settings of a base's import, from a GGUF file or from an embedding model.
+
+    With `random_llama`, only the tokenizer is taken from the GGUF.
 
     `chat_template` replaces the tokenizer's. The YAML names a Jinja file beside it; reading the YAML puts the
     file's text here, so that the recipe's hash covers it. `tool_parser` and `reasoning_parser` name vLLM's
@@ -52,11 +76,21 @@ class BaseConfig(Config):
     name: BaseName
     source: str
     licence: str
-    gguf: GgufSource
+    gguf: GgufSource | None = None
+    embedding: EmbeddingSource | None = None
     chat_template: str | None = None
     tool_parser: str | None = None
     reasoning_parser: str | None = None
     random_llama: RandomLlama | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.gguf is None) == (self.embedding is None):
+            raise ValueError("a base has one source: gguf or embedding")
+        generating = (self.chat_template, self.tool_parser, self.reasoning_parser, self.random_llama)
+        if self.embedding is not None and any(setting is not None for setting in generating):
+            raise ValueError("a base of embeddings has no chat template, no parsers and no random weights")
+        return self
 
 
 class GateConfig(Config):
@@ -95,5 +129,8 @@ def read_config(path: Path, kind: type[ConfigT]) -> ConfigT:
 def recipe_sha256(config: Config, **inputs: str) -> str:
     """Hashes everything that determines an artefact: its settings and the hashes of its inputs."""
     # The key "spec" is older than the class name. Another key would make every published base again.
-    recipe = {"spec": config.model_dump(mode="json"), "inputs": inputs}
+    spec = config.model_dump(mode="json")
+    if spec.get("embedding") is None:  # younger than published bases, too
+        spec.pop("embedding", None)
+    recipe = {"spec": spec, "inputs": inputs}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

@@ -3,13 +3,15 @@
 QuantizeError
 ├── ConfigInvalid        a YAML file with wrong settings; all problems at once
 ├── NameInvalid          a base name that could be a path, an alias or a version
-├── SourceMissing        the package or the GGUF file that a base is imported from is not installed
+├── SourceMissing        the package or the file that a base is imported from is not installed
+├── SourceUnsupported    an embedding model pools its tokens in a way that is not served
 ├── ChecksumMismatch     bytes differ from the ones that were pinned or published
 ├── FilesUnexpected      a base directory lacks files of its card, or holds others
 ├── CardMissing          no card where a base should be
 ├── CardInvalid          a card that does not parse, or whose gate did not pass
 ├── ReportMissing        the report was asked of a base that was not quantized
 ├── ParentQuantized      the base to quantize is quantized already
+├── ParentEmbeds         the base to quantize makes embeddings: it has no perplexity to compare
 ├── TextMissing          the evaluation text cannot be read
 ├── TextTooLarge         the evaluation text is larger than what is tokenized in one piece
 ├── TextTooShort         the evaluation text does not fill the windows
@@ -54,9 +56,18 @@ class NameInvalid(QuantizeError):
 
 @dataclass(eq=False)
 class SourceMissing(QuantizeError):
-    message = "{file} of the Python package {package} is not installed: pip install 'bespoke-llm[demo]'"
+    message = "{file} of the Python package {package} is not installed: pip install 'bespoke-llm[{extra}]'"
     package: str
     file: str
+    extra: str = "demo"
+
+
+@dataclass(eq=False)
+class SourceUnsupported(QuantizeError):
+    message = "{file} of the Python package {package} is not supported: {problem}"
+    package: str
+    file: str
+    problem: str
 
 
 @dataclass(eq=False)
@@ -99,6 +110,12 @@ class ParentQuantized(QuantizeError):
     message = "{name} is already quantized ({scheme}): quantize the base that it came from"
     name: str
     scheme: str
+
+
+@dataclass(eq=False)
+class ParentEmbeds(QuantizeError):
+    message = "{name} makes embeddings: quantization is measured by the perplexity of text, which it has not"
+    name: str
 
 
 @dataclass(eq=False)

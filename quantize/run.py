@@ -5,7 +5,7 @@ from pathlib import Path
 
 from quantize.card import REPORT, BaseCard, checkpoint_facts, library_versions, read_card, verify, write_card
 from quantize.config import QuantizeConfig, recipe_sha256
-from quantize.errors import GateFailed, ParentQuantized, WindowTooLong
+from quantize.errors import GateFailed, ParentEmbeds, ParentQuantized, WindowTooLong
 from quantize.eval_text import EvaluationText
 from quantize.progress import OnProgress, silent
 from quantize.report import render_markdown
@@ -23,11 +23,14 @@ def quantize(
 
     A base that is there, intact, and made from the same parent, settings and text is kept as it is. Raises
     GateFailed (with the report; its card and report.md are kept under `.rejected/`, its weights are not),
-    ParentQuantized, WindowTooLong, TextTooShort, ScoreNotFinite, or what `verify` raises about the parent.
+    ParentQuantized, ParentEmbeds, WindowTooLong, TextTooShort, ScoreNotFinite, or what `verify` raises about
+    the parent.
     """
     parent = verify(parent_dir)
     if parent.parent is not None:
         raise ParentQuantized(parent.name, parent.scheme)
+    if parent.embedding is not None:
+        raise ParentEmbeds(parent.name)
     if config.window_tokens > parent.max_context_tokens:
         raise WindowTooLong(config.window_tokens, parent.max_context_tokens)
     home = base_dir(bases_root, f"{parent.name}-nf4")

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export SSL_CERT_FILE=${SSL_CERT_FILE:-${PIP_CERT:-/etc/ssl/certs/ca-certificates.crt}}
-.venv/bin/uv pip compile pyproject.toml --extra cpu --extra demo --extra dev \
+.venv/bin/uv pip compile pyproject.toml --extra cpu --extra demo --extra embeddings --extra dev \
     --override scripts/overrides.txt --universal --python-version 3.11 --no-emit-package torch --generate-hashes \
     --no-emit-index-url --no-emit-find-links --no-header --no-annotate --output-file requirements.lock "$@"
 # For a new torch, first write its version and the hash of its CPU wheel for each Python there.

@@ -21,7 +21,7 @@ Value = Annotated[str, Field(max_length=512)]
 
 class BatchCreate(BaseModel):
     input_file_id: str = Field(min_length=1, max_length=64)
-    endpoint: Literal["/v1/chat/completions", "/v1/completions"]
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
     completion_window: Literal["24h"]
     metadata: Annotated[dict[Key, Value], Field(max_length=16, fail_fast=True)] | None = None
 

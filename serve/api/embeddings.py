@@ -1,47 +1,33 @@
-"""POST /v1/embeddings: refuses, because the bases generate text and none makes embeddings.
-
-A clear refusal is better than an unknown URL. platform.openai.com/docs/api-reference/embeddings.
-"""
-
-import asyncio
-from functools import partial
-from typing import Any
+"""POST /v1/embeddings — platform.openai.com/docs/api-reference/embeddings."""
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
+from starlette.responses import Response
 
 from serve.api.bodies import read_body
-from serve.api.dependencies import Ctx, InferencePrincipal
-from serve.api.schemas import errors, json_body
-from serve.errors import InvalidRequest, ModelNotFound
+from serve.api.dependencies import Ctx, DirectRoute, InferencePrincipal
+from serve.api.schemas import EmbeddingList, errors, json_body
+from serve.api.streaming import answer_complete
+from serve.formats.embeddings import EmbeddingFormat, EmbeddingRequest, request_of
+from serve.formats.response_format import complete_body
 from serve.formats.sampling import parse
-from serve.registry.versions import Model
+from serve.inference.request import InferenceRequest
 
-router = APIRouter()
-
-
-class EmbeddingRequest(BaseModel):
-    model: str = Field(min_length=1, max_length=160)
-    input: Any
+router = APIRouter(route_class=DirectRoute)
 
 
 @router.post(
     "/v1/embeddings",
-    status_code=400,
-    responses=errors(400, 401, 403, 404, 413, 503),
+    response_model=EmbeddingList,
+    responses=errors(400, 401, 403, 404, 409, 413, 429, 500, 503),
     openapi_extra=json_body(EmbeddingRequest),
 )
-async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> None:
-    """Raises ModelNotFound for a model that the caller cannot see, InvalidRequest for any other model."""
-    body = await read_body(request, partial(parse, EmbeddingRequest))
+async def create(request: Request, principal: InferencePrincipal, ctx: Ctx) -> Response:
+    """Makes a vector of each input. Nothing is cut in silence: an input that is too long is a 400."""
 
-    def resolve() -> Model:
-        with ctx.store.read() as connection:
-            return ctx.registry.resolve(connection, principal.tenant, body.model)
+    def read(raw: bytes) -> InferenceRequest:
+        return request_of(parse(EmbeddingRequest, raw), request.state.request_id, ctx.limits)
 
-    if not principal.may_use(body.model):
-        raise ModelNotFound(body.model)
-    await asyncio.to_thread(resolve)
-    raise InvalidRequest(
-        f"The model '{body.model}' generates text and makes no embeddings.", "model", "unsupported_model"
+    inference_request = await read_body(request, read)
+    return await answer_complete(
+        request, ctx, principal, inference_request, lambda result: complete_body(result, EmbeddingFormat())
     )

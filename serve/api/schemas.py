@@ -213,6 +213,24 @@ class TextCompletion(_Object):
     usage: Usage | None = None
 
 
+class EmbeddingObject(_Object):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str = Field(description="Numbers; with base64, little-endian float32 as text.")
+
+
+class EmbeddingUsage(_Object):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(_Object):
+    object: Literal["list"]
+    data: list[EmbeddingObject]
+    model: str
+    usage: EmbeddingUsage
+
+
 class Model(_Object):
     id: str
     object: Literal["model"]

@@ -108,8 +108,9 @@ class Rendered:
         return self._bytes
 
     async def body(self, result: GenerationResult) -> bytes:
-        """`bytes_of` for the client. With log-probabilities an answer has megabytes, so a thread makes it."""
-        if self._bytes is not None or result.request.sampling.logprobs is None:
+        """`bytes_of` for the client. Log-probabilities and vectors are megabytes, so a thread makes them."""
+        request = result.request
+        if self._bytes is not None or (request.sampling.logprobs is None and request.pooling is None):
             return self.bytes_of(result)
         return await asyncio.to_thread(self.bytes_of, result)
 

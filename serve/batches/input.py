@@ -11,15 +11,16 @@ from pathlib import Path
 
 from serve.batches.batches import ERRORS_MAX, LineError
 from serve.errors import InvalidRequest
-from serve.formats import chat, completions
+from serve.formats import chat, completions, embeddings
 from serve.formats.body_budget import check_body
 from serve.formats.chat import ChatCompletionRequest
-from serve.formats.response_format import Json, ResponseFormat
+from serve.formats.response_format import CompleteFormat, Json
 from serve.formats.sampling import RequestBounds, parse
 from serve.inference.request import InferenceRequest
 
 CUSTOM_ID_CHARS_MAX = 512
 LINE_BYTES = 8 * 1024  # around its body
+EMBEDDED_TEXTS_MAX = 50_000  # of a batch: OpenAI's. Each becomes kilobytes of the output.
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Endpoint:
     """
 
     to_request: Callable[[bytes, str, RequestBounds], InferenceRequest]
-    response_format: Callable[[], ResponseFormat]
+    response_format: Callable[[], CompleteFormat]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,14 @@ def _completion(body: bytes, request_id: str, limits: RequestBounds) -> Inferenc
     return completions.request_of(parsed, request_id, limits)
 
 
+def _embeddings(body: bytes, request_id: str, limits: RequestBounds) -> InferenceRequest:
+    return embeddings.request_of(parse(embeddings.EmbeddingRequest, body), request_id, limits)
+
+
 ENDPOINTS = {
     "/v1/chat/completions": Endpoint(_chat, chat.ChatFormat),
     "/v1/completions": Endpoint(_completion, completions.CompletionFormat),
+    "/v1/embeddings": Endpoint(_embeddings, embeddings.EmbeddingFormat),
 }
 
 
@@ -102,7 +108,7 @@ def validate(path: Path, endpoint: str, bounds: InputBounds) -> tuple[int, list[
     """(number of requests, errors). No line of a file with an error may run."""
     errors: list[LineError] = []
     seen: dict[str, int] = {}
-    count = 0
+    count = embedded = 0
     for number, raw in numbered_lines(path):
         count += 1
         if count > bounds.lines:
@@ -113,7 +119,11 @@ def validate(path: Path, endpoint: str, bounds: InputBounds) -> tuple[int, list[
                 text = f"This line is larger than the limit of {bounds.body_bytes + LINE_BYTES} bytes."
                 raise InvalidRequest(text, "body", "request_too_large")
             line = read_line(raw)
-            _check(line, endpoint, bounds)
+            request = _check(line, endpoint, bounds)
+            embedded += request.choices if request.pooling is not None else 0
+            if embedded > EMBEDDED_TEXTS_MAX:
+                text = f"The file has more than {EMBEDDED_TEXTS_MAX} texts to embed."
+                return 0, [LineError("too_many_inputs", text, number)]
             if (first := seen.setdefault(line.custom_id, number)) != number:
                 text = f"The 'custom_id' of this line is that of line {first}, too."
                 raise InvalidRequest(text, "custom_id", "duplicate_custom_id")
@@ -126,7 +136,7 @@ def validate(path: Path, endpoint: str, bounds: InputBounds) -> tuple[int, list[
     return count, errors
 
 
-def _check(line: InputLine, endpoint: str, bounds: InputBounds) -> None:
+def _check(line: InputLine, endpoint: str, bounds: InputBounds) -> InferenceRequest:
     if line.method != "POST":
         raise InvalidRequest("'method' must be POST.", "method", "invalid_method")
     if line.url != endpoint:
@@ -135,7 +145,7 @@ def _check(line: InputLine, endpoint: str, bounds: InputBounds) -> None:
         text = f"The body is larger than the limit of {bounds.body_bytes} bytes."
         raise InvalidRequest(text, "body", "request_too_large")
     try:
-        ENDPOINTS[endpoint].to_request(line.body, "validation", bounds.fields)
+        return ENDPOINTS[endpoint].to_request(line.body, "validation", bounds.fields)
     except InvalidRequest as error:
         param = f"body.{error.param}" if error.param else "body"
         raise InvalidRequest(error.message, param, error.code) from error

@@ -19,6 +19,7 @@ from serve.batches.batches import OK, BatchStatus, batches_table, results_table
 from serve.billing.ledger.accounts import FINAL_PHASE, HOLD_PHASE, transfers_table
 from serve.billing.ledger.holds import Hold
 from serve.billing.ledger.ledger import Ledger
+from serve.formats.response_format import dumps
 from serve.inference.request import GenerationResult
 from serve.storage.database import Store
 
@@ -128,7 +129,7 @@ class LineCommitHook:
 
     def _fill(self, connection: sa.Connection, status_code: int, body: Json) -> None:
         of_attempt = results_table.c.request_id == self._attempt.request_id
-        values = {"status_code": status_code, "body": json.dumps(body)}
+        values = {"status_code": status_code, "body": dumps(body).decode()}
         connection.execute(results_table.update().where(of_attempt).values(values))
 
 

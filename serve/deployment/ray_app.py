@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantize.card import verify
+from quantize.card import BaseCard, read_card, verify
 from quantize.errors import CardMissing
 from serve.billing.metering.terms import RequestUsage
 from serve.deployment import upstream
@@ -26,6 +26,7 @@ from serve.engine.transport.frames import Address, Hello
 from serve.engine.transport.gateway_side import ReplicaListener
 from serve.engine.transport.replica_side import ReplicaServer
 from serve.engine.vllm.engine import VllmEngine
+from serve.engine.vllm.pooling import PoolingEngine
 from serve.engine.vllm.setup import compute_on_one_thread
 from serve.engine.vllm.upstream import read_variables_once
 from serve.errors import BespokeError, EngineLost, EngineUnavailable, OperatorError
@@ -63,7 +64,8 @@ class EngineDeployment:
         replica = ray_serve.get_replica_context().replica_id.unique_id
         directories = settings.bases_dir / base, settings.adapters_dir
         self._drain_timeout_s = settings.drain_timeout_s
-        self._engine = await VllmEngine.start(
+        engine = PoolingEngine if read_card(directories[0]).embedding is not None else VllmEngine
+        self._engine = await engine.start(
             base, *directories, settings.engine_here, replica, settings.otlp_endpoint
         )
         compute_on_one_thread()
@@ -136,12 +138,12 @@ def _exit_if_engine_lost() -> Iterator[None]:
 class StewardDeployment:
     """Runs the one steward. Its process may end at any time, and Serve starts another."""
 
-    def __init__(self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any]) -> None:
+    def __init__(self, settings: Settings, cards: dict[str, BaseCard], handles: dict[str, Any]) -> None:
         from serve.deployment.steward_app import build_steward
 
         _keep_replica_port_on(settings.host)
         logs.install(log_spec(settings), "steward")
-        self._steward = build_steward(settings, _engines(settings, contexts, handles))
+        self._steward = build_steward(settings, _engines(settings, cards, handles))
         self._running = asyncio.get_running_loop().create_task(self._steward.run())
 
     async def status(self) -> StewardStatus:
@@ -164,7 +166,7 @@ class RemoteSteward:
 
 
 def _engines(
-    settings: Settings, contexts: dict[str, int], handles: dict[str, Any]
+    settings: Settings, cards: dict[str, BaseCard], handles: dict[str, Any]
 ) -> dict[str, RemoteEngine]:
     listener = ReplicaListener(
         LOOPBACK_ADDRESS if settings.host in LOOPBACK else ray.util.get_node_ip_address()
@@ -174,10 +176,11 @@ def _engines(
             base,
             handle,
             listener,
-            context_tokens_max=contexts[base],
+            context_tokens_max=min(settings.engine.max_model_len, cards[base].max_context_tokens),
             queued_max=settings.limits.queued_requests,
             accept_timeout_s=settings.accept_timeout_s,
             classify=classify,
+            embedding_size=facts.size if (facts := cards[base].embedding) else None,
         )
         for base, handle in handles.items()
     }
@@ -205,14 +208,14 @@ class GatewayDeployment:
     """Runs one gateway replica: an ASGI app and its HTTP server. It loads neither torch nor vLLM."""
 
     async def __init__(  # type: ignore[misc] # Serve awaits it
-        self, settings: Settings, contexts: dict[str, int], handles: dict[str, Any], steward: Any
+        self, settings: Settings, cards: dict[str, BaseCard], handles: dict[str, Any], steward: Any
     ) -> None:
         from serve.deployment.app import build_app
         from serve.deployment.http_server import HttpServer
 
         _keep_replica_port_on(settings.host)
         logs.install(log_spec(settings), "gateway")
-        engines = _engines(settings, contexts, handles)
+        engines = _engines(settings, cards, handles)
         self._background = [asyncio.create_task(engine.discover()) for engine in engines.values()]
         peers = RayGatewayPeers(settings.gateway_replicas)
         app = build_app(settings, engines, RemoteSteward(steward), peers)
@@ -255,9 +258,9 @@ def build(settings: Settings) -> Any:
     Raises OperatorError if a base is not there, QuantizeError if its bytes are not those of its card.
     """
     engine = ray_serve.deployment(EngineDeployment)
-    engines, contexts = {}, {}
+    engines, cards = {}, {}
     for base in settings.bases:
-        contexts[base] = min(settings.engine.max_model_len, _context_tokens_max(settings.bases_dir / base))
+        cards[base] = _verified(settings.bases_dir / base)
         engines[base] = engine.options(
             name=f"engine-{base}",
             **_replicas(settings.engine_replicas, settings.engine_scaling),
@@ -283,7 +286,7 @@ def build(settings: Settings) -> Any:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=5,
     )
-    return gateway.bind(settings, contexts, engines, steward.bind(settings, contexts, engines))
+    return gateway.bind(settings, cards, engines, steward.bind(settings, cards, engines))
 
 
 def _replicas(replicas_min: int, scaling: ScalingSettings) -> dict[str, Any]:
@@ -316,9 +319,9 @@ def _gpus(settings: Settings) -> int:
     return settings.engine.tensor_parallel_size if settings.engine.device == "gpu" else 0
 
 
-def _context_tokens_max(base_dir: Path) -> int:
+def _verified(base_dir: Path) -> BaseCard:
     try:
-        return verify(base_dir).max_context_tokens
+        return verify(base_dir)
     except CardMissing as error:
         raise OperatorError(
             f"There is no base '{base_dir.name}'; make it with: "

@@ -43,10 +43,12 @@ class RemoteEngine:
         queued_max: int,
         accept_timeout_s: float,
         classify: Classify,
+        embedding_size: int | None = None,
     ) -> None:
         self._handle = handle
         self._listener = listener
         self._context_tokens_max = context_tokens_max
+        self._embedding_size = embedding_size
         self._queued_max = queued_max
         self._accept_timeout_s = accept_timeout_s
         self._classify = classify
@@ -59,6 +61,10 @@ class RemoteEngine:
     @property
     def context_tokens_max(self) -> int:
         return self._context_tokens_max
+
+    @property
+    def embedding_size(self) -> int | None:
+        return self._embedding_size
 
     async def discover(self) -> None:
         """Asks replicas to connect, regularly and at once when one is missing. Never returns."""

@@ -130,6 +130,21 @@ class Texts:
     prompts: tuple[str | tuple[int, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """Asks for one vector for each text, instead of a continuation.
+
+    With `dimensions` only the vector's first numbers are taken, and made as long as before. A text of more
+    than `truncate_tokens` is cut to them; None refuses what the context cannot hold, -1 cuts to the context.
+    """
+
+    dimensions: int | None = None
+    truncate_tokens: int | None = None
+
+
+# Over all texts of one request that makes embeddings: OpenAI's bound.
+EMBEDDING_TOKENS_MAX = 300_000
+
 Prompt = tuple[Message, ...] | Texts
 
 
@@ -142,7 +157,8 @@ class GenerationRequest:
     With `collect` each choice comes in one piece once it is complete; its counts come as they arise.
     `context_tokens_max` narrows the engine's own context. `trace_headers` name the parent of the engine's own
     spans (W3C Trace Context), if there is one. With `count_only` the prompt is rendered and counted, and
-    nothing is generated.
+    nothing is generated. With `pooling` there is one choice for each text, and the choice's Delta carries a
+    vector.
     """
 
     request_id: str
@@ -156,6 +172,7 @@ class GenerationRequest:
     context_tokens_max: int | None = None
     trace_headers: Mapping[str, str] | None = None
     count_only: bool = False
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +205,8 @@ class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="a", gc=False):
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d", gc=False):
     """Carries the new text of one choice and the number of its tokens (a token may add no text yet).
 
-    `stop_sequence` is the one of the request's stop sequences that ended the choice.
+    `stop_sequence` is the one of the request's stop sequences that ended the choice. `embedding` is a text's
+    vector, as little-endian float32.
     """
 
     index: int
@@ -199,6 +217,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d", gc=False):
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     stop_sequence: str | None = None
+    embedding: bytes = b""
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f", gc=False):
@@ -291,6 +310,10 @@ class Engine(Protocol):
     @property
     def context_tokens_max(self) -> int:
         """The longest prompt + completion that the engine takes, in tokens."""
+
+    @property
+    def embedding_size(self) -> int | None:
+        """The length of the vectors that the base makes; None for a base that generates text."""
 
     async def generate(self, request: GenerationRequest, take: Take) -> None:
         """Gives `take` the events in batches, as the engine's steps produce them. Returns after Finished.

@@ -4,21 +4,20 @@ platform.openai.com/docs/api-reference/completions.
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
 from serve.engine.protocol import Delta, Sampling, Texts
 from serve.errors import InvalidRequest
-from serve.formats.body_budget import COST_MAX, Items
+from serve.formats.body_budget import Items
 from serve.formats.bounds import bound
 from serve.formats.logprobs import characters, text_logprobs
 from serve.formats.response_format import Json
-from serve.formats.sampling import CHOICES_MAX, GenerationBody, RequestBounds, TokenId
+from serve.formats.sampling import CHOICES_MAX, GenerationBody, RequestBounds, TokenIds
 from serve.inference.answer import Choice
 from serve.inference.request import GenerationResult, InferenceRequest
 
-TokenIds = Annotated[list[TokenId], Field(max_length=COST_MAX, fail_fast=True)]
 COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's
 
 

@@ -19,8 +19,18 @@ from serve.inference.request import GenerationResult
 Json = dict[str, Any]
 
 
-class ResponseFormat(Protocol):
-    """Writes one answer in one resource's wire format: an envelope around choices.
+class CompleteFormat(Protocol):
+    """Writes one complete answer in one resource's wire format: an envelope around choices."""
+
+    def complete_choice(self, choice: Choice, result: GenerationResult) -> Json:
+        """One finished choice."""
+
+    def envelope(self, result: GenerationResult, choices: list[Json], *, streamed: bool) -> Json:
+        """The object around the choices."""
+
+
+class ResponseFormat(CompleteFormat, Protocol):
+    """Writes one answer complete or streamed.
 
     A format may keep state between the deltas of its answer, so every answer gets a new one.
     """
@@ -31,18 +41,14 @@ class ResponseFormat(Protocol):
     def streamed_choice(self, delta: Delta) -> Json:
         """One delta of one choice."""
 
-    def complete_choice(self, choice: Choice, result: GenerationResult) -> Json:
-        """One finished choice."""
 
-    def envelope(self, result: GenerationResult, choices: list[Json], *, streamed: bool) -> Json:
-        """The object around the choices."""
-
-
-def complete_body(result: GenerationResult, response_format: ResponseFormat) -> Json:
+def complete_body(result: GenerationResult, response_format: CompleteFormat) -> Json:
     """The complete answer of a request that collects its choices (`InferenceRequest.collect`)."""
     assert result.choices
     choices = [response_format.complete_choice(choice, result) for choice in result.choices]
-    return response_format.envelope(result, choices, streamed=False) | {"usage": usage(result.tokens)}
+    body = response_format.envelope(result, choices, streamed=False)
+    body.setdefault("usage", usage(result.tokens))
+    return body
 
 
 def usage(tokens: Tokens) -> Json:

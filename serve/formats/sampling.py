@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from serve.engine.protocol import JsonFormat, Sampling, TextFormat
 from serve.errors import InvalidRequest
-from serve.formats.body_budget import FreeObject, Items, check_body
+from serve.formats.body_budget import COST_MAX, FreeObject, Items, check_body
 from serve.formats.bounds import bound, clamped
 from serve.formats.errors import validation_text
 from serve.formats.schema_budget import Schema, check_schemas
@@ -62,6 +62,7 @@ CHOICES_MAX = 64
 ERRORS_MAX = 64  # of one body that are looked at
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(max_length=COST_MAX, fail_fast=True)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]

@@ -29,6 +29,7 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     stop_sequence: str | None = None
+    embedding: bytes = b""
 
     def take(self, delta: Delta) -> None:
         if delta.text or delta.reasoning or delta.tool_calls or delta.logprobs or delta.finish_reason:
@@ -38,6 +39,7 @@ class Choice:
         self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.stop_sequence = delta.stop_sequence or self.stop_sequence
+        self.embedding = delta.embedding or self.embedding
         for call_delta in delta.tool_calls:
             while len(self.tool_calls) <= call_delta.index:
                 self.tool_calls.append(ToolCall(len(self.tool_calls)))

@@ -6,7 +6,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -15,8 +15,16 @@ from serve.billing.ledger.checkpoints import UsageCheckpoints
 from serve.billing.ledger.holds import Hold, HoldRequest, StaleQuote
 from serve.billing.ledger.writer import CommitQueue
 from serve.billing.metering.terms import BillingTerms
-from serve.engine.protocol import Engine, Event, Finished, GenerationRequest, Texts
-from serve.errors import ModelNotFound, RequestQuarantined, StoreUnavailable
+from serve.engine.protocol import (
+    EMBEDDING_TOKENS_MAX,
+    Engine,
+    Event,
+    Finished,
+    GenerationRequest,
+    Pooling,
+    Texts,
+)
+from serve.errors import InvalidRequest, ModelNotFound, RequestQuarantined, StoreUnavailable
 from serve.inference.generation import Admitted, Generation, GenerationContext
 from serve.inference.model_cache import ModelCache, PricedModel
 from serve.inference.quarantine import Quarantine
@@ -197,10 +205,14 @@ class Gateway:
             raise ModelNotFound(request.model)
 
     def _quote(self, principal: Principal, request: InferenceRequest, priced_model: PricedModel) -> _Quote:
-        """The most tokens that the request may use. Nothing is reserved yet."""
+        """The most tokens that the request may use. Nothing is reserved yet.
+
+        Raises InvalidRequest if the model's base does not do what the request asks for.
+        """
+        engine = self._engines[priced_model.model.base]
+        check_task(request, engine.embedding_size)
         limits = [subject.limits.context_tokens for subject in principal.subjects]
-        engine_limit = self._engines[priced_model.model.base].context_tokens_max
-        context = min([engine_limit, *(limit for limit in limits if limit is not None)])
+        context = min([engine.context_tokens_max, *(limit for limit in limits if limit is not None)])
         prompt = prompt_tokens_max(request, context)
         most = request.sampling.completion_tokens_max
         completion = (context if most is None else min(most, context)) * request.choices
@@ -246,6 +258,22 @@ class Gateway:
         )
 
 
+def check_task(request: InferenceRequest, embedding_size: int | None) -> None:
+    """Raises InvalidRequest if text is asked of a base that makes embeddings, or the other way round."""
+    pooling, model = request.pooling, request.model
+    if embedding_size is None and pooling is not None:
+        text = f"The model '{model}' generates text and makes no embeddings."
+        raise InvalidRequest(text, "model", "unsupported_model")
+    if embedding_size is None:
+        return
+    if pooling is None:
+        text = f"The model '{model}' makes embeddings and generates no text: use /v1/embeddings."
+        raise InvalidRequest(text, "model", "unsupported_model")
+    if pooling.dimensions is not None and pooling.dimensions > embedding_size:
+        text = f"'dimensions' is at most {embedding_size}, the length of the model's embeddings."
+        raise InvalidRequest(text, "dimensions", "invalid_value")
+
+
 def prompt_tokens_max(request: InferenceRequest, context_tokens: int) -> int:
     """An upper bound on the prompt's tokens, without a tokenizer.
 
@@ -254,12 +282,24 @@ def prompt_tokens_max(request: InferenceRequest, context_tokens: int) -> int:
     """
     if isinstance(request.prompt, Texts):
         texts = request.prompt.prompts
+        if request.pooling is not None:
+            return _embedded_tokens_max(texts, request.pooling, context_tokens)
         sizes = (len(text.encode()) if isinstance(text, str) else len(text) for text in texts)
         return sum(min(size + 1, context_tokens) for size in sizes)
     if request.toolbox is not None or any(message.tool_calls for message in request.prompt):
         return context_tokens
     sizes = (len((message.content or "").encode()) + _MESSAGE_TOKENS for message in request.prompt)
     return min(_TEMPLATE_TOKENS + sum(sizes), context_tokens)
+
+
+def _embedded_tokens_max(
+    texts: Sequence[str | tuple[int, ...]], pooling: Pooling, context_tokens: int
+) -> int:
+    """Counts a text's tokens by its bytes, and the two that a BERT tokenizer puts around it."""
+    kept = pooling.truncate_tokens
+    longest = context_tokens if kept is None or kept < 0 else min(kept, context_tokens)
+    sizes = (len(text.encode(errors="replace")) + 2 if isinstance(text, str) else len(text) for text in texts)
+    return min(sum(min(size, longest) for size in sizes), EMBEDDING_TOKENS_MAX)
 
 
 def _close_when_started(starting: "asyncio.Task[Generation]") -> None:

@@ -85,6 +85,8 @@ class Generation:
         self.created_at = context.now()
         self.failure: BespokeError | None = None  # the error that ended it
         operation = "text_completion" if isinstance(request.prompt, Texts) else "chat"
+        if request.pooling is not None:
+            operation = "embeddings"
         self._telemetry = context.tracing.generation(
             operation, request.model, admitted.model.base, request.sampling, request.request_id
         )
@@ -310,6 +312,7 @@ class Generation:
             collect=self.request.collect,
             context_tokens_max=self._admitted.context_tokens_max,
             trace_headers=self._telemetry.headers,
+            pooling=self.request.pooling,
         )
 
     def _on_accepted(self, event: Accepted) -> None:

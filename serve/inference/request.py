@@ -8,7 +8,7 @@ from typing import Protocol
 import sqlalchemy as sa
 
 from serve.billing.pricing.plans import Tokens
-from serve.engine.protocol import Prompt, Sampling, Texts, Toolbox
+from serve.engine.protocol import Pooling, Prompt, Sampling, Texts, Toolbox
 from serve.inference.answer import Choice
 
 
@@ -20,6 +20,8 @@ class InferenceRequest:
     collect: gather the choices into `GenerationResult.choices`, which a `commit_hook` needs.
     survives_disconnect: go on when the client leaves, because it will come back for the answer.
     tier: "default" or "batch", which of the plan's prices apply.
+    pooling: make a vector of each text of the prompt, and generate nothing.
+    base64: write the vectors as text, as OpenAI's clients ask for them.
     """
 
     request_id: str
@@ -33,6 +35,8 @@ class InferenceRequest:
     survives_disconnect: bool = False
     tier: str = "default"
     completion_tokens_asked: int | None = None
+    pooling: Pooling | None = None
+    base64: bool = False
 
     @property
     def choices(self) -> int:

@@ -140,20 +140,27 @@ class Recovery:
             usages += [replace(usage, attempt=attempt) for usage in await engine.final_usage(name)]
         return usages
 
+    def _embeds(self, base: str) -> bool:
+        engine = self._engines.get(base)
+        return engine is not None and engine.embedding_size is not None
+
     def _resolution(
         self, open_hold: OpenHold, terms: BillingTerms, record: Checkpoint | None, usages: list[RequestUsage]
     ) -> Resolution:
         request_id, tenant, at = open_hold.hold.request_id, terms.tenant, self._now()
+        embeds = self._embeds(terms.base)
         failed = [
-            _failed(request_id, terms, usage, at)
+            _failed(request_id, terms, usage, at, embeds)
             for usage in usages
             if record is not None and usage.attempt != record.usage.attempt
         ]
         # An answer that was to be empty has an end and no completion.
         if record is None or not (record.usage.tokens.completion or record.end):
+            if embeds:  # its client has no vector, and vLLM has counted what it computed
+                failed = [_failed(request_id, terms, usage, at, embeds) for usage in usages]
             return Resolution(request_id, tenant, at, reason="gateway died", failed=tuple(failed))
         if terms.rerun_if_lost:
-            failed.append(_failed(request_id, terms, record.usage, at))
+            failed.append(_failed(request_id, terms, record.usage, at, embeds))
             release = partial(self._release, request_id)
             return Resolution(
                 request_id, tenant, at, reason="gateway died", failed=tuple(failed), in_transaction=release
@@ -190,7 +197,10 @@ def _event(open_hold: OpenHold, terms: BillingTerms, record: Checkpoint, at: dat
     )
 
 
-def _failed(request_id: str, terms: BillingTerms, usage: RequestUsage, at: datetime) -> FailedAttempt:
+def _failed(
+    request_id: str, terms: BillingTerms, usage: RequestUsage, at: datetime, embeds: bool
+) -> FailedAttempt:
+    tokens = usage.tokens
     return FailedAttempt(
         request_id,
         usage.attempt,
@@ -200,6 +210,6 @@ def _failed(request_id: str, terms: BillingTerms, usage: RequestUsage, at: datet
         usage.boot,
         "GatewayDied",
         at,
-        usage.tokens.prompt * terms.samples,
-        usage.tokens.completion,
+        tokens.prompt * terms.samples if tokens.completion or embeds else 0,
+        tokens.completion,
     )

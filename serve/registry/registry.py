@@ -19,6 +19,8 @@ import sqlalchemy as sa
 
 from finetune.card import AdapterCard, validate_name, verify
 from finetune.errors import FinetuneError
+from quantize.card import read_card
+from quantize.errors import QuantizeError
 from serve.billing.credits.charges import charge_training
 from serve.errors import ModelNotFound, RegistryError, UnknownRecord
 from serve.registry.validation import inspect
@@ -69,6 +71,7 @@ class AdapterRegistry:
         card = _verified(directory)
         if base_dir.name != card.base:
             raise RegistryError(f"{directory.name}: its base is '{card.base}', not '{base_dir.name}'")
+        _require_text(base_dir)
         files = inspect(directory, base_dir, max_rank=max_rank)
         row = {"tenant_id": card.tenant, "name": card.adapter, "version": card.version, "base": card.base}
         facts = {"registered_at": at, "rank": files.rank, "bytes": files.bytes}
@@ -260,6 +263,13 @@ def newest_published(adapters_dir: Path, tenant: str, name: str) -> Path:
     if not versions:
         raise UnknownRecord(f"No version of '{tenant}/{name}' is published.")
     return max(versions, key=lambda path: _verified(path).created_at)
+
+
+def _require_text(base_dir: Path) -> None:
+    """Raises RegistryError for a base that makes embeddings. A base without a card is judged by its files."""
+    with contextlib.suppress(QuantizeError):
+        if read_card(base_dir).embedding is not None:
+            raise RegistryError(f"the base '{base_dir.name}' makes embeddings: it takes no adapters")
 
 
 def _verified(directory: Path) -> AdapterCard:

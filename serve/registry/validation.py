@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import regex  # type: ignore[import-untyped]  # unlike re, it takes a time-out
+import regex  # unlike re, it takes a time-out
 
 from finetune.card import ADAPTER_CONFIG_NAME, WEIGHTS_NAME
 from serve.errors import RegistryError

@@ -11,9 +11,14 @@ from serve.registry.registry import AdapterRegistry, newest_published
 from serve.settings import EngineSettings, Settings
 from serve.storage.database import Store
 from tests.support.billing_fixture import onboard
-from tests.support.constants import CONFIGS, TENANTS, TINY, TINY_TWO
+from tests.support.constants import CONFIGS, MINILM, TENANTS, TINY, TINY_TWO
 from tests.support.engine_host import EventLoopThread
-from tests.support.live_service import LiveService, import_tiny_bases, register_and_promote
+from tests.support.live_service import (
+    LiveService,
+    import_embedding_base,
+    import_tiny_bases,
+    register_and_promote,
+)
 from tests.support.ports import free_port
 
 
@@ -24,6 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     home = tmp_path_factory.mktemp("home")
     import_tiny_bases(home)
+    import_embedding_base(home)
     for tenant in TENANTS:
         job = load_job(CONFIGS / "demo" / f"{tenant}.yaml")
         # One epoch is enough for the gate, and whether answers are as taught is the demo's test.
@@ -35,13 +41,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def live(home: Path) -> Iterator[LiveService]:
-    """Three gateways and two engines for all tests of this folder, on a free port."""
+    """Three gateways and three engines for all tests of this folder, on a free port."""
     from serve.deployment.local import LocalService
 
     settings = Settings(
         home=home,
         port=free_port(),
-        bases=[TINY, TINY_TWO],
+        bases=[TINY, TINY_TWO, MINILM],
         gateway_replicas=3,  # so that nothing works only where it was begun
         accept_timeout_s=15,
         # Two slots for two adapters and the base: the batches in which vLLM's CPU LoRA mixes customers up.

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from serve.engine.protocol import (
     GenerationRequest,
     Message,
     Take,
+    Texts,
 )
 from serve.errors import EngineFailed
 from serve.formats.sampling import RequestBounds
@@ -49,6 +51,7 @@ HALF = Rates(
     cached_prompt_nanos_per_mtok=25_000_000,
     completion_nanos_per_mtok=200_000_000,
 )
+VECTOR = struct.pack("<2f", 0.6, 0.8)  # of each text that is embedded, for 3 tokens
 COST_NANOS = 10 * 50 + 2 * 200  # of one line at HALF
 LEASE = timedelta(seconds=60)
 BOUNDS = FileBounds(file_bytes=1 << 20, files_per_tenant=10, bytes_per_tenant=1 << 21)
@@ -99,6 +102,7 @@ class EchoEngine:
     """
 
     context_tokens_max = 1000
+    embedding_size: int | None = None
 
     def __init__(self, faults: dict[str, list[BaseException]] | None = None) -> None:
         self.faults = faults or {}
@@ -112,6 +116,15 @@ class EchoEngine:
             take(batch)
 
     async def _play(self, request: GenerationRequest) -> AsyncIterator[list[Event]]:
+        if isinstance(request.prompt, Texts):
+            assert request.pooling is not None
+            count = len(request.prompt.prompts)
+            yield [Accepted("r", "b", 3 * count)]
+            yield [
+                *(Delta(part, "", 0, "stop", embedding=VECTOR) for part in range(count)),
+                Finished(3 * count, 0, 0, aborted=False),
+            ]
+            return
         last = request.prompt[-1] if isinstance(request.prompt, tuple) else None
         assert isinstance(last, Message)
         text = last.content or ""

@@ -8,6 +8,7 @@ from serve.billing.pricing.plans import PricePlan, Rates
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY, TINY_TWO = "tiny", "other-tiny"
+MINILM = "minilm-l6"  # makes embeddings
 TENANTS = ("lumen-bikes", "tidewater-tea")
 
 RATES = Rates(

@@ -18,7 +18,7 @@ from serve.registry.versions import AdapterVersion
 from serve.settings import Settings
 from serve.storage.database import Store
 from serve.tenants import Tenants, server_secret
-from tests.support.constants import CONFIGS, NOON, TENANTS, TINY, TINY_TWO
+from tests.support.constants import CONFIGS, MINILM, NOON, TENANTS, TINY, TINY_TWO
 from tests.support.serve_details import live_replicas
 from tests.support.waiting import wait_until
 
@@ -88,6 +88,14 @@ def import_tiny_bases(home: Path) -> None:
     assert spec.random_llama is not None
     other = spec.random_llama.model_copy(update={"seed": 1})
     import_base(spec.model_copy(update={"name": TINY_TWO, "random_llama": other}), home / "bases")
+
+
+def import_embedding_base(home: Path) -> None:
+    """Imports the base that makes embeddings."""
+    from quantize.base_import import import_base
+    from quantize.config import BaseConfig, read_config
+
+    import_base(read_config(CONFIGS / "bases" / f"{MINILM}.yaml", BaseConfig), home / "bases")
 
 
 def register_and_promote(registry: AdapterRegistry, directory: Path, home: Path) -> AdapterVersion:

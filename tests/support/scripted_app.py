@@ -48,6 +48,7 @@ class ScriptedEngine:
     """
 
     context_tokens_max = 1000
+    embedding_size: int | None = None
 
     def __init__(self, *scripts: Script) -> None:
         self._scripts = list(scripts)

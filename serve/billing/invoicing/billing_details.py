@@ -9,6 +9,7 @@ import sqlalchemy as sa
 import yaml
 
 from serve.billing.invoicing.document import Party
+from serve.billing.invoicing.printable import require_printable_input
 from serve.errors import UnknownRecord
 from serve.storage.database import Store, insert, metadata
 from serve.tenants.audit import SYSTEM, record
@@ -35,7 +36,11 @@ class BillingDetails:
             return party_of(connection, party)
 
     def put(self, party: str, details: Party, *, actor: str = SYSTEM) -> None:
-        """Set details, from the next document on; final invoices keep theirs. Raises UnknownRecord."""
+        """Set details, from the next document on; final invoices keep theirs.
+
+        Raises InvalidRequest for letters that no font has, UnknownRecord.
+        """
+        require_printable_input(details)
         tenant = None if party == SELLER else party
         with self._store.write() as connection:
             tenants = metadata.tables["tenants"]

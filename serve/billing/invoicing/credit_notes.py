@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict
 
 from serve.billing.invoicing.document import InvoiceDocument, sha256_of
+from serve.billing.invoicing.printable import require_printable
 from serve.billing.invoicing.store import FINAL, InvoiceState, invoice_of, invoice_row, next_number
 from serve.billing.ledger.accounts import lock_account, transfer
 from serve.billing.money import labelled, unit_nanos
@@ -105,6 +106,7 @@ class CreditNotes:
                 raise Conflict(f"{invoice} is {state}; only what is final is credited.")
             earlier = [note.document for note in _notes(connection, billed.final_number)]
             document = credit(billed.document, billed.final_number, earlier, amounts, reason=reason)
+            require_printable(document, "The credit note")
             amount = document.amount_nanos
             number, document_json = next_number(connection, f"CN-{at:%Y}"), document.model_dump_json()
             note = CreditNote(number, document, sha256_of(number, at, document_json), at)

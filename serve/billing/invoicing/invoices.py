@@ -20,6 +20,7 @@ from serve.billing.invoicing.calculation import calculate_invoice
 from serve.billing.invoicing.credit_notes import credited_nanos
 from serve.billing.invoicing.document import InvoiceDocument, sha256_of
 from serve.billing.invoicing.periods import period_bounds, periods_table
+from serve.billing.invoicing.printable import require_printable
 from serve.billing.invoicing.store import (
     FINAL,
     Invoice,
@@ -161,7 +162,8 @@ class Invoices:
         """Finalize a reviewed invoice and close its month.
 
         Raises Conflict if it is not in review, if its month is not over, if an earlier month has usage that
-        is on no final invoice, or if its document has changed since the review. Raises UnknownRecord.
+        is on no final invoice, if its document has changed since the review, or if it has letters that no
+        font has. Raises UnknownRecord.
         """
         change = StateChange(InvoiceState.FINALIZED, actor, reason, at)
         return self._transition(number, InvoiceState.REVIEW, change, self._finalize)
@@ -237,6 +239,7 @@ class Invoices:
         document = calculate_invoice(self._store, connection, tenant, period)
         if document != invoice.document:
             raise Conflict(f"{invoice.number} would say something else by now: create and review it again.")
+        require_printable(document, invoice.number)
         number, document_json = next_number(connection, f"INV-{at:%Y}"), document.model_dump_json()
         row = {
             "number": number,

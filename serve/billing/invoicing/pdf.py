@@ -1,68 +1,56 @@
 """Renders invoices and credit notes as PDF.
 
-The fonts built into every PDF reader have only Latin letters. A document with other letters uses DejaVu, if
-this system has it. Otherwise such letters are shown as "?"; the exact names are in the JSON file.
+The fonts built into every PDF reader have only Latin letters. A document with other letters carries the
+letters that it needs of Noto's fonts (`typefaces`). Letters that no font has are refused before a document
+is final (`require_printable`).
 """
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from fpdf import FPDF
 from fpdf.enums import TableBordersLayout
 from fpdf.fonts import FontFace
+from pydantic import BaseModel
 
 from serve.billing.invoicing.credit_notes import CreditNote
 from serve.billing.invoicing.document import InvoiceDocument, InvoiceLine, LineItem, Party
 from serve.billing.invoicing.periods import period_bounds, period_name
+from serve.billing.invoicing.printable import fields_of, require_printable
 from serve.billing.invoicing.store import Invoice, InvoiceState
+from serve.billing.invoicing.text_layout import TextSheet
+from serve.billing.invoicing.typefaces import is_plain
 from serve.billing.money import digits, exact, rounded
 
 INK, MUTED, RULE = (25, 28, 36), (105, 112, 125), (214, 218, 226)
-DEJAVU = tuple(
-    Path(folder)
-    for folder in ("/usr/share/fonts/truetype/dejavu", "/usr/share/fonts/dejavu", "/usr/share/fonts/TTF")
-)
 NO_SELLER = Party(name="Bespoke", address="(the seller's details are not set)")
 LEFT, RIGHT, WIDTH = 18, 192, 174
 
 
-class _Sheet(FPDF):  # type: ignore[misc] # fpdf2 is not typed
+class _Sheet(TextSheet):
     """Lays out A4 pages with a footer on each."""
 
     def __init__(self, title: str, made_at: datetime, text: str) -> None:
-        super().__init__(format="A4", unit="mm")
-        self._title, self.family, self._glyphs = title, "helvetica", frozenset(range(256))
-        if not _is_latin(text):
-            folder = next((f for f in DEJAVU if (f / "DejaVuSans-Bold.ttf").is_file()), None)
-            if folder is not None:
-                self.family = "dejavu"
-                self.add_font(self.family, "", folder / "DejaVuSans.ttf")
-                self.add_font(self.family, "B", folder / "DejaVuSans-Bold.ttf")
-                self._glyphs = frozenset({ord("\n"), *self.fonts["dejavu"].cmap})
+        super().__init__(text)
+        self._title = title
         self.set_title(title)
         self.set_creator("Bespoke")
         self.set_creation_date(made_at)
         self.set_margins(LEFT, 18, LEFT)
         self.set_auto_page_break(True, margin=24)
-        self.alias_nb_pages()
         self.add_page()
-
-    def normalize_text(self, text: str) -> str:
-        """Replace letters that the font lacks by a question mark, instead of an exception."""
-        printable = "".join(letter if ord(letter) in self._glyphs else "?" for letter in text)
-        normalized: str = super().normalize_text(printable)
-        return normalized
 
     def footer(self) -> None:
         self.set_y(-16)
         self.ink(8, muted=True)
-        self.cell(WIDTH / 2, 5, self.normalize_text(self._title))
-        self.cell(WIDTH / 2, 5, f"Page {self.page_no()} of {{nb}}", align="R")
+        self.cell(WIDTH / 2, 5, self._title)
+        self.cell(WIDTH / 2, 5, f"Page {self.page_no()} of {self.str_alias_nb_pages}", align="R")
 
     def ink(self, size: float, *, bold: bool = False, muted: bool = False) -> None:
         self.set_font(self.family, "B" if bold else "", size)
-        self.set_text_color(*(MUTED if muted else INK))
+        color = MUTED if muted else INK
+        self.set_text_color(*color)
+        self.set_draw_color(*(color if bold else RULE))  # letters without a bold font are drawn around
 
     def line_of(self, name: str, value: str, *, bold: bool = False) -> None:
         """Print a sum at the right-hand side."""
@@ -76,10 +64,10 @@ def write_pdf(invoice: Invoice, path: Path) -> None:
 
 
 def pdf_bytes(invoice: Invoice) -> bytes:
+    """Returns the invoice's PDF. Raises Conflict for a draft with letters that no font has."""
     document = invoice.document
-    sheet = _Sheet(
-        f"Invoice {invoice.number}", invoice.issued_at or invoice.created_at, document.model_dump_json()
-    )
+    require_printable(document, invoice.number)
+    sheet = _Sheet(f"Invoice {invoice.number}", invoice.issued_at or invoice.created_at, _text(document))
     _head(sheet, _kind(invoice), document.seller)
     start, end = period_bounds(document.period)
     _facts(
@@ -97,13 +85,13 @@ def pdf_bytes(invoice: Invoice) -> bytes:
     _line_items(sheet, document)
     _totals(sheet, document)
     _remarks(sheet, invoice)
-    return bytes(sheet.output())
+    return sheet.pdf()
 
 
 def note_pdf_bytes(note: CreditNote, invoice: Invoice) -> bytes:
-    """Return the PDF of the credit note `note` of `invoice`."""
+    """Returns the PDF of the credit note `note` of `invoice`."""
     document, currency = note.document, note.document.currency
-    text = document.model_dump_json() + invoice.document.model_dump_json()
+    text = _text(document, invoice.document)
     sheet = _Sheet(f"Credit note {note.number}", note.issued_at, text)
     _head(sheet, "CREDIT NOTE", invoice.document.seller)
     _facts(
@@ -124,10 +112,21 @@ def note_pdf_bytes(note: CreditNote, invoice: Invoice) -> bytes:
     sheet.ln(4)
     if document.tax_nanos and invoice.document.tax:
         tax = invoice.document.tax
-        sheet.line_of(f"of which {tax.name} {tax.percent}%", exact(document.tax_nanos, document.currency))
+        label = f"of which {_isolated(tax.name)} {tax.percent}%"
+        sheet.line_of(label, exact(document.tax_nanos, document.currency))
     sheet.line_of(f"Credited, {currency}", exact(document.amount_nanos, document.currency), bold=True)
     _fingerprint(sheet, note.sha256)
-    return bytes(sheet.output())
+    return sheet.pdf()
+
+
+def _text(*documents: BaseModel) -> str:
+    """Returns every text of the documents, each on a line of its own."""
+    return "\n".join(text for document in documents for _, text in fields_of(document))
+
+
+def _isolated(text: str) -> str:
+    """Lets an English line with somebody's words run from the left, whatever direction those have."""
+    return text if is_plain(text) else f"\u200e{text}\u200e"
 
 
 def _kind(invoice: Invoice) -> str:
@@ -234,7 +233,7 @@ def _totals(sheet: _Sheet, document: InvoiceDocument) -> None:
         sheet.line_of("Promotional credit", exact(-promoted, document.currency))
     if document.tax is not None:
         tax = document.tax
-        name = f"{tax.name} {tax.percent}% of {exact(tax.taxable_nanos, document.currency)}"
+        name = f"{_isolated(tax.name)} {tax.percent}% of {exact(tax.taxable_nanos, document.currency)}"
         sheet.line_of(name, exact(tax.amount_nanos, document.currency))
     sheet.line_of("Total", exact(document.total_nanos, document.currency))
     if prepaid := document.credited_nanos("prepaid"):
@@ -276,11 +275,3 @@ def _fingerprint(sheet: _Sheet, sha256: str) -> None:
     sheet.ln(2)
     sheet.ink(7, muted=True)
     sheet.multi_cell(0, 4, f"SHA-256 of the document: {sha256}", align="L")
-
-
-def _is_latin(text: str) -> bool:
-    try:
-        text.encode("latin-1")
-    except UnicodeEncodeError:
-        return False
-    return True

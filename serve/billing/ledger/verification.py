@@ -119,10 +119,7 @@ def _hours(connection: sa.Connection) -> Check:
 
 
 def _engines(connection: sa.Connection) -> Check:
-    """Check engines' totals. A failed attempt counts only if the engine generated a token.
-
-    The engine may never have read the prompt of any other failed attempt.
-    """
+    """Check engines' totals: what is billed, and what the engine counted for failed attempts."""
     n, e, f = engines_table.c, usage_table.c, attempts_table.c
     stored: dict[tuple[Any, ...], int] = {}
     expected = defaultdict[tuple[Any, ...], int](int)
@@ -134,7 +131,7 @@ def _engines(connection: sa.Connection) -> Check:
     ).group_by(e.replica, e.boot)
     failed = (
         sa.select(f.replica, f.boot, sa.func.sum(f.prompt_tokens), sa.func.sum(f.completion_tokens))
-        .where(f.replica.is_not(None), f.boot.is_not(None), f.completion_tokens > 0)
+        .where(f.replica.is_not(None), f.boot.is_not(None), f.prompt_tokens + f.completion_tokens > 0)
         .group_by(f.replica, f.boot)
     )
     for query in (events, failed):

@@ -77,7 +77,8 @@ attempts_table = sa.Table(
 class FailedAttempt:
     """Records an attempt at a request that delivered nothing to the client. It is not billed.
 
-    The tokens are those that the engine counted anyway, the prompt once per sample.
+    The tokens are those that the engine counted anyway, the prompt once per sample. A prompt without a
+    completion may never have been read, and is not among them; a text that was embedded was read.
     """
 
     request_id: str

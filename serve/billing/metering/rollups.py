@@ -95,10 +95,9 @@ def add(
         # The engine reads the prompt once per sample.
         _increase(engines[event.replica, event.boot], (t.prompt * event.samples, t.completion))
     for attempt in failed:
-        if attempt.replica is not None and attempt.boot is not None and attempt.completion_tokens:
-            _increase(
-                engines[attempt.replica, attempt.boot], (attempt.prompt_tokens, attempt.completion_tokens)
-            )
+        read = (attempt.prompt_tokens, attempt.completion_tokens)
+        if attempt.replica is not None and attempt.boot is not None and any(read):
+            _increase(engines[attempt.replica, attempt.boot], read)
     keys = [column.name for column in hours_table.primary_key]
     # Sorted by key, so that two gateways that add to the same rows cannot deadlock.
     rows = [

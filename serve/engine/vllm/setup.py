@@ -49,6 +49,21 @@ def engine_args(settings: EngineSettings, lora_targets: list[str]) -> dict[str, 
     return args
 
 
+def pooling_args(settings: EngineSettings, context_tokens: int) -> dict[str, Any]:
+    """Returns vLLM's arguments for a replica of a base that makes embeddings of `context_tokens` at most."""
+    args = engine_args(settings, [])
+    context = min(settings.max_model_len, context_tokens)
+    return args | {
+        "runner": "pooling",
+        "max_model_len": context,
+        # Every token looks at all others, so a text is computed in one step.
+        "max_num_batched_tokens": max(settings.max_num_batched_tokens, context),
+        "enable_prefix_caching": False,
+        # Compiled, MiniLM is no faster on CPUs (docs/performance.md), and starts half a minute later.
+        "enforce_eager": settings.enforce_eager or settings.device == "cpu",
+    }
+
+
 def compute_on_one_thread() -> None:
     """Limits PyTorch to one thread in a replica's process: packing an adapter takes 34 ms, 48 on all threads.
 

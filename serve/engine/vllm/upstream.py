@@ -30,6 +30,30 @@ def start_llm(**arguments: Any) -> Any:
     return AsyncLLM.from_vllm_config(config)
 
 
+def pooler_config(pooling: str, *, normalized: bool) -> Any:
+    """Returns vLLM's configuration of how a text's vector is made of its tokens' (config/pooler.py)."""
+    from vllm.config import PoolerConfig
+
+    return PoolerConfig(seq_pooling_type=pooling.upper(), use_activation=normalized)
+
+
+def embedding_params() -> Any:
+    """Returns vLLM's parameters of a request for a vector.
+
+    They hold no `dimensions`: vLLM cuts vectors only of models that were made for it (pooling_params.py).
+    """
+    from vllm import PoolingParams
+
+    return PoolingParams(task="embed")
+
+
+def tokens_input(ids: Sequence[int]) -> Any:
+    """Returns vLLM's own form of a rendered prompt of token ids (inputs/engine.py)."""
+    from vllm.inputs.engine import tokens_input
+
+    return tokens_input(list(ids))
+
+
 def grammar_config(backend: str) -> Any:
     """Returns vLLM's configuration of grammars: the library `backend` for all, and no free whitespace.
 

@@ -85,15 +85,18 @@ def test_admin_routes_answer_as_documented(
 @hypothesis.settings(parent=bounded, max_examples=1)
 def test_no_route_answers_without_a_key(live: LiveService, case: schemathesis.Case) -> None:
     answer = case.call(base_url=live.url, headers={"Authorization": "Bearer wrong"}, timeout=60)
-    # Schemathesis tries other methods on the path, too.
-    assert answer.status_code in (401, 405)
+    # Schemathesis tries other methods on the path, too, and more items than a body has bytes for.
+    assert answer.status_code in (401, 405, 413)
     assert "error" in answer.json()
 
 
 def validate(live: LiveService, case: schemathesis.Case, key: str) -> None:
     headers = {"Authorization": f"Bearer {key}"}
     answer = case.call(base_url=live.url, headers=headers, timeout=60)
-    case.validate_response(answer, checks=CHECKS)
+    refused = answer.status_code == 413  # the check does not know it as a refusal
+    case.validate_response(
+        answer, checks=[check for check in CHECKS if not (refused and check is negative_data_rejection)]
+    )
 
 
 def test_the_gateway_serves_this_very_document(live: LiveService) -> None:

@@ -81,7 +81,7 @@ def test_an_invoice_has_its_credit_notes_and_lines_with_it(admin_client: AdminCl
     for number in range(3):
         buy(admin_client.shop, number, adapter=False, times=1000)
     number = finalize(admin_client.shop).number
-    lines = [{"line": 1, "amount_nanos": 7}]
+    lines = [{"line": 1, "amount_nanos": 10_000_000}]
     admin_client.say("POST", f"/invoices/{number}/credit-notes", {"reason": "slow", "lines": lines}, 201)
     invoice = bespoke("invoice", "show", number)
     notes = invoice.pop("credit_notes")

@@ -336,6 +336,7 @@ def test_an_earlier_call_may_hold_any_arguments_in_chat_and_responses(arguments:
     turns = chat(messages=[*HELLO, {"role": "assistant", "tool_calls": [call]}, result]).prompt(LIMITS)
     item = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": arguments}
     body = {"model": "tiny", "input": [item], "store": False}
-    items = input_items(parse(ResponsesRequest, json.dumps(body).encode()).input, Ids("req_1"))
+    parsed = parse(ResponsesRequest, json.dumps(body).encode())
+    items = input_items(parsed.input, Ids("req_1"), {}, ())
     for turn in (turns[1], *messages(items, None)):
         assert [call.arguments for call in turn.tool_calls] == [arguments]

@@ -3,13 +3,24 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from serve.engine.protocol import Delta, Event, Finished, Message, Texts
+from serve.engine.protocol import (
+    EMBEDDING_TOKENS_MAX,
+    Delta,
+    Event,
+    Finished,
+    Message,
+    Pooling,
+    Sampling,
+    Texts,
+)
 from serve.errors import ModelNotFound, NotBillable, StoreUnavailable
 from serve.inference.gateway import prompt_tokens_max
+from serve.inference.request import InferenceRequest
 from serve.registry.registry import AdapterRegistry
 from serve.registry.versions import AdapterVersion, Model
 from serve.storage.database import Store
@@ -122,3 +133,23 @@ def test_nothing_per_token_touches_the_store(shop: BillingFixture) -> None:
         return len(begun)
 
     assert transactions(1) == transactions(300) > 0
+
+
+@pytest.mark.parametrize(
+    ("texts", "pooling", "tokens"),
+    [
+        (("abcd",), Pooling(), 6),  # a byte is a token at most, and two stand around a text
+        (("é",), Pooling(), 4),
+        (((1, 2, 3),), Pooling(), 3),
+        (("a" * 1000, "b"), Pooling(), 256 + 3),
+        (("a" * 1000, "b"), Pooling(truncate_tokens=8), 8 + 3),
+        (("a" * 1000,), Pooling(truncate_tokens=-1), 256),
+        (("a" * 1000,) * 2048, Pooling(), EMBEDDING_TOKENS_MAX),
+    ],
+)
+def test_texts_to_embed_are_held_by_their_bytes_up_to_the_bounds(
+    texts: tuple[Any, ...], pooling: Pooling, tokens: int
+) -> None:
+    sampling = Sampling(completion_tokens_max=0)
+    request = InferenceRequest("r", "m", Texts(texts), sampling, "input", pooling=pooling)
+    assert prompt_tokens_max(request, 256) == tokens

@@ -35,6 +35,7 @@ class RememberingEngine:
         self.done: dict[str, RequestUsage] = {}
         self.ended: list[str] = []
         self.away = False
+        self.embedding_size: int | None = None
 
     async def final_usage(self, request_id: str) -> list[RequestUsage]:
         if self.away:
@@ -170,6 +171,21 @@ def test_without_its_engine_it_is_billed_by_the_last_checkpoint(scene: Scene) ->
     die(checkpoints)
     scene.run()
     assert scene.events() == [("incomplete", 10, 0, 4)]
+
+
+def test_vectors_that_no_client_got_are_not_billed_and_are_accounted_for(scene: Scene) -> None:
+    """vLLM has counted 7 of the 10 tokens when the gateway dies: they are ours, and the drift stays zero."""
+    checkpoints = scene.gateway()
+    scene.hold(checkpoints.name)
+    checkpoints.track(ONE, partial(served, 0))
+    checkpoints.flush()
+    die(checkpoints)
+    scene.engine.embedding_size = 384
+    scene.engine.done[ONE] = RequestUsage("r", "b", Tokens(7, 0, 0))
+    scene.run()
+    assert (scene.closings(), scene.events()) == (["void"], [])
+    total = UsageQueries(scene.shop.store).by_engine()["r", "b"]
+    assert (total.prompt_tokens, total.completion_tokens) == (7, 0)
 
 
 def test_an_engine_that_does_not_answer_is_waited_for_a_while(scene: Scene) -> None:

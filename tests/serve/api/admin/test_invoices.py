@@ -16,6 +16,9 @@ from tests.support.databases import on_sqlite
 BUYER = {"name": "Acme Käse 有限公司", "address": "Hauptstraße 1\n10115 Berlin", "tax_id": "DE1"}
 
 
+CENT = 10_000_000  # nanos
+
+
 @pytest.fixture
 def admin_client(shop: BillingFixture, tmp_path: Path) -> AdminClient:
     return AdminClient(shop, tmp_path)
@@ -43,7 +46,7 @@ def test_a_month_becomes_an_invoice_that_is_not_final_before_its_end(admin_clien
 
 @on_sqlite
 def test_a_final_invoice_is_listed_read_paid_and_credited(admin_client: AdminClient) -> None:
-    cost = buy(admin_client.shop, 1, adapter=False, times=1000)
+    cost = buy(admin_client.shop, 1, adapter=False, times=5000)
     number = finalize(admin_client.shop).number
     listed = admin_client.say("GET", "/invoices?state=finalized&tenant=acme&period=" + MONTH)
     assert [(one["id"], one["total_nanos"]) for one in listed["data"]] == [(number, cost)]
@@ -51,10 +54,10 @@ def test_a_final_invoice_is_listed_read_paid_and_credited(admin_client: AdminCli
     note = admin_client.say(
         "POST",
         f"/invoices/{number}/credit-notes",
-        {"reason": "slow", "lines": [{"line": 1, "amount_nanos": 7}, {"amount_nanos": 3}]},
+        {"reason": "slow", "lines": [{"line": 1, "amount_nanos": 2 * CENT}, {"amount_nanos": CENT}]},
         201,
     )
-    assert (note["id"][:3], note["amount_nanos"]) == ("CN-", 10)
+    assert (note["id"][:3], note["amount_nanos"]) == ("CN-", 3 * CENT)
     assert admin_client.say("GET", f"/invoices/{number}/credit-notes")["data"] == [note]
     paid = admin_client.say("POST", f"/invoices/{number}/transition", {"state": "paid"})
     assert (paid["state"], paid["history"][-1]["state"]) == ("paid", "paid")

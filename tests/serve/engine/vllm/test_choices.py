@@ -185,7 +185,7 @@ def test_a_call_that_is_cut_is_the_same_message_whole_and_streamed(
         assert whole_chat_message(whole) == chat_message(deltas)
         assert whole_message_blocks(whole) == message_blocks(deltas)
         assert whole_message_blocks(whole)[1] == "max_tokens"
-        complete, streamed = Output(Ids("req_1")), Output(Ids("req_1"))
+        complete, streamed = Output(Ids("req_1"), {}), Output(Ids("req_1"), {})
         complete.take_complete(whole)
         _ = [*(event for delta in deltas for event in streamed.take(delta)), *streamed.end()]
         assert response_items(complete) == response_items(streamed)
