@@ -208,3 +208,14 @@ def test_no_line_costs_more_than_its_requests_at_list_price(
     earlier = billed_tokens([used(version(price), before)], FREE, "2026-10")
     for line in usage_lines(sums, FREE, earlier):
         assert line.amount_nanos <= line.list_nanos
+
+
+@given(package_st, usages_st, tokens_st)
+def test_a_line_of_packages_costs_less_than_one_package_above_list_price(
+    price: Package, usages: list[tuple[str, str, int, int]], before: int
+) -> None:
+    sums = [used(version(price, id=id), n, model, tier=tier) for model, tier, id, n in usages]
+    sums = [replace(usage, late="2026-10") for usage in sums]
+    earlier = billed_tokens([used(version(price), before)], FREE, "2026-10")
+    for line in usage_lines(sums, FREE, earlier):
+        assert line.amount_nanos <= line.list_nanos + price.package.nanos
