@@ -20,7 +20,8 @@ import sqlalchemy as sa
 from serve.billing.ledger.accounts import accounts_table, transfer
 from serve.billing.metering.events import usage_table
 from serve.billing.metering.rollups import SUMS, hours_table
-from serve.billing.pricing.plans import Prices, PriceVersion, Tokens, read_plan, subscriptions_table
+from serve.billing.pricing.plans import Prices, PriceVersion, Tokens, read_plan
+from serve.billing.pricing.tables import subscriptions_table
 from serve.storage.database import Store
 from serve.tenants.tables import keys_table, projects_table, tenants_table
 

@@ -46,7 +46,7 @@ def create(
     invoices = Invoices(open_store(settings))
     invoice = invoices.create(tenant, month or f"{at:%Y-%m}", at=at, actor=command_actor())
     paths = [write(settings, invoice, form) for form in (Format.PDF, Format.CSV)]
-    console.print(_table(invoice))
+    _print_invoice(invoice)
     for path in paths:
         console.print(f"  {path}", markup=False)
 
@@ -92,7 +92,7 @@ def show(number: InvoiceArgument, as_json: JsonOption = False, home: HomeOption 
         from serve.commands.wire import invoice_and_credit_notes
 
         return print_json(invoice_and_credit_notes(invoices, invoice, notes))
-    console.print(_table(invoice))
+    _print_invoice(invoice)
     rows = Table("state", "at", "by", "reason")
     for change in invoices.history(number):
         rows.add_row(change.state.value, f"{change.at:%Y-%m-%d %H:%M} UTC", change.actor, change.reason)
@@ -183,6 +183,12 @@ def _print_state(invoice: Invoice) -> None:
     console.print(f"[bold]{invoice.number}[/] is {invoice.state.value}")
 
 
+def _print_invoice(invoice: Invoice) -> None:
+    console.print(_table(invoice))
+    for sentence in invoice.document.counting:
+        console.print(f"  {sentence}", markup=False)
+
+
 def _table(invoice: Invoice) -> Table:
     document = invoice.document
     state = invoice.state.value + (": the month is not over" if invoice.is_partial else "")
@@ -193,7 +199,8 @@ def _table(invoice: Invoice) -> Table:
         for number, item in enumerate(line.items):
             last = number == len(line.items) - 1
             amount = exact(line.amount_nanos, document.currency) if last else ""
-            rows.add_row(*(first if number == 0 else ("", "", "")), item.what, f"{item.quantity:,}", amount)
+            what = f"{item.what} ({item.note})" if item.note else item.what
+            rows.add_row(*(first if number == 0 else ("", "", "")), what, f"{item.quantity:,}", amount)
     for credit in document.credits:
         rows.add_row(f"{credit.kind} credit", "", "", "", "", exact(-credit.amount_nanos, document.currency))
     if document.tax is not None:

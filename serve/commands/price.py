@@ -42,13 +42,26 @@ def assign(
     home: HomeOption = None,
 ) -> None:
     """Put a tenant on a plan: on its newest version that may be paid by then."""
-    at = now()
-    begin = from_.replace(tzinfo=UTC) if from_ else at
-    if begin < at:
-        raise OperatorError("The past keeps its price: name a day that is to come.")
+    begin = _begin(from_)
     version = Prices(open_store(settings_of(home))).subscribe(tenant, plan, at=begin, actor=command_actor())
     since = f"{begin:%Y-%m-%d}" if from_ else "now"
     console.print(f"{tenant} pays [bold]{version.label}[/] from {since} on")
+
+
+@app.command()
+def end(
+    tenant: str,
+    from_: Annotated[
+        datetime | None,
+        typer.Option("--from", formats=["%Y-%m-%d"], help="The first day (UTC) without; default: now."),
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """End what a tenant pays: its requests are refused until it is put on a plan again."""
+    begin = _begin(from_)
+    version = Prices(open_store(settings_of(home))).end(tenant, at=begin, actor=command_actor())
+    since = f"{begin:%Y-%m-%d}" if from_ else "now"
+    console.print(f"{tenant} pays [bold]{version.label}[/] no more from {since} on")
 
 
 @app.command("list")
@@ -75,6 +88,15 @@ def index(as_json: JsonOption = False, home: HomeOption = None) -> None:
                 version.plan.currency,
             )
     console.print(rows)
+
+
+def _begin(first_day: datetime | None) -> datetime:
+    """Return the day's midnight, or now. Raises OperatorError for the past."""
+    at = now()
+    begin = first_day.replace(tzinfo=UTC) if first_day else at
+    if begin < at:
+        raise OperatorError("The past keeps its price: name a day that is to come.")
+    return begin
 
 
 def _kinds(plan: PricePlan) -> list[tuple[str, Rates | TieredRates]]:

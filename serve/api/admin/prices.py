@@ -38,14 +38,14 @@ class PriceWire(Identified):
 
 
 class NewSubscription(Body):
-    plan: PlainName
+    plan: PlainName | None = Field(description="null: the tenant's plan ends.")
     effective_at: Timestamp | None = Field(None, description="Not in the past; null: from now on.")
 
 
 class SubscriptionWire(BaseModel):
     object: Literal["subscription"] = "subscription"
     tenant: str
-    price: PriceWire
+    price: PriceWire | None = Field(description="null: no plan from then on.")
     effective_at: int
 
 
@@ -62,11 +62,15 @@ def index(ctx: Ctx, after: After = None, limit: Limit = 20) -> Listing[PriceWire
 
 @router.put("/tenants/{tenant}/subscription")
 def subscribe(tenant: str, body: NewSubscription, caller: AdminCaller, ctx: Ctx) -> SubscriptionWire:
-    """Subscribe a tenant to a plan's newest version that may be in force by then."""
+    """Subscribe a tenant to a plan's newest version that may be in force by then, or end its subscription."""
     at = moment(body.effective_at) or now()
     if at < now() - timedelta(seconds=1):
         raise InvalidRequest("What is past keeps its price.", "effective_at", "invalid_value")
-    version = Prices(ctx.store).subscribe(tenant, body.plan, at=at, actor=caller.actor)
+    prices = Prices(ctx.store)
+    if body.plan is None:
+        prices.end(tenant, at=at, actor=caller.actor)
+        return SubscriptionWire(tenant=tenant, price=None, effective_at=seconds(at))
+    version = prices.subscribe(tenant, body.plan, at=at, actor=caller.actor)
     return SubscriptionWire(tenant=tenant, price=wire(version), effective_at=seconds(at))
 
 

@@ -13,13 +13,15 @@ import sqlalchemy as sa
 from serve.billing.credits.charges import charges_table
 from serve.billing.credits.grants import Applied, Grant, Spend, grants_of, remaining_nanos, replay
 from serve.billing.invoicing.billing_details import SELLER, party_of
-from serve.billing.invoicing.document import CreditApplied, InvoiceDocument, TaxApplied
+from serve.billing.invoicing.document import CreditApplied, InvoiceDocument, PlanDays, TaxApplied
 from serve.billing.invoicing.periods import period_bounds
 from serve.billing.invoicing.store import final_documents
+from serve.billing.invoicing.sums import MonthSums
 from serve.billing.metering.rollups import hours_table
 from serve.billing.money import DEFAULT_CURRENCY
-from serve.billing.pricing.plans import Included, Prices, PriceVersion, Tokens
-from serve.billing.pricing.rating import ChargeSum, MonthUsage, charge_lines, minimum_lines, usage_lines
+from serve.billing.pricing.plans import Included, Prices, PriceVersion
+from serve.billing.pricing.proration import MonthTerms, month_terms
+from serve.billing.pricing.rating import charge_lines, minimum_lines, usage_lines
 from serve.storage.database import Store
 
 Finals = Mapping[str, InvoiceDocument]
@@ -31,12 +33,12 @@ def calculate_invoice(
     """Calculate what `tenant` owes for the month. Raises OperatorError for a malformed period."""
     start, end = period_bounds(period)
     prices = Prices(store)
-    versions = prices.by_id(connection)
-    price = prices.at(connection, tenant, end - timedelta(microseconds=1))
-    included = price.plan.included if price else Included()
-    lines = usage_lines(_month_usage(connection, tenant, period, start, versions), included)
-    lines += charge_lines(_month_charges(connection, tenant, period, start, versions))
-    lines += minimum_lines(lines, price)
+    sums = MonthSums(prices, connection, tenant)
+    terms = month_terms(prices, connection, tenant, start, end)
+    price, usage = terms.price, sums.usage(period)
+    lines = usage_lines(usage, terms.included, sums.billed_before(usage, period))
+    lines += charge_lines(sums.charges(period))
+    lines += minimum_lines(lines, terms)
     subtotal = sum(line.amount_nanos for line in lines)
     other_finals = {
         month: document
@@ -68,10 +70,12 @@ def calculate_invoice(
     return InvoiceDocument(
         tenant=tenant,
         period=period,
-        currency=_currency(price, lines[0].plan_id if lines else None, versions),
+        currency=_currency(price, lines[0].plan_id if lines else None, sums.versions),
         plan=price.label if price else None,
         seller=party_of(connection, SELLER),
         buyer=party_of(connection, tenant),
+        proration=terms.proration,
+        plan_days=_plan_days(terms),
         lines=tuple(lines),
         credits=tuple(
             CreditApplied.model_validate({"grant": grant, "kind": kind, "amount_nanos": nanos})
@@ -116,58 +120,19 @@ def remaining_credit(connection: sa.Connection, tenant: str) -> dict[str, int]:
     return remaining_nanos(grants, [applied, pending])
 
 
-def _month_usage(
-    connection: sa.Connection, tenant: str, period: str, start: datetime, versions: Mapping[int, PriceVersion]
-) -> list[MonthUsage]:
-    h = hours_table.c
-    keys = (h.model, h.adapter, h.plan_id, h.tier)
-    names = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cold_loads", "cost_nanos")
-    query = sa.select(*keys, *(sa.func.sum(h[name]).label(name) for name in names))
-    query = query.where(h.tenant_id == tenant, h.period == period)
-    own_rows = connection.execute(query.where(h.hour >= start).group_by(*keys)).all()
-    late_rows = connection.execute(
-        query.add_columns(h.hour).where(h.hour < start).group_by(*keys, h.hour)
-    ).all()
-    sums: dict[tuple[str, bool, int, str, str | None], list[int]] = defaultdict(lambda: [0] * len(names))
-    for rows, is_late in ((own_rows, False), (late_rows, True)):
-        for row in rows:
-            key = (row.model, bool(row.adapter), row.plan_id, row.tier)
-            counts = sums[(*key, f"{row.hour:%Y-%m}" if is_late else None)]
-            for position, name in enumerate(names):
-                counts[position] += int(getattr(row, name))
-    usages = []
-    for (model, adapter, plan_id, tier, late_month), counts in sums.items():
-        requests, prompt, cached, completion, cold_loads, list_nanos = counts
-        usages.append(
-            MonthUsage(
-                model=model,
-                adapter=adapter,
-                tier=tier,
-                price=versions[plan_id],
-                requests=requests,
-                tokens=Tokens(prompt, cached, completion),
-                cold_loads=cold_loads,
-                list_nanos=list_nanos,
-                late=late_month,
-            )
+def _plan_days(terms: MonthTerms) -> tuple[PlanDays, ...]:
+    if terms.minimum_nanos == 0 and terms.included == Included():
+        return ()
+    return tuple(
+        PlanDays(
+            price=share.price.label,
+            days=share.days,
+            days_of_month=terms.days_of_month,
+            minimum_nanos=share.minimum_nanos,
+            included=share.included,
         )
-    return usages
-
-
-def _month_charges(
-    connection: sa.Connection, tenant: str, period: str, start: datetime, versions: Mapping[int, PriceVersion]
-) -> list[ChargeSum]:
-    c = charges_table.c
-    sums: dict[tuple[str, str, int, str | None], tuple[int, int]] = {}
-    for row in connection.execute(sa.select(charges_table).where(c.tenant_id == tenant, c.period == period)):
-        late = f"{row.created_at:%Y-%m}" if row.created_at < start else None
-        key = (row.kind, row.subject, row.plan_id, late)
-        quantity, nanos = sums.get(key, (0, 0))
-        sums[key] = (quantity + row.quantity, nanos + row.amount_nanos)
-    return [
-        ChargeSum(kind, subject, versions[plan_id], quantity, nanos, late)
-        for (kind, subject, plan_id, late), (quantity, nanos) in sums.items()
-    ]
+        for share in terms.shares
+    )
 
 
 def _fit_to_total(spends: Sequence[Spend], total_nanos: int, last: Spend) -> list[Spend]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from serve.billing.invoicing.document import InvoiceLine, LineItem
 from serve.billing.invoicing.store import Invoice
 from serve.billing.money import exact
 from serve.billing.spreadsheet import csv_text
@@ -27,11 +28,17 @@ CSV_COLUMNS = (
     "price_per_unit",
     "unit",
     "amount",
+    "tiers_over",
+    "counted_before",
+    "counted_total",
 )
 
 
 def invoice_csv(invoice: Invoice) -> str:
-    """Return one row per item, then the line's subtotal; credits, tax and totals at the end. All exact."""
+    """Return one row per item, then the line's subtotal; credits, tax and totals at the end. All exact.
+
+    The notes behind them say how tiers, minimum and included tokens were counted.
+    """
     return csv_text(CSV_COLUMNS, _rows(invoice))
 
 
@@ -55,7 +62,7 @@ def _rows(invoice: Invoice) -> Iterator[dict[str, Any]]:
         for item in line.items:
             item_columns = {"class": item.what, "quantity": item.quantity, "included": item.included}
             price_columns = {"price_per_unit": exact(item.nanos, document.currency), "unit": item.per}
-            yield invoice_columns | line_columns | item_columns | price_columns
+            yield invoice_columns | line_columns | item_columns | price_columns | _counted(line, item)
         requests = line.requests if line.kind == "usage" else ""
         subtotal = {
             "class": "subtotal",
@@ -79,6 +86,15 @@ def _rows(invoice: Invoice) -> Iterator[dict[str, Any]]:
         ("payable", document.payable_nanos),
     ):
         yield invoice_columns | {"class": name, "amount": exact(nanos, document.currency)}
+    for sentence in document.counting:
+        yield invoice_columns | {"kind": "note", "class": sentence}
+
+
+def _counted(line: InvoiceLine, item: LineItem) -> dict[str, Any]:
+    if item.counted is None:
+        return {}
+    counts = {"counted_before": item.counted.before, "counted_total": item.counted.total}
+    return {"tiers_over": line.tiers_over} | counts
 
 
 def summary(invoice: Invoice) -> dict[str, Any]:

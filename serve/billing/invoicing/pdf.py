@@ -199,7 +199,7 @@ def _described(number: int, line: InvoiceLine) -> str:
 
 def _cells(item: LineItem, currency: str) -> list[str]:
     per = {1_000_000: " / 1M", 1: ""}[item.per]
-    what = f"{item.what}\n({item.included:,} more included)" if item.included else item.what
+    what = f"{item.what}\n({item.note})" if item.note else item.what
     return [what, f"{item.quantity:,}", f"{exact(item.nanos, currency)}{per}"]
 
 
@@ -256,6 +256,7 @@ def _remarks(sheet: _Sheet, invoice: Invoice) -> None:
         "generated. Amounts are exact; only the amount due is rounded, half to even, to "
         f"{digits(document.currency)} decimals."
     ]
+    remarks += document.counting
     if late := sorted({line.late for line in document.lines if line.late}):
         months = ", ".join(period_name(month) for month in late)
         remarks.append(f"Late usage of {months}: it was settled after the invoice of its month was final.")

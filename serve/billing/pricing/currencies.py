@@ -6,7 +6,7 @@ from collections import defaultdict
 import sqlalchemy as sa
 
 from serve.billing.money import DEFAULT_CURRENCY
-from serve.billing.pricing.plans import plans_table, subscriptions_table
+from serve.billing.pricing.tables import plans_table, subscriptions_table
 
 
 def currency_of(connection: sa.Connection, tenant: str) -> str:

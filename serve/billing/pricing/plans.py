@@ -13,7 +13,7 @@ from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 import yaml
@@ -32,38 +32,18 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from serve.billing.money import DEFAULT_CURRENCY, check_currency
+from serve.billing.pricing.tables import plans_table, subscriptions_table
 from serve.billing.pricing.tiers import Nanos, TokenPrice, list_price
 from serve.errors import Conflict, UnknownRecord
 from serve.storage import revision
-from serve.storage.database import Store, UtcDateTime, metadata
+from serve.storage.database import Store
 from serve.tenants.audit import SYSTEM, record
 
 MODELS_MAX = 200
 PLAN_BYTES_MAX = 1 << 20
 STORED = "stored"  # the context of validating a plan that was published before
-
-plans_table = sa.Table(
-    "price_plans",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(63), nullable=False),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("sha256", sa.String(64), nullable=False),
-    sa.Column("document", sa.Text, nullable=False),
-    sa.Column("created_at", UtcDateTime, nullable=False),
-    sa.UniqueConstraint("name", "version"),
-    sa.UniqueConstraint("name", "sha256"),
-)
-
-subscriptions_table = sa.Table(
-    "subscriptions",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("tenant_id", sa.ForeignKey("tenants.id"), nullable=False),
-    sa.Column("plan_id", sa.ForeignKey("price_plans.id"), nullable=False),
-    sa.Column("effective_at", UtcDateTime, nullable=False),
-    sa.Index("ix_subscriptions_tenant_id_effective_at", "tenant_id", "effective_at"),
-)
+Proration = Literal["day", "none"]
+TiersOver = Literal["model", "kind", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +202,9 @@ class PricePlan(BaseModel):
 
     Plans published before a field existed therefore keep their meaning. Without `batch`, a batch costs what
     a direct request does. `models` are prices by name or by prefix (`acme/*`); the longest match wins, over
-    all other prices. The plan cannot be assigned before `effective_from` (UTC). Minimum, included tokens and
-    tax are those of the version in force at the month's end.
+    all other prices. The plan cannot be assigned before `effective_from` (UTC). The tax is that of the
+    version in force at the month's end. `proration` says whether minimum and included tokens are, too
+    (`proration`), `tiers_over` which tokens of a month share the steps of a price (`counting`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -239,6 +220,8 @@ class PricePlan(BaseModel):
     adapter_hour_nanos: Nanos = 0
     minimum_nanos: Nanos = 0
     included: Included = Included()
+    proration: Proration = "none"
+    tiers_over: TiersOver = "model"
     tax: Tax | None = None
 
     def month_rates(self, *, model: str = "", adapter: bool, batch: bool = False) -> Rates | TieredRates:
@@ -342,6 +325,20 @@ class Prices:
         except sa.exc.IntegrityError as error:
             raise UnknownRecord(f"There is no tenant '{tenant}'.") from error
 
+    def end(self, tenant: str, *, at: datetime, actor: str = SYSTEM) -> PriceVersion:
+        """End the tenant's subscription at `at`: it has no plan, and may not buy, until it gets one again.
+
+        Returns the version that ends. Raises UnknownRecord if none is in force then.
+        """
+        with self._store.write() as connection:
+            if (version := self.at(connection, tenant, at)) is None:
+                raise UnknownRecord(f"There is no plan that '{tenant[:100]}' pays then.")
+            connection.execute(subscriptions_table.insert().values(tenant_id=tenant, effective_at=at))
+            revision.count_change(connection)
+            audit_details = {"effective_at": at}
+            record(connection, "price.end", version.label, audit_details, actor=actor, tenant=tenant)
+            return version
+
     def _require_currency(self, connection: sa.Connection, tenant: str, version: PriceVersion) -> None:
         """Raise Conflict if the tenant is billed in another currency: an account has one currency."""
         query = sa.select(plans_table).join(
@@ -352,15 +349,16 @@ class Prices:
                 raise Conflict(f"'{tenant}' is billed in {currency}, not in {version.plan.currency}.")
 
     def at(self, connection: sa.Connection, tenant: str, at: datetime) -> PriceVersion | None:
-        """Return the version in force for `tenant` at `at`; None before any subscription."""
+        """Return the version in force for `tenant` at `at`; None before a subscription and after its end."""
         row = connection.execute(
             sa.select(plans_table)
-            .join(subscriptions_table, subscriptions_table.c.plan_id == plans_table.c.id)
+            .select_from(subscriptions_table)
+            .outerjoin(plans_table, subscriptions_table.c.plan_id == plans_table.c.id)
             .where(subscriptions_table.c.tenant_id == tenant, subscriptions_table.c.effective_at <= at)
             .order_by(subscriptions_table.c.effective_at.desc(), subscriptions_table.c.id.desc())
             .limit(1)
         ).first()
-        return None if row is None else _version(row)
+        return None if row is None or row.id is None else _version(row)
 
     def next_change(self, connection: sa.Connection, tenant: str, at: datetime) -> datetime | None:
         """Return when the version in force at `at` is replaced, if that is already scheduled."""

@@ -8,32 +8,20 @@ each rounded when it was charged.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from serve.billing.invoicing.document import InvoiceLine, LineItem
+from serve.billing.invoicing.document import InvoiceLine, LineItem, TierCount
 from serve.billing.money import labelled
-from serve.billing.pricing.plans import Included, PriceVersion, Rates, TieredRates, Tokens
-from serve.billing.pricing.tiers import MTOK, PriceComponent, list_price, price_components
-
-PROMPT, CACHED, COMPLETION = "prompt tokens", "prompt tokens, cached", "completion tokens"
-CLASSES = {
-    PROMPT: "prompt_nanos_per_mtok",
-    CACHED: "cached_prompt_nanos_per_mtok",
-    COMPLETION: "completion_nanos_per_mtok",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class MonthUsage:
-    """Sums a month's usage of one model and tier under one price version. `late` is as in `InvoiceLine`."""
-
-    model: str
-    adapter: bool
-    tier: str
-    price: PriceVersion
-    requests: int
-    tokens: Tokens
-    cold_loads: int
-    list_nanos: int
-    late: str | None = None
+from serve.billing.pricing.counting import (
+    CLASSES,
+    ClassCounts,
+    CountedTogether,
+    MonthUsage,
+    Position,
+    included_tokens,
+    positions,
+)
+from serve.billing.pricing.plans import Included, PriceVersion, Rates
+from serve.billing.pricing.proration import MonthTerms
+from serve.billing.pricing.tiers import MTOK, PriceComponent, price_components
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +36,19 @@ class ChargeSum:
     late: str | None = None
 
 
-def usage_lines(sums: Sequence[MonthUsage], included: Included) -> list[InvoiceLine]:
+def usage_lines(
+    sums: Sequence[MonthUsage], included: Included, earlier: Mapping[CountedTogether, int] | None = None
+) -> list[InvoiceLine]:
     """Return one line per sum: the month's own before late ones, then by model, price version and tier.
 
-    Included tokens are used first where tokens are dearest, and on late usage last.
+    `earlier` counts what earlier invoices billed of the months of late usage (`counting.billed_tokens`).
     """
     ordered = sorted(sums, key=lambda s: (s.late or "", s.model, s.price.id, s.tier == "batch", s.adapter))
-    included_tokens = _included_tokens(ordered, included)
+    free = included_tokens(ordered, included)
+    placed = positions(ordered, free, earlier or {})
     return [
-        _line(month_usage, {name: included_tokens[name][i] for name in CLASSES})
-        for i, month_usage in enumerate(ordered)
+        _line(month_usage, free_tokens, places)
+        for month_usage, free_tokens, places in zip(ordered, free, placed, strict=True)
     ]
 
 
@@ -95,13 +86,17 @@ def charge_lines(sums: Sequence[ChargeSum]) -> list[InvoiceLine]:
     return lines
 
 
-def minimum_lines(lines: Sequence[InvoiceLine], price: PriceVersion | None) -> list[InvoiceLine]:
-    """Return a line for the shortfall to the plan's monthly minimum, if there is one."""
-    missing = price.plan.minimum_nanos - sum(line.amount_nanos for line in lines) if price else 0
-    if price is None or missing <= 0:
+def minimum_lines(lines: Sequence[InvoiceLine], terms: MonthTerms) -> list[InvoiceLine]:
+    """Return a line for the shortfall to the month's minimum, if there is one."""
+    price, missing = terms.price, terms.minimum_nanos - sum(line.amount_nanos for line in lines)
+    if price is None or terms.minimum_nanos == 0 or missing <= 0:
         return []
-    minimum = labelled(price.plan.minimum_nanos, price.plan.currency)
-    item = LineItem(what=f"rest of the monthly minimum of {minimum}", quantity=1, nanos=missing, per=1)
+    minimum = labelled(terms.minimum_nanos, price.plan.currency)
+    whole = f"the monthly minimum of {minimum}"
+    prorated = f"the minimum of {minimum}, prorated by day"
+    item = LineItem(
+        what=f"rest of {prorated if terms.proration == 'day' else whole}", quantity=1, nanos=missing, per=1
+    )
     return [
         InvoiceLine(
             kind="minimum",
@@ -115,42 +110,36 @@ def minimum_lines(lines: Sequence[InvoiceLine], price: PriceVersion | None) -> l
     ]
 
 
-def _included_tokens(sums: Sequence[MonthUsage], included: Included) -> Mapping[str, list[int]]:
-    """Return, per token class, the number of included tokens of each sum."""
-    quotas = (included.prompt_tokens, included.cached_prompt_tokens, included.completion_tokens)
-    shares: dict[str, list[int]] = {}
-    for (name, field), quota in zip(CLASSES.items(), quotas, strict=True):
-        shares[name] = [0] * len(sums)
-        if quota:
-            negated_prices = [-list_price(getattr(_month_rates(month_usage), field)) for month_usage in sums]
-            for i in sorted(range(len(sums)), key=lambda i: (sums[i].late or "", negated_prices[i], i)):
-                shares[name][i] = min(quota, _counts(sums[i])[name])
-                quota -= shares[name][i]
-    return shares
-
-
-def _line(month_usage: MonthUsage, included_tokens: Mapping[str, int]) -> InvoiceLine:
-    priced, counts = _month_rates(month_usage), _counts(month_usage)
+def _line(month_usage: MonthUsage, free_tokens: ClassCounts, places: Mapping[str, Position]) -> InvoiceLine:
+    priced, plan = month_usage.month_rates, month_usage.price.plan
     items, micronanos = [], 0
     for name, field in CLASSES.items():
-        components = price_components(getattr(priced, field), counts[name] - included_tokens[name])
+        price, place, free = getattr(priced, field), places[name], free_tokens[name]
+        billed = month_usage.counts[name] - free
+        components = price_components(price, billed, before=place.before, total=place.total)
         micronanos += sum(component.micronanos for component in components)
+        count = (
+            None
+            if isinstance(price, int)
+            else TierCount(before=place.before, tokens=billed, total=place.total)
+        )
         items += [
-            _item(name, component, included_tokens[name] if first else 0)
-            for first, component in _first(components)
+            _item(name, component, free if position == 0 else 0, count)
+            for position, component in enumerate(components)
         ]
     if month_usage.cold_loads and priced.cold_load_nanos:
         items.append(
             LineItem(what="cold loads", quantity=month_usage.cold_loads, nanos=priced.cold_load_nanos, per=1)
         )
         micronanos += month_usage.cold_loads * priced.cold_load_nanos * MTOK
-    as_charged = isinstance(priced, Rates) and not any(included_tokens.values())
+    as_charged = isinstance(priced, Rates) and not any(free_tokens.values())
     return InvoiceLine(
         model=month_usage.model,
         price=month_usage.price.label,
         plan_id=month_usage.price.id,
         adapter=month_usage.adapter,
         tier=month_usage.tier,
+        tiers_over=plan.tiers_over if any(item.counted for item in items) else None,
         requests=month_usage.requests,
         items=tuple(items),
         list_nanos=month_usage.list_nanos,
@@ -159,26 +148,12 @@ def _line(month_usage: MonthUsage, included_tokens: Mapping[str, int]) -> Invoic
     )
 
 
-def _first(components: Sequence[PriceComponent]) -> list[tuple[bool, PriceComponent]]:
-    return [(position == 0, component) for position, component in enumerate(components)]
-
-
-def _item(name: str, component: PriceComponent, included: int) -> LineItem:
-    what = f"{name}, {component.note}" if component.note else name
+def _item(name: str, component: PriceComponent, included: int, count: TierCount | None) -> LineItem:
     return LineItem(
-        what=what, quantity=component.quantity, nanos=component.nanos, per=component.per, included=included
+        what=f"{name}, {component.note}" if component.note else name,
+        quantity=component.quantity,
+        nanos=component.nanos,
+        per=component.per,
+        included=included,
+        counted=count,
     )
-
-
-def _month_rates(month_usage: MonthUsage) -> Rates | TieredRates:
-    return month_usage.price.plan.month_rates(
-        model=month_usage.model, adapter=month_usage.adapter, batch=month_usage.tier == "batch"
-    )
-
-
-def _counts(month_usage: MonthUsage) -> Mapping[str, int]:
-    return {
-        PROMPT: month_usage.tokens.uncached,
-        CACHED: month_usage.tokens.cached,
-        COMPLETION: month_usage.tokens.completion,
-    }

@@ -103,32 +103,43 @@ def list_price(price: "int | Graduated | Volume | Package") -> int:
             return price
 
 
-def price_components(price: "int | Graduated | Volume | Package", tokens: int) -> Sequence[PriceComponent]:
-    """Split `tokens` of one month into priced components, whose costs add up to the class's cost."""
+def price_components(
+    price: "int | Graduated | Volume | Package", tokens: int, *, before: int = 0, total: int | None = None
+) -> Sequence[PriceComponent]:
+    """Split `tokens` of one month into priced components, whose costs add up to their cost.
+
+    `before` tokens of the month have been counted already. `total` counts all that are counted together;
+    without it, those before and these. Parts that follow each other cost together what the whole costs.
+    """
     match price:
         case Graduated(graduated=steps):
-            return _graduated(steps, tokens)
+            return _graduated(steps, before, before + tokens)
         case Volume(volume=steps):
-            step = next(s for s in steps if s.up_to_tokens is None or tokens <= s.up_to_tokens)
+            reached = before + tokens if total is None else total
+            step = next(s for s in steps if s.up_to_tokens is None or reached <= s.up_to_tokens)
             note = "" if step.up_to_tokens is None else f"volume up to {step.up_to_tokens:,}"
             return [PriceComponent(note, tokens, step.nanos_per_mtok)]
         case Package(package=size):
-            return [
-                PriceComponent(f"packages of {size.tokens:,}", -(-tokens // size.tokens), size.nanos, per=1)
-            ]
+            begun = -(-(before + tokens) // size.tokens) - -(-before // size.tokens)
+            return [PriceComponent(f"packages of {size.tokens:,}", begun, size.nanos, per=1)]
         case _:
             return [PriceComponent("", tokens, price)]
 
 
-def _graduated(steps: Sequence[Step], tokens: int) -> list[PriceComponent]:
+def _graduated(steps: Sequence[Step], begin: int, end: int) -> list[PriceComponent]:
+    """Split the tokens of a month from `begin` to `end` at the ends of the steps."""
     components: list[PriceComponent] = []
-    begin = 0
+    step_begin = 0
     for step in steps:
-        end = tokens if step.up_to_tokens is None else min(tokens, step.up_to_tokens)
-        if end > begin or not components:
-            note = f"above {begin:,}" if begin else ""
-            if not begin and step.up_to_tokens is not None:
+        step_end = end if step.up_to_tokens is None else step.up_to_tokens
+        quantity = max(min(end, step_end) - max(begin, step_begin), 0)
+        is_last = end <= step_end
+        if quantity or (is_last and not components):
+            note = f"above {step_begin:,}" if step_begin else ""
+            if not step_begin and step.up_to_tokens is not None:
                 note = f"first {step.up_to_tokens:,}"
-            components.append(PriceComponent(note, end - begin, step.nanos_per_mtok))
-        begin = max(begin, end)
+            components.append(PriceComponent(note, quantity, step.nanos_per_mtok))
+        if is_last:
+            break
+        step_begin = step_end
     return components

@@ -130,6 +130,7 @@ def test_an_adapter_from_its_files_to_the_tenants_alias(
     [
         (("key", "create", "nobody"), "no tenant 'nobody'"),
         (("price", "assign", "nobody", "gold"), "no price plan 'gold'"),
+        (("price", "end", "nobody"), "no plan that 'nobody' pays"),
         (("tenant", "create", "../x"), "../x"),
         (("adapter", "promote", "acme/support"), "acme/support"),
         (("adapter", "promote", "../../etc"), "invalid name '..'"),

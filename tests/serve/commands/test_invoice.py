@@ -79,6 +79,9 @@ def test_a_plan_with_every_field_is_assigned_from_its_day_on(shop: BillingFixtur
     bespoke("price", "publish", str(path))
     assert "2099-12-01" in bespoke("price", "assign", "acme", "enterprise", "--from", "2099-12-01")
     assert "graduated" in bespoke("price", "list")
+    ended = bespoke("price", "end", "acme", "--from", "2099-12-15")
+    assert "enterprise v1 no more from 2099-12-15" in ended
     plan = read_plan(path)
+    assert (plan.proration, plan.tiers_over) == ("day", "all")
     assert plan.rates(model="smollm2-135m", adapter=False).prompt_nanos_per_mtok == 20_000_000
     assert plan.rates(model="tiny", adapter=False).completion_nanos_per_mtok == 200_000_000

@@ -414,7 +414,7 @@ def upgrade() -> None:
         "subscriptions",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("tenant_id", sa.String(63), nullable=False),
-        sa.Column("plan_id", sa.Integer(), nullable=False),
+        sa.Column("plan_id", sa.Integer(), nullable=True),
         sa.Column("effective_at", UtcDateTime(), nullable=False),
         sa.ForeignKeyConstraint(["plan_id"], ["price_plans.id"], name=op.f("fk_subscriptions_plan_id")),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name=op.f("fk_subscriptions_tenant_id")),

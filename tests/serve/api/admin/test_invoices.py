@@ -146,6 +146,23 @@ def test_a_plan_is_assigned_from_a_day_on_but_not_before_it_may_be_paid(admin_cl
 
 
 @on_sqlite
+def test_a_plan_is_ended_by_assigning_none_and_what_was_used_is_still_billed(
+    admin_client: AdminClient,
+) -> None:
+    path, prices = "/tenants/acme/subscription", Prices(admin_client.shop.store)
+    admin_client.say("PUT", path, {}, 400)
+    ended = admin_client.say("PUT", path, {"plan": None})
+    assert ended["price"] is None
+    at = datetime.fromtimestamp(ended["effective_at"] + 1, UTC)
+    with admin_client.shop.store.read() as connection:
+        assert prices.at(connection, "acme", at) is None
+    assert admin_client.say("PUT", path, {"plan": None}, 404)["error"]["code"] == "not_found"
+    buy(admin_client.shop, 1, adapter=False)
+    document = admin_client.say("POST", "/invoices", {"tenant": "acme", "period": MONTH}, 201)["document"]
+    assert (document["plan"], len(document["lines"])) == ("standard v1", 1)
+
+
+@on_sqlite
 def test_a_tenants_own_admin_sees_no_invoice_here(admin_client: AdminClient) -> None:
     buy(admin_client.shop, 1, adapter=False)
     number = finalize(admin_client.shop, at=DECEMBER).number

@@ -18,9 +18,9 @@ from serve.billing.pricing.plans import (
     Prices,
     Rates,
     Tokens,
-    plans_table,
     read_plan,
 )
+from serve.billing.pricing.tables import plans_table
 from serve.errors import UnknownRecord
 from tests.support.billing_fixture import BillingFixture
 from tests.support.constants import CONFIGS, NOON, PLAN

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from serve.billing.invoicing.document import InvoiceLine
+from serve.billing.pricing.counting import MonthUsage
 from serve.billing.pricing.plans import (
     Included,
     PricePlan,
@@ -17,7 +18,8 @@ from serve.billing.pricing.plans import (
     TieredRates,
     Tokens,
 )
-from serve.billing.pricing.rating import MonthUsage, minimum_lines, usage_lines
+from serve.billing.pricing.proration import MonthTerms, terms_of
+from serve.billing.pricing.rating import minimum_lines, usage_lines
 from serve.billing.pricing.tiers import (
     Graduated,
     Package,
@@ -96,6 +98,10 @@ def used(price: PriceVersion, tokens: Tokens, *, model: str = "tiny", late: str 
     return MonthUsage(model, False, "default", price, 1, tokens, 0, list_nanos, late)
 
 
+def whole_month(price: PriceVersion) -> MonthTerms:
+    return terms_of([price] * 30, price)
+
+
 @given(st.lists(st.tuples(counts, counts, counts), max_size=4), st.tuples(counts, counts, counts))
 def test_a_line_is_rounded_once_and_included_tokens_are_free(
     tokens: list[tuple[int, int, int]], quota: tuple[int, int, int]
@@ -137,13 +143,13 @@ def test_included_tokens_are_spent_where_they_are_dearest_and_on_late_usage_last
 @given(nanos, nanos)
 def test_a_minimum_is_reached_and_never_exceeded_by_itself(minimum: int, spent: int) -> None:
     lines = [InvoiceLine(model="m", price="p v1", list_nanos=spent, amount_nanos=spent)]
-    lines += minimum_lines(lines, version(minimum_nanos=minimum))
+    lines += minimum_lines(lines, whole_month(version(minimum_nanos=minimum)))
     assert sum(line.amount_nanos for line in lines) == max(minimum, spent)
 
 
 def test_the_item_of_a_minimum_equals_its_line() -> None:
     spent = InvoiceLine(model="m", price="p v1", list_nanos=2, amount_nanos=2)
-    (line,) = minimum_lines([spent], version(minimum_nanos=3_000_000))
+    (line,) = minimum_lines([spent], whole_month(version(minimum_nanos=3_000_000)))
     (item,) = line.items
     assert item.quantity * item.nanos == line.amount_nanos == 2_999_998
     assert item.what == "rest of the monthly minimum of 0.003 USD"
