@@ -235,9 +235,9 @@ class Generation:
         if (quarantine := self._context.quarantine) is None:
             return False
         try:
-            at = self._context.now()
+            at, boot = self._context.now(), self._served_by.boot if self._served_by else None
             record = quarantine.record_death
-            quarantined = await asyncio.to_thread(record, self.request, self.model, at)
+            quarantined = await asyncio.to_thread(record, self.request, self.model, at, boot)
         except StoreUnavailable:
             log.warning("the death of request %s's replica is not noted", self.request.request_id)
             return False

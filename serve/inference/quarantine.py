@@ -26,6 +26,7 @@ quarantine_table = sa.Table(
     metadata,
     sa.Column("digest", sa.String(64), primary_key=True),
     sa.Column("deaths", sa.SmallInteger, nullable=False),
+    sa.Column("boot", sa.String(32)),  # of the engine that died last; null if it had not accepted the request
     sa.Column("expires_at", UtcDateTime, nullable=False, index=True),
 )
 
@@ -55,21 +56,28 @@ class Quarantine:
         rows = connection.execute(query.order_by(c.expires_at.desc()).limit(ENTRIES_MAX))
         self._entries = {row.digest: row.expires_at for row in rows}
 
-    def record_death(self, request: InferenceRequest, model: Model, at: datetime) -> bool:
+    def record_death(
+        self, request: InferenceRequest, model: Model, at: datetime, boot: str | None = None
+    ) -> bool:
         """Note that a replica died with the request. Returns True if it is in quarantine from now on.
 
-        Raises StoreUnavailable.
+        Many may have sent the same request: the death of one engine, named by its boot, counts once. Raises
+        StoreUnavailable.
         """
         deaths, digest = DEATHS_MAX if is_suspect(request) else 1, self.digest(request, model)
         c = quarantine_table.c
         with self._store.write() as connection:
             connection.execute(quarantine_table.delete().where(c.expires_at <= at))
             statement = insert(connection, quarantine_table).values(
-                digest=digest, deaths=deaths, expires_at=at + TERM
+                digest=digest, deaths=deaths, boot=boot, expires_at=at + TERM
             )
-            total = sa.case((c.deaths < DEATHS_MAX, c.deaths + deaths), else_=DEATHS_MAX)
+            total = sa.case(
+                (sa.false() if boot is None else c.boot == boot, c.deaths),
+                (c.deaths < DEATHS_MAX, c.deaths + deaths),
+                else_=DEATHS_MAX,
+            )
             statement = statement.on_conflict_do_update(
-                index_elements=[c.digest], set_={"deaths": total, "expires_at": at + TERM}
+                index_elements=[c.digest], set_={"deaths": total, "boot": boot, "expires_at": at + TERM}
             )
             connection.execute(statement)
             newest = sa.select(c.digest).order_by(c.expires_at.desc()).limit(ENTRIES_MAX)

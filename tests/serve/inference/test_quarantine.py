@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 
+import msgspec
 import pytest
 
 from serve.engine.protocol import JsonFormat, Tool, Toolbox
@@ -80,14 +81,21 @@ def test_a_request_whose_second_replica_lives_has_no_death_left(shop: BillingFix
 
 def test_two_deaths_in_mid_stream_count_too(shop: BillingFixture) -> None:
     async def scenario() -> None:
-        gateway = gateway_of(shop, ScriptedEngine([*HELLO[:2], EngineLost()]))
-        for number in range(2):
+        for number, boot in enumerate(("one", "two")):
+            accepted = msgspec.structs.replace(ACCEPTED, boot=boot)
+            gateway = gateway_of(shop, ScriptedEngine([[accepted], *HELLO[1:2], EngineLost()]))
             with pytest.raises(EngineFailed):
                 await ask(shop, gateway, PLAIN, f"req_{number}")
         with pytest.raises(RequestQuarantined):
             await ask(shop, gateway, PLAIN, "req_2")
 
     asyncio.run(scenario())
+
+
+def test_one_death_counts_once_however_many_had_sent_the_same(shop: BillingFixture) -> None:
+    quarantine = Quarantine(shop.store, b"secret")
+    assert not any(quarantine.record_death(PLAIN, TINY, NOON, "one") for _ in range(5))
+    assert quarantine.record_death(PLAIN, TINY, NOON, "two")
 
 
 def test_the_term_ends(shop: BillingFixture) -> None:

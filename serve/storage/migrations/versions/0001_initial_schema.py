@@ -655,6 +655,7 @@ def upgrade() -> None:
         "quarantined_requests",
         sa.Column("digest", sa.String(64), nullable=False),
         sa.Column("deaths", sa.SmallInteger(), nullable=False),
+        sa.Column("boot", sa.String(32)),
         sa.Column("expires_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("digest", name=op.f("pk_quarantined_requests")),
     )
