@@ -190,6 +190,8 @@ def test_a_kilobyte_that_inflates_to_a_mebibyte_does_not_hold_others_up(app: Scr
             headers = {"authorization": f"Bearer {app.keys['acme']}", "content-encoding": "gzip"}
             headers["content-type"] = "application/json"
             answer = await client.post(path, content=body, headers=headers)
+        while not lags:  # the answer may have come within one of its naps
+            await asyncio.sleep(0.001)
         measuring.cancel()
         sys.stdout.write(f"{path}: the loop was late by {1e3 * max(lags):.1f} ms at most\n")
         assert max(lags) < 1.0  # 23 s before there was a budget; the bar is 50 ms

@@ -111,6 +111,7 @@ MUTATIONS: list[tuple[Callable[..., object], str, Callable[[Office], object]]] =
     ),
     (Prices.publish, "price.publish", lambda o: o.prices.publish(dearer(), at=NOON, actor=WHO)),
     (Prices.subscribe, "price.assign", lambda o: o.prices.subscribe("acme", PLAN.name, at=NOON, actor=WHO)),
+    (Prices.end, "price.end", lambda o: o.prices.end("acme", at=NOON, actor=WHO)),
     (Ledger.open_account, "tenant.credit", lambda o: o.ledger.open_account("acme", 5, actor=WHO)),
     (AdapterRegistry.register, "adapter.register", lambda o: o.register(2, actor=WHO)),
     (
