@@ -18,6 +18,12 @@ from serve.tenants.audit import command_actor
 app = typer.Typer(no_args_is_help=True)
 
 
+FromOption = Annotated[
+    datetime | None,
+    typer.Option("--from", formats=["%Y-%m-%d"], help="The first day (UTC); default: from now on."),
+]
+
+
 @app.command()
 def publish(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)], home: HomeOption = None
@@ -35,32 +41,24 @@ def publish(
 def assign(
     tenant: str,
     plan: str,
-    from_: Annotated[
-        datetime | None,
-        typer.Option("--from", formats=["%Y-%m-%d"], help="The first day (UTC); default: from now on."),
-    ] = None,
+    from_: FromOption = None,
     home: HomeOption = None,
 ) -> None:
     """Put a tenant on a plan: on its newest version that may be paid by then."""
-    begin = _begin(from_)
+    begin, since = _begin(from_)
     version = Prices(open_store(settings_of(home))).subscribe(tenant, plan, at=begin, actor=command_actor())
-    since = f"{begin:%Y-%m-%d}" if from_ else "now"
     console.print(f"{tenant} pays [bold]{version.label}[/] from {since} on")
 
 
 @app.command()
 def end(
     tenant: str,
-    from_: Annotated[
-        datetime | None,
-        typer.Option("--from", formats=["%Y-%m-%d"], help="The first day (UTC) without; default: now."),
-    ] = None,
+    from_: FromOption = None,
     home: HomeOption = None,
 ) -> None:
     """End what a tenant pays: its requests are refused until it is put on a plan again."""
-    begin = _begin(from_)
+    begin, since = _begin(from_)
     version = Prices(open_store(settings_of(home))).end(tenant, at=begin, actor=command_actor())
-    since = f"{begin:%Y-%m-%d}" if from_ else "now"
     console.print(f"{tenant} pays [bold]{version.label}[/] no more from {since} on")
 
 
@@ -90,13 +88,15 @@ def index(as_json: JsonOption = False, home: HomeOption = None) -> None:
     console.print(rows)
 
 
-def _begin(first_day: datetime | None) -> datetime:
-    """Return the day's midnight, or now. Raises OperatorError for the past."""
+def _begin(first_day: datetime | None) -> tuple[datetime, str]:
+    """Return the day's midnight, or now, and its name. Raises OperatorError for the past."""
     at = now()
-    begin = first_day.replace(tzinfo=UTC) if first_day else at
+    if first_day is None:
+        return at, "now"
+    begin = first_day.replace(tzinfo=UTC)
     if begin < at:
         raise OperatorError("The past keeps its price: name a day that is to come.")
-    return begin
+    return begin, f"{begin:%Y-%m-%d}"
 
 
 def _kinds(plan: PricePlan) -> list[tuple[str, Rates | TieredRates]]:

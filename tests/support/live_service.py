@@ -1,12 +1,15 @@
 """A running service as its users and its operator see it, and the tiny bases and adapters to run it with."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import openai
 import sqlalchemy as sa
+from openai.types import Batch
 
 from serve.billing.ledger.ledger import Ledger
 from serve.billing.metering.events import usage_table
@@ -78,6 +81,28 @@ class LiveService:
         assert [(entry.prompt_drift, entry.completion_drift) for entry in entries] == [(0, 0)] * len(entries)
 
 
+def run_batch(client: openai.OpenAI, endpoint: str, bodies: Iterable[object]) -> Batch:
+    """Runs the bodies as one batch, of lines `line-0` and so on, and returns it completed."""
+    lines = [
+        {"custom_id": f"line-{number}", "method": "POST", "url": endpoint, "body": body}
+        for number, body in enumerate(bodies)
+    ]
+    content = "\n".join(map(json.dumps, lines)).encode()
+    uploaded = client.files.create(file=("work.jsonl", content), purpose="batch")
+    assert uploaded.bytes == len(content)
+    batch = client.batches.create(
+        input_file_id=uploaded.id, endpoint=cast(Any, endpoint), completion_window="24h"
+    )
+
+    def ended() -> bool:
+        return client.batches.retrieve(batch.id).status in ("completed", "failed", "expired", "cancelled")
+
+    wait_until(ended, timeout_s=120, interval_s=0.5)
+    done = client.batches.retrieve(batch.id)
+    assert done.status == "completed", done
+    return done
+
+
 def import_tiny_bases(home: Path) -> None:
     """Makes the two tiny bases; they differ in the seed of their random weights."""
     from quantize.base_import import import_base
@@ -90,12 +115,12 @@ def import_tiny_bases(home: Path) -> None:
     import_base(spec.model_copy(update={"name": TINY_TWO, "random_llama": other}), home / "bases")
 
 
-def import_embedding_base(home: Path) -> None:
-    """Imports the base that makes embeddings."""
+def import_embedding_base(home: Path) -> Path:
+    """Imports the base that makes embeddings, and returns its folder."""
     from quantize.base_import import import_base
     from quantize.config import BaseConfig, read_config
 
-    import_base(read_config(CONFIGS / "bases" / f"{MINILM}.yaml", BaseConfig), home / "bases")
+    return import_base(read_config(CONFIGS / "bases" / f"{MINILM}.yaml", BaseConfig), home / "bases")
 
 
 def register_and_promote(registry: AdapterRegistry, directory: Path, home: Path) -> AdapterVersion:

@@ -32,9 +32,9 @@ def calculate_invoice(
 ) -> InvoiceDocument:
     """Calculate what `tenant` owes for the month. Raises OperatorError for a malformed period."""
     start, end = period_bounds(period)
-    prices = Prices(store)
-    sums = MonthSums(prices, connection, tenant)
-    terms = month_terms(prices, connection, tenant, start, end)
+    versions = Prices(store).by_id(connection)
+    sums = MonthSums(versions, connection, tenant)
+    terms = month_terms(versions, connection, tenant, start, end)
     price, usage = terms.price, sums.usage(period)
     lines = usage_lines(usage, terms.included, sums.billed_before(usage, period))
     lines += charge_lines(sums.charges(period))
@@ -70,7 +70,7 @@ def calculate_invoice(
     return InvoiceDocument(
         tenant=tenant,
         period=period,
-        currency=_currency(price, lines[0].plan_id if lines else None, sums.versions),
+        currency=_currency(price, lines[0].plan_id if lines else None, versions),
         plan=price.label if price else None,
         seller=party_of(connection, SELLER),
         buyer=party_of(connection, tenant),

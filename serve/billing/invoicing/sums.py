@@ -9,7 +9,7 @@ from serve.billing.credits.charges import charges_table
 from serve.billing.invoicing.periods import period_bounds
 from serve.billing.metering.rollups import SUMS, hours_table
 from serve.billing.pricing.counting import CountedTogether, MonthUsage, billed_tokens
-from serve.billing.pricing.plans import Prices, PriceVersion, Tokens
+from serve.billing.pricing.plans import PriceVersion, Tokens
 from serve.billing.pricing.proration import month_terms
 from serve.billing.pricing.rating import ChargeSum
 
@@ -17,9 +17,8 @@ from serve.billing.pricing.rating import ChargeSum
 class MonthSums:
     """Reads the sums of one tenant's months on one connection."""
 
-    def __init__(self, prices: Prices, connection: sa.Connection, tenant: str) -> None:
-        self._prices, self._connection, self._tenant = prices, connection, tenant
-        self.versions: Mapping[int, PriceVersion] = prices.by_id(connection)
+    def __init__(self, versions: Mapping[int, PriceVersion], connection: sa.Connection, tenant: str) -> None:
+        self._versions, self._connection, self._tenant = versions, connection, tenant
 
     def usage(self, period: str) -> list[MonthUsage]:
         """Return the usage that the invoice of `period` bills, late usage by its month of use."""
@@ -46,7 +45,7 @@ class MonthSums:
                     model=model,
                     adapter=adapter,
                     tier=tier,
-                    price=self.versions[plan_id],
+                    price=self._versions[plan_id],
                     requests=requests,
                     tokens=Tokens(prompt, cached, completion),
                     cold_loads=cold_loads,
@@ -69,7 +68,9 @@ class MonthSums:
             query = sa.select(h.period).where(h.tenant_id == self._tenant, h.hour >= start, h.hour < end)
             periods |= set(self._connection.execute(query.where(h.period < period).distinct()).scalars())
         for earlier_period in sorted(periods):
-            terms = month_terms(self._prices, self._connection, self._tenant, *period_bounds(earlier_period))
+            terms = month_terms(
+                self._versions, self._connection, self._tenant, *period_bounds(earlier_period)
+            )
             earlier_usage = self.usage(earlier_period)
             counted.update(billed_tokens(earlier_usage, terms.included, earlier_period))
         return counted
@@ -85,6 +86,6 @@ class MonthSums:
             quantity, nanos = sums.get(key, (0, 0))
             sums[key] = (quantity + row.quantity, nanos + row.amount_nanos)
         return [
-            ChargeSum(kind, subject, self.versions[plan_id], quantity, nanos, late)
+            ChargeSum(kind, subject, self._versions[plan_id], quantity, nanos, late)
             for (kind, subject, plan_id, late), (quantity, nanos) in sums.items()
         ]

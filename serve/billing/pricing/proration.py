@@ -7,13 +7,13 @@ nothing. With `none`, the last version gives its whole minimum and included toke
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
-from serve.billing.pricing.plans import Included, Prices, PriceVersion, Proration
+from serve.billing.pricing.plans import Included, PriceVersion, Proration
 from serve.billing.pricing.tables import subscriptions_table
 
 DAY = timedelta(days=1)
@@ -85,13 +85,16 @@ def terms_of(in_force: Sequence[PriceVersion | None], price: PriceVersion | None
 
 
 def month_terms(
-    prices: Prices, connection: sa.Connection, tenant: str, start: datetime, end: datetime
+    versions: Mapping[int, PriceVersion],
+    connection: sa.Connection,
+    tenant: str,
+    start: datetime,
+    end: datetime,
 ) -> MonthTerms:
-    """Return the terms of `tenant` for the month from `start` to `end`."""
+    """Return the terms of `tenant` for the month from `start` to `end`. `versions` are all, by id."""
     s = subscriptions_table.c
     query = sa.select(s.effective_at, s.plan_id).where(s.tenant_id == tenant, s.effective_at < end)
     subscriptions = connection.execute(query.order_by(s.effective_at, s.id)).all()
-    versions = prices.by_id(connection)
     in_force: list[PriceVersion | None] = []
     for day in range((end - start) // DAY):
         begun = [row.plan_id for row in subscriptions if row.effective_at < start + (day + 1) * DAY]

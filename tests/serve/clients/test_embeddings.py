@@ -13,8 +13,7 @@ import pytest
 from serve.billing.pricing.plans import Tokens
 from tests.support.constants import MINILM, PLAN, TENANTS
 from tests.support.embedding_samples import TRUNCATED, VECTORS
-from tests.support.live_service import LiveService
-from tests.support.waiting import wait_until
+from tests.support.live_service import LiveService, run_batch
 
 pytestmark = pytest.mark.slow
 
@@ -74,20 +73,11 @@ def test_what_cannot_be_embedded_is_refused_by_name_and_not_billed(live: LiveSer
 @pytest.mark.compatibility("OpenAI (Python)", "embeddings in batches")
 def test_a_batch_of_embeddings_gives_the_vectors_that_a_request_gives(live: LiveService) -> None:
     client = live.client()
-    lines = [
-        {
-            "custom_id": f"line-{number}",
-            "method": "POST",
-            "url": "/v1/embeddings",
-            "body": {"model": MINILM, "input": text, "encoding_format": "float"},
-        }
-        for number, text in enumerate(["Hello", ["Hello", "The cat sat on the mat."]])
+    bodies = [
+        {"model": MINILM, "input": text, "encoding_format": "float"}
+        for text in ("Hello", ["Hello", "The cat sat on the mat."])
     ]
-    content = "\n".join(map(json.dumps, lines)).encode()
-    file = client.files.create(file=("lines.jsonl", content), purpose="batch")
-    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
-    wait_until(lambda: client.batches.retrieve(batch.id).status == "completed", timeout_s=120)
-    output = client.batches.retrieve(batch.id).output_file_id
+    output = run_batch(client, "/v1/embeddings", bodies).output_file_id
     assert output is not None
     answers = {
         answer["custom_id"]: answer["response"]["body"]

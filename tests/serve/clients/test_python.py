@@ -17,8 +17,7 @@ from serve.api.schemas import ChatCompletion, ChatCompletionChunk, TextCompletio
 from serve.billing.ledger.ledger import Ledger
 from serve.rate_limits.limits import Limits, LimitStore
 from tests.support.constants import NOON, TENANTS, TINY, TINY_TWO
-from tests.support.live_service import LiveService
-from tests.support.waiting import wait_until
+from tests.support.live_service import LiveService, run_batch
 
 pytestmark = pytest.mark.slow
 
@@ -382,29 +381,12 @@ def test_a_client_that_gave_up_finds_the_answer_under_its_idempotency_key(live: 
 @pytest.mark.compatibility("OpenAI (Python)", "batches")
 def test_a_batch_is_run_from_file_to_file_at_the_batch_price(live: LiveService) -> None:
     client = live.client()
-    lines = [
-        {"custom_id": f"line-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
-        for number, body in enumerate(
-            [
-                {"model": TINY, "messages": HELLO, "max_tokens": 3},
-                {"model": f"{LUMEN}/support", "messages": HELLO, "max_tokens": 3},
-                {"model": "nobody/nothing", "messages": HELLO},
-            ]
-        )
+    bodies = [
+        {"model": TINY, "messages": HELLO, "max_tokens": 3},
+        {"model": f"{LUMEN}/support", "messages": HELLO, "max_tokens": 3},
+        {"model": "nobody/nothing", "messages": HELLO},
     ]
-    content = "\n".join(json.dumps(line) for line in lines).encode()
-    uploaded = client.files.create(file=("work.jsonl", content), purpose="batch")
-    assert uploaded.bytes == len(content)
-    batch = client.batches.create(
-        input_file_id=uploaded.id, endpoint="/v1/chat/completions", completion_window="24h"
-    )
-
-    def ended() -> bool:
-        return client.batches.retrieve(batch.id).status in ("completed", "failed", "expired", "cancelled")
-
-    wait_until(ended, timeout_s=120, interval_s=0.5)
-    done = client.batches.retrieve(batch.id)
-    assert done.status == "completed", done
+    done = run_batch(client, "/v1/chat/completions", bodies)
     assert done.request_counts is not None
     assert (done.request_counts.total, done.request_counts.completed, done.request_counts.failed) == (3, 2, 1)
     assert done.output_file_id is not None
@@ -415,7 +397,7 @@ def test_a_batch_is_run_from_file_to_file_at_the_batch_price(live: LiveService) 
     assert "line-2" in client.files.content(done.error_file_id).text
     for other in (live.client(TIDEWATER),):
         with pytest.raises(openai.NotFoundError):
-            other.batches.retrieve(batch.id)
+            other.batches.retrieve(done.id)
         with pytest.raises(openai.NotFoundError):
             other.files.content(done.output_file_id)
 

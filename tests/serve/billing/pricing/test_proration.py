@@ -60,7 +60,7 @@ def test_without_proration_the_last_version_gives_its_whole_minimum(old: int, ne
 
 def terms(shop: BillingFixture, period: str) -> MonthTerms:
     with shop.store.read() as connection:
-        return month_terms(Prices(shop.store), connection, "acme", *period_bounds(period))
+        return month_terms(Prices(shop.store).by_id(connection), connection, "acme", *period_bounds(period))
 
 
 def test_a_day_belongs_to_the_version_in_force_at_its_end(shop: BillingFixture) -> None:

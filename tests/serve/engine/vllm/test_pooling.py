@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantize.base_import import import_base
-from quantize.config import BaseConfig, read_config
 from serve.engine.protocol import (
     Accepted,
     Delta,
@@ -23,9 +21,10 @@ from serve.engine.protocol import (
 )
 from serve.engine.vllm.pooling import PoolingEngine
 from serve.errors import ContextLengthExceeded, InvalidRequest
-from tests.support.constants import CONFIGS, MINILM
+from tests.support.constants import MINILM
 from tests.support.embedding_samples import TRUNCATED, VECTORS
 from tests.support.engine_host import SETTINGS, EventLoopThread
+from tests.support.live_service import import_embedding_base
 
 pytestmark = pytest.mark.slow
 
@@ -67,9 +66,8 @@ def vector_of(delta: Delta) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def embedder(loop: EventLoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedder]:
-    config = read_config(CONFIGS / "bases" / f"{MINILM}.yaml", BaseConfig)
     home = tmp_path_factory.mktemp("home")
-    base_dir = import_base(config, home / "bases")
+    base_dir = import_embedding_base(home)
     starting = PoolingEngine.start(MINILM, base_dir, home / "adapters", SETTINGS, "replica")
     engine = loop.run(starting, 300)
     yield Embedder(engine, loop, base_dir)
