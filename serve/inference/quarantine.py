@@ -33,7 +33,8 @@ quarantine_table = sa.Table(
 
 def is_suspect(request: InferenceRequest) -> bool:
     """True for a request with a grammar or tools: it is not sent to a second replica."""
-    return request.toolbox is not None or request.sampling.format is not None
+    sampling = request.sampling
+    return any(part is not None for part in (request.toolbox, sampling.format, sampling.text_format))
 
 
 class Quarantine:

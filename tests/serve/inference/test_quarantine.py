@@ -8,7 +8,7 @@ from datetime import timedelta
 import msgspec
 import pytest
 
-from serve.engine.protocol import JsonFormat, Tool, Toolbox
+from serve.engine.protocol import JsonFormat, TextFormat, Tool, Toolbox
 from serve.errors import EngineFailed, EngineLost, RequestQuarantined
 from serve.formats.errors import anthropic_body_of, body_of, status_of
 from serve.inference.gateway import Gateway
@@ -22,6 +22,7 @@ from tests.support.scripted_gateway import closings, collect, gateway_of, infere
 
 PLAIN = inference_request()
 GRAMMAR = replace(PLAIN, sampling=replace(PLAIN.sampling, format=JsonFormat()))
+PATTERN = replace(PLAIN, sampling=replace(PLAIN.sampling, text_format=TextFormat(regex="a+", param="regex")))
 TOOLS = replace(PLAIN, toolbox=Toolbox((Tool("look"),)))
 TINY = Model("tiny", "tiny", None)
 
@@ -33,7 +34,7 @@ async def ask(shop: BillingFixture, gateway: Gateway, request: InferenceRequest,
         await gateway.drain()
 
 
-@pytest.mark.parametrize("request_", [GRAMMAR, TOOLS], ids=["grammar", "tools"])
+@pytest.mark.parametrize("request_", [GRAMMAR, PATTERN, TOOLS], ids=["grammar", "pattern", "tools"])
 @pytest.mark.parametrize("script", [[EngineLost()], [[ACCEPTED], EngineLost()]])
 def test_a_request_with_a_grammar_or_tools_is_not_sent_again_and_then_refused(
     shop: BillingFixture, request_: InferenceRequest, script: list[object]
