@@ -105,6 +105,8 @@ class Quarantine:
             commit_hook=None,
             survives_disconnect=False,
             tier="",
+            completion_tokens_asked=None,
+            base64=False,
         )
         adapter = model.adapter.id if model.adapter else None
         text = f"{adapter} {content!r}".encode(errors="surrogatepass")

@@ -113,6 +113,7 @@ def test_the_term_ends(shop: BillingFixture) -> None:
     ("change", "same"),
     [
         (lambda request: replace(request, request_id="req_9", collect=True, tier="batch"), True),
+        (lambda request: replace(request, completion_tokens_asked=9, base64=True), True),
         (lambda request: replace(request, toolbox=None), False),
         (lambda request: replace(request, prompt=(replace(request.prompt[0], content="Hi"),)), False),
     ],
